@@ -1,0 +1,43 @@
+"""wadi: one-step text-to-image generators by training rotation angles only (arXiv 2603.08258).
+
+``import wadi`` is cheap: it imports neither torch nor diffusers. The names below are loaded on first use,
+and LoRaD is registered with PEFT the moment PEFT is imported (at once if it already is).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from wadi._peft_hook import register_when_peft_is_imported
+from wadi.errors import WadiError
+
+if TYPE_CHECKING:
+    from wadi.config import DistillConfig
+    from wadi.generate import load
+    from wadi.lorad import LoRaDConfig, LoRaDModel
+    from wadi.train import distill
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "DistillConfig": "wadi.config",
+    "LoRaDConfig": "wadi.lorad",
+    "LoRaDModel": "wadi.lorad",
+    "distill": "wadi.train",
+    "load": "wadi.generate",
+}
+__all__ = ["DistillConfig", "LoRaDConfig", "LoRaDModel", "WadiError", "distill", "load"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'wadi' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+register_when_peft_is_imported()

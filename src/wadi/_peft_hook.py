@@ -1,0 +1,54 @@
+"""Register LoRaD when PEFT is imported, without importing PEFT (seconds) on behalf of ``wadi --help``.
+
+PEFT has no plug-in mechanism: a process in which LoRaD is not registered cannot read a LoRaD
+``adapter_config.json``. So ``import wadi`` registers at once if PEFT is loaded already, and otherwise leaves a
+finder on ``sys.meta_path`` that does nothing but register after PEFT's own import has run, and then removes itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+class _RegisterAfter(Loader):
+    """PEFT's own loader, followed by LoRaD's registration."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        importlib.import_module("wadi.lorad")
+
+    def __getattr__(self, name: str) -> object:  # get_source, is_package, resource readers, ...
+        return getattr(self.loader, name)
+
+
+class _PeftFinder(MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "peft":
+            return None
+        sys.meta_path.remove(self)  # so that the search below, and any later one, meets the usual finders
+        spec = importlib.util.find_spec("peft")
+        if spec is not None and spec.loader is not None:
+            spec.loader = _RegisterAfter(spec.loader)
+        return spec
+
+
+def register_when_peft_is_imported() -> None:
+    """Make ``peft`` know LoRaD, now or at its first import."""
+    if "peft" in sys.modules:
+        importlib.import_module("wadi.lorad")
+    elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _PeftFinder())
