@@ -1,0 +1,25 @@
+"""LoRaD, Low-rank Rotation of weight Direction, as a PEFT method (type ``LORAD``).
+
+Importing this package registers the method: ``peft.get_peft_model(model, LoRaDConfig(...))``,
+``model.add_adapter(LoRaDConfig(...))`` of diffusers and transformers, ``PeftModel.from_pretrained`` and the
+rest of PEFT then work as for its own methods. It knows nothing of diffusion.
+"""
+
+from wadi.lorad.cache import cached_rotation
+from wadi.lorad.config import LoRaDConfig
+from wadi.lorad.layer import LoRaDLayer
+from wadi.lorad.model import LoRaDModel
+from wadi.lorad.registry import register
+from wadi.lorad.rotation import pair_angles, rotate, rotated_weight
+
+register(LoRaDConfig, LoRaDModel)
+
+__all__ = [
+    "LoRaDConfig",
+    "LoRaDLayer",
+    "LoRaDModel",
+    "cached_rotation",
+    "pair_angles",
+    "rotate",
+    "rotated_weight",
+]

@@ -1,0 +1,120 @@
+"""The settings of one LoRaD adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft.config import PeftConfig
+
+from wadi.errors import WadiError
+from wadi.lorad.registry import NAME, add_peft_type
+
+BIAS = ("none", "all", "lorad_only")
+EXCESS_RANK = ("allow", "cap", "refuse")
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class LoRaDConfig(PeftConfig):
+    """Settings of a LoRaD adapter (Low-rank Rotation of weight Direction, arXiv 2603.08258).
+
+    Args:
+        r: rank of the angle matrix ``theta = A B``; a layer trains ``r (out + fan_in // 2)`` numbers.
+        target_modules: layers to rotate (``Linear``, ``Conv2d``): name endings, one regular expression over
+            full names, or ``"all-linear"``.
+        exclude_modules: layers to leave alone, written like ``target_modules``.
+        rank_pattern: ``{name ending or regular expression: rank}`` for layers whose rank is not ``r``.
+        layers_to_transform: index or indices of the blocks to adapt; needs a list in ``target_modules``.
+        layers_pattern: name of the block list those indices count in, where PEFT does not find it.
+        modules_to_save: modules trained as a whole and saved beside the adapter.
+        bias: biases to train: ``"none"``, ``"all"`` or ``"lorad_only"`` (those of rotated layers).
+        init_weights: True starts at the base model (``A`` zero, ``B`` Xavier-uniform); False at random
+            angles.
+        recompute: False keeps the rotated weight for the backward pass (memory of one weight per layer); True
+            keeps nothing of that size and rotates again.
+        excess_rank: what to do where ``r`` exceeds ``min(out, fan_in // 2)``, the rank a full angle matrix
+            has: ``"allow"`` (as in the paper, whose rank 256 exceeds the 160 of SD 1.5's 320-wide layers),
+            ``"cap"`` to that number (same reachable angles, fewer parameters), or ``"refuse"``.
+
+    Raises:
+        WadiError: rank not positive; a value outside the choices above; ``layers_to_transform`` or
+            ``layers_pattern`` combined with a regular expression, or the second without the first.
+    """
+
+    r: int = field(default=8, metadata=_help("Rank of the angle matrix."))
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata=_help("Layers to rotate: list of name endings, one regular expression, or 'all-linear'."),
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata=_help("Layers to leave alone: list of name endings or one regular expression.")
+    )
+    rank_pattern: dict[str, int] | None = field(
+        default_factory=dict, metadata=_help("Rank by name ending or regular expression, where it is not r.")
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata=_help("Index or indices of the blocks to adapt.")
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata=_help("Name of the block list that layers_to_transform counts in.")
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata=_help("Modules trained as a whole and saved beside the adapter.")
+    )
+    bias: str = field(default="none", metadata=_help("Biases to train: 'none', 'all' or 'lorad_only'."))
+    init_weights: bool = field(
+        default=True, metadata=_help("True starts at the base model, False at random angles.")
+    )
+    recompute: bool = field(
+        default=False, metadata=_help("Keep nothing of a weight's size for the backward pass; rotate again.")
+    )
+    excess_rank: str = field(
+        default="allow",
+        metadata=_help("Where r exceeds min(out, fan_in // 2): 'allow', 'cap' to it, or 'refuse'."),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = add_peft_type(NAME)
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, list | tuple):
+                setattr(self, name, set(value))
+        self.rank_pattern = dict(self.rank_pattern or {})
+        self._check_ranks()
+        self._check_choices()
+        self._check_layers()
+
+    def _check_ranks(self) -> None:
+        for where, r in [
+            ("r", self.r),
+            *((f"rank_pattern[{k!r}]", r) for k, r in (self.rank_pattern or {}).items()),
+        ]:
+            if not isinstance(r, int) or isinstance(r, bool) or r <= 0:
+                raise WadiError(
+                    f"LoRaD: {where} is {r!r}, a rank is a positive integer; try 16, or the paper's 256."
+                )
+
+    def _check_choices(self) -> None:
+        for name, choices in (("bias", BIAS), ("excess_rank", EXCESS_RANK)):
+            if getattr(self, name) not in choices:
+                raise WadiError(
+                    f"LoRaD: {name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}."
+                )
+
+    def _check_layers(self) -> None:
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise WadiError(
+                        f"`{name}` cannot be used when `target_modules` is a str "
+                        f"(got {self.target_modules!r}); give `target_modules` as a list of name endings."
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise WadiError(
+                "When `layers_pattern` is specified, `layers_to_transform` must also be "
+                "specified: give the block indices."
+            )
