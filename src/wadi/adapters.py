@@ -1,0 +1,232 @@
+"""LoRaD adapters on any ``nn.Module``: attach, switch roles, fuse, save, load.
+
+One frozen network serves three roles: the teacher (no adapter), the student and the fake model (one adapter each). Every quirk
+of PEFT and diffusers that this takes lives here. Two of them fail silently elsewhere: PEFT's ``set_adapter`` flips
+``requires_grad`` of the adapter left behind, so a backward pass after it yields no gradient; and a backward pass outside the
+role's context recomputes checkpointed layers with whatever adapter is active by then.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from wadi.errors import WadiError
+from wadi.files import whole_folder
+
+if TYPE_CHECKING:
+    from wadi.lorad import LoRaDConfig
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."  # how PeftModel names what it wraps; with it, PeftModel.from_pretrained reads the folder too
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            yield name, module
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    """Raise `WadiError` if ``model`` already carries an adapter of any kind."""
+    for name, _ in _layers(model):
+        raise WadiError(
+            f"The teacher already carries an adapter (at {name}). Expected plain weights: merge it first "
+            "(pipeline.fuse_lora() and pipeline.unload_lora_weights()), save the pipeline and give that."
+        )
+
+
+def attach(model: nn.Module, name: str, config: LoRaDConfig) -> list[str]:
+    """Freeze ``model`` and put a LoRaD adapter ``name`` on every layer that ``config.target_modules`` names.
+
+    Angles are float32 whatever the dtype of ``model``, and zero: the output does not change. Adapters attached before keep
+    their state.
+
+    Returns:
+        Names of the adapted layers.
+    Raises:
+        WadiError: if the name is taken, nothing matches, or LoRaD cannot apply to a layer.
+    """
+    from peft import inject_adapter_in_model
+
+    if name in getattr(model, "peft_config", {}):
+        raise WadiError(f"An adapter named {name!r} is attached already. Expected a name of its own for each role.")
+    model.requires_grad_(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are the point
+            inject_adapter_in_model(config, model, adapter_name=name)
+    except WadiError:
+        raise
+    except ValueError as error:
+        raise WadiError(
+            f"Adapter {name!r} could not be attached: {str(error).splitlines()[0]} Expected target_modules to "
+            "name Linear or Conv2d layers (a string is a regular expression that matches whole names): see print(network)."
+        ) from error
+    for _, layer in _layers(model):
+        layer.requires_grad_(False)
+    for adapter in model.peft_config:  # injection froze the adapters that were there before
+        for parameter in parameters(model, adapter).values():
+            parameter.requires_grad_(True)
+    return [layer for layer, module in _layers(model) if name in module.lorad_A]
+
+
+def parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The angles ``A`` and ``B`` of adapter ``name``, by ``layer.lorad_A`` and ``layer.lorad_B``, in the model's order."""
+    found = {}
+    for layer_name, layer in _layers(model):
+        for kind in ("lorad_A", "lorad_B"):
+            if name in getattr(layer, kind, {}):
+                found[f"{layer_name}.{kind}"] = getattr(layer, kind)[name]
+    return found
+
+
+@contextmanager
+def active(model: nn.Module, role: str | None) -> Iterator[None]:
+    """Within the block ``model`` speaks in ``role``: an adapter's name, or None for the teacher.
+
+    Changes nothing but which adapter each layer applies, and restores it. ``backward()`` of what was computed in the block
+    must run inside it when activations are checkpointed.
+    """
+    layers = [layer for _, layer in _layers(model)]
+    before = [layer._active_adapter for layer in layers]
+    for layer in layers:
+        layer._active_adapter = [role] if role else []
+    try:
+        yield
+    finally:
+        for layer, previous in zip(layers, before, strict=True):
+            layer._active_adapter = previous
+
+
+@torch.no_grad()
+def angles(model: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
+    """``(layer, Theta)`` of each adapted layer, ``Theta = A @ B`` of shape ``(out, fan_in // 2)`` in radians, float32."""
+    for layer_name, layer in _layers(model):
+        if name in getattr(layer, "lorad_A", {}):
+            yield layer_name, layer.lorad_A[name].float() @ layer.lorad_B[name].float()
+
+
+def fuse(model: nn.Module, name: str) -> nn.Module:
+    """Rotate the weights by adapter ``name`` for good and remove every adapter: what is left is the plain model.
+
+    Raises:
+        WadiError: if no layer carries ``name``.
+    """
+    if not parameters(model, name):
+        raise WadiError(f"There is no adapter {name!r} to fuse. Expected one of {sorted(getattr(model, 'peft_config', {}))}.")
+    for layer_name, layer in list(_layers(model)):
+        if name in layer.lorad_A:
+            layer.merge(adapter_names=[name])
+        parent, _, child = layer_name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    return model
+
+
+def state_dict(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Tensors of adapter ``name`` as an adapter folder names them; the live tensors, not copies."""
+    return {_PREFIX + key: value.detach() for key, value in parameters(model, name).items()}
+
+
+def write(model: nn.Module, name: str, folder: Path, tensors: dict[str, Tensor] | None = None) -> None:
+    """Write adapter ``name`` into an existing ``folder`` as PEFT does; ``tensors`` (EMA, say) in place of the live ones."""
+    from safetensors.torch import save_file
+
+    live = tensors if tensors is not None else state_dict(model, name)
+    save_file(
+        {k: v.detach().cpu().contiguous() for k, v in live.items()},
+        folder / WEIGHTS,
+        metadata={"format": "pt"},
+    )
+    config: Any = model.peft_config  # by adapter name
+    config[name].save_pretrained(folder)
+
+
+def save(
+    model: nn.Module,
+    name: str,
+    folder: Path,
+    tensors: dict[str, Tensor] | None = None,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """`write` to ``folder``, whole or not at all; ``extra`` goes beside it as ``wadi.json``."""
+    with whole_folder(folder) as temporary:
+        write(model, name, temporary, tensors)
+        if extra is not None:
+            (temporary / "wadi.json").write_text(json.dumps(extra, indent=2) + "\n")
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """``(config, tensors)`` of an adapter folder.
+
+    Raises:
+        WadiError: if it is not one, is damaged, or holds another kind of adapter.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        raise WadiError(f"{str(folder)!r} is no adapter folder. Expected {CONFIG} and {WEIGHTS} in it.")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise WadiError(f"Adapter {str(folder)!r} is damaged: {error}. Expected files as PEFT writes them.") from error
+    if config.get("peft_type") != "LORAD":
+        raise WadiError(f"Adapter {str(folder)!r} is a {config.get('peft_type')} adapter. Expected LORAD.")
+    return config, tensors
+
+
+def restore(model: nn.Module, name: str, tensors: dict[str, Tensor], source: object = "the checkpoint") -> None:
+    """Copy ``tensors`` into the attached adapter ``name``.
+
+    Raises:
+        WadiError: if names or shapes differ, naming the first ones that do.
+    """
+    own = state_dict(model, name)
+    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    reshaped = sorted(k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape)
+    if missing or unknown or reshaped:
+        told = [
+            f"{len(keys)} {what} (first: {keys[0].removeprefix(_PREFIX)})"
+            for keys, what in ((missing, "missing"), (unknown, "unknown"), (reshaped, "of another shape"))
+            if keys
+        ]
+        raise WadiError(
+            f"Adapter {name!r} from {source} does not fit this model: {', '.join(told)}. Expected an adapter of the same "
+            "architecture, target layers and rank: give the teacher it was trained on."
+        )
+    for key, value in tensors.items():
+        own[key].copy_(value)
+
+
+def load(model: nn.Module, folder: Path, name: str) -> None:
+    """Attach the adapter of ``folder`` to ``model`` as ``name``.
+
+    Raises:
+        WadiError: if the folder is damaged or the adapter belongs to another architecture (which keys).
+    """
+    from peft import PeftConfig
+
+    _, tensors = read(folder)
+    layers = {key.removeprefix(_PREFIX).rsplit(".lorad_", 1)[0] for key in tensors}
+    if lost := sorted(layers - {layer for layer, _ in model.named_modules()}):
+        raise WadiError(
+            f"Adapter {str(folder)!r} is for another architecture: this model has no layer {lost[0]!r}"
+            f"{f' and {len(lost) - 1} more' if len(lost) > 1 else ''}. Expected the teacher it was trained on."
+        )
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    attach(model, name, config)
+    restore(model, name, tensors, repr(str(folder)))

@@ -1,0 +1,6 @@
+"""Model families, one file each, behind one contract (`wadi.backbones.base.Backbone`)."""
+
+from wadi.backbones.base import Backbone, Condition
+from wadi.backbones.loading import from_pipeline, load_pipeline
+
+__all__ = ["Backbone", "Condition", "from_pipeline", "load_pipeline"]

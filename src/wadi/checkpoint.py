@@ -1,0 +1,165 @@
+"""Save and resume, whole or not at all, without pickle.
+
+A checkpoint is a folder ``step-N``: ``student/`` and ``fake/`` (adapter folders), ``training.safetensors`` (both optimisers'
+moments, the moving average, the generator's state), ``state.json`` (step, position in the data, scalers, fingerprint of the
+teacher) and ``manifest.json`` (SHA-256 of every file). It is filled under a temporary name and renamed, so a folder ``step-N``
+is complete or was altered afterwards, which the manifest tells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from wadi import adapters
+from wadi.errors import WadiError
+from wadi.files import sha256, whole_folder
+
+
+@dataclass
+class TrainState:
+    """What a run is at a step, besides its config and its frozen weights."""
+
+    network: nn.Module
+    optimizers: dict[str, Optimizer]  # by role; each holds adapters.parameters(network, role) in order
+    scalers: dict[str, Any]  # torch.amp.GradScaler by role
+    generator: torch.Generator
+    ema: dict[str, Tensor] = field(default_factory=dict)  # of the student's angles, by adapters.state_dict's names
+    step: int = 0
+    drawn: int = 0  # prompts drawn so far
+    skipped: int = 0  # steps with a non-finite gradient, in all
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0  # wall-clock time in the loop
+
+
+COUNTERS = ("step", "drawn", "skipped", "skipped_in_a_row", "seconds")
+
+
+def fingerprint(network: nn.Module) -> str:
+    """A short hash of a network's weights: names, shapes and the first values of each, adapters left out."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        if "lorad_" not in name:
+            head = tensor.flatten()[:64].float().cpu().numpy().tobytes()
+            digest.update(f"{name.replace('.base_layer', '')}{tuple(tensor.shape)}".encode() + head)
+    return digest.hexdigest()[:16]
+
+
+def _training_tensors(state: TrainState) -> dict[str, Tensor]:
+    tensors = {"generator": state.generator.get_state()}
+    for role, optimizer in state.optimizers.items():
+        for index, moments in optimizer.state_dict()["state"].items():
+            for name, value in moments.items():
+                tensors[f"{role}.{index}.{name}"] = torch.as_tensor(value)
+    tensors.update({f"ema.{key}": value for key, value in state.ema.items()})
+    return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+
+
+def save(folder: Path, state: TrainState, teacher: str, keep: int) -> Path:
+    """Write ``folder/step-N`` and then remove all but the newest ``keep``.
+
+    Args:
+        teacher: fingerprint of the frozen weights.
+    Raises:
+        WadiError: if the disk is full or the folder is not writable; earlier checkpoints stay.
+    """
+    from safetensors.torch import save_file
+
+    target = folder / f"step-{state.step:07d}"
+    with whole_folder(target) as temporary:
+        for role in state.optimizers:
+            (temporary / role).mkdir()
+            adapters.write(state.network, role, temporary / role)
+        save_file(_training_tensors(state), temporary / "training.safetensors")
+        plain = {name: getattr(state, name) for name in COUNTERS}
+        plain["scalers"] = {role: scaler.state_dict() for role, scaler in state.scalers.items()}
+        plain["teacher"] = teacher
+        (temporary / "state.json").write_text(json.dumps(plain, indent=2))
+        files = sorted(file for file in temporary.rglob("*") if file.is_file())
+        manifest = {file.relative_to(temporary).as_posix(): sha256(file) for file in files}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    for old in _all(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def _all(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first; temporary names are not among them."""
+    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name, digest in manifest.items():
+            if sha256(path / name) != digest:
+                return f"{name} is truncated or altered"
+    except (OSError, ValueError) as error:
+        return f"{getattr(error, 'filename', None) or 'manifest.json'} cannot be read"
+    return None
+
+
+def latest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest intact checkpoint, and one line for each newer one that is damaged.
+
+    Raises:
+        WadiError: if there are checkpoints and none is intact.
+    """
+    found, complaints = _all(folder), []
+    for path in reversed(found):
+        trouble = damage(path)
+        if trouble is None:
+            return path, complaints
+        complaints.append(f"Checkpoint {str(path)!r} is damaged ({trouble}) and was passed over.")
+    if complaints:
+        raise WadiError(
+            f"No checkpoint in {str(folder)!r} is intact: {complaints[0]} Expected the files as they were written: restore "
+            "them from a copy, or delete the folder to start the run anew."
+        )
+    return None, []
+
+
+def load(path: Path, state: TrainState, teacher: str) -> None:
+    """Put ``state`` where the checkpoint left it, to the bit.
+
+    Raises:
+        WadiError: if the checkpoint was made on other frozen weights or another architecture.
+    """
+    from safetensors.torch import load_file
+
+    plain = json.loads((path / "state.json").read_text())
+    if plain["teacher"] != teacher:
+        raise WadiError(
+            f"Checkpoint {str(path)!r} was made on a teacher with fingerprint {plain['teacher']}; this teacher has {teacher}. "
+            "Expected the same weights: give the original teacher, or another --out."
+        )
+    tensors = load_file(path / "training.safetensors")
+    for role, optimizer in state.optimizers.items():
+        _, saved = adapters.read(path / role)
+        adapters.restore(state.network, role, saved, repr(str(path)))
+        _restore_optimizer(optimizer, role, tensors)
+        state.scalers[role].load_state_dict(plain["scalers"][role])
+    for key, value in state.ema.items():
+        value.copy_(tensors[f"ema.{key}"])
+    state.generator.set_state(tensors["generator"])
+    for name in COUNTERS:
+        setattr(state, name, plain[name])
+
+
+def _restore_optimizer(optimizer: Optimizer, role: str, tensors: dict[str, Tensor]) -> None:
+    restored = optimizer.state_dict()
+    restored["state"] = {}
+    for key, value in tensors.items():
+        if key.startswith(f"{role}."):
+            _, index, name = key.split(".")
+            restored["state"].setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict(restored)

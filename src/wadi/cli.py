@@ -1,0 +1,255 @@
+"""The command line. ``wadi --help`` imports neither torch nor an argument parser's machinery: each command does, on use."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wadi.errors import WadiError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+    from wadi.config import DistillConfig
+
+BAD_INPUT = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 on bad input (one line on stderr), 128 + n after a stop by signal n."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0 if arguments else BAD_INPUT
+    if arguments[0] == "--version":
+        from wadi import __version__
+
+        print(f"wadi {__version__}")
+        return 0
+    try:
+        if arguments[0] not in COMMANDS:
+            raise WadiError(f"There is no command {arguments[0]!r}. Expected one of {', '.join(COMMANDS)}: see `wadi --help`.")
+        return COMMANDS[arguments[0]][1](arguments[1:])
+    except WadiError as error:
+        print(f"wadi: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("wadi: interrupted.", file=sys.stderr)
+        return 130
+
+
+def overview() -> str:
+    """What ``wadi --help`` prints."""
+    commands = "\n".join(f"  {name:<10} {summary}" for name, (summary, _) in COMMANDS.items())
+    return (
+        "usage: wadi COMMAND [options]    (wadi COMMAND --help tells them)\n\n"
+        "One-step text-to-image generators from diffusers pipelines, by training rotation angles only.\n\n"
+        f"{commands}\n\n"
+        "Bad input ends with one line and exit code 2. `wadi --version` prints the version."
+    )
+
+
+def _parser(command: str) -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    return ArgumentParser(prog=f"wadi {command}", description=COMMANDS[command][0], exit_on_error=False)
+
+
+def _parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
+    from jsonargparse import ArgumentError
+
+    try:
+        return parser.parse_args(list(argv))
+    except ArgumentError as error:
+        raise WadiError(f"{error.message if hasattr(error, 'message') else error} See `{parser.prog} --help`.") from error
+
+
+# --- distill ----------------------------------------------------------------------------------------------------------------
+
+
+def distill_config(argv: Sequence[str]) -> tuple[DistillConfig, bool]:
+    """``(config, dry_run)`` of a ``distill`` command line: the preset, then YAML files, then flags; later ones win."""
+    from jsonargparse import ActionConfigFile
+
+    from wadi.config import DistillConfig, flatten, from_dict, to_dict
+    from wadi.presets import PRESETS, preset
+
+    parser = _parser("distill")
+    parser.add_argument("--preset", default=None, help=f"settings to start from: {', '.join(PRESETS)}")
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML or JSON file with some of the settings below")
+    parser.add_argument("--dry_run", action="store_true", help="print the resolved settings and stop")
+    parser.add_class_arguments(DistillConfig)
+    first = _value_of("--preset", argv)
+    if first is not None:
+        parser.set_defaults(flatten(to_dict(preset(first))))
+    values = _parse(parser, argv).as_dict()
+    dry_run = bool(values.pop("dry_run"))
+    for name in ("config", "preset"):
+        values.pop(name)
+    config = from_dict(values)
+    for name in ("teacher", "prompts", "out"):
+        if not getattr(config, name):
+            raise WadiError(f"--{name} is missing. Expected it from the command line, --config or --preset.")
+    return config, dry_run
+
+
+def _value_of(flag: str, argv: Sequence[str]) -> str | None:
+    """The last value given for ``flag``, as ``--flag value`` or ``--flag=value``."""
+    found = None
+    for word, following in zip(argv, [*argv[1:], None], strict=True):
+        if word == flag:
+            found = following
+        elif word.startswith(flag + "="):
+            found = word.partition("=")[2]
+    return found
+
+
+def _distill(argv: Sequence[str]) -> int:
+    config, dry_run = distill_config(argv)
+    if dry_run:
+        import yaml
+
+        from wadi.config import to_dict
+
+        print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
+        return 0
+    from wadi.report import write_report
+    from wadi.train import Interrupted, distill
+
+    try:
+        folder = distill(config)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.signal
+    report = write_report(folder)
+    newest = max((folder / "samples").glob("step-*.png"))
+    print(f"picture  {newest}\nreport   {report}\nstudent  {folder / 'student'}")
+    return 0
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------------
+
+
+def _generate(argv: Sequence[str]) -> int:
+    parser = _parser("generate")
+    parser.add_argument("prompt", nargs="?", default=None, help="what to draw")
+    parser.add_argument("--prompts", default=None, help="text file with one prompt a line; --out is then a folder")
+    parser.add_argument("--out", type=str, default="wadi.png", help="picture, or folder for a prompts file")
+    parser.add_argument("--run", type=str, default=None, help="folder of a run or of an exported pipeline")
+    parser.add_argument("--adapter", type=str, default=None, help="folder of a student's adapter")
+    parser.add_argument("--teacher", type=str, default=None, help="pipeline folder or Hub id that the rotation is applied to")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture; later ones count up")
+    parser.add_argument("--count", type=int, default=1, help="pictures per prompt")
+    parser.add_argument("--batch", type=int, default=8, help="pictures drawn at once; does not change them")
+    parser.add_argument("--dtype", type=str, default="float32", help="float32, bfloat16 or float16")
+    parser.add_argument("--device", type=str, default=None, help="cpu, cuda, cuda:1, ...; default: the best there is")
+    parser.add_argument("--compare", action="store_true", help="put the teacher's many-step pictures beside, with both times")
+    parser.add_argument("--steps", type=int, default=25, help="steps of the teacher with --compare")
+    parser.add_argument("--guidance_scale", type=float, default=2.0, help="guidance of the teacher with --compare")
+    args = _parse(parser, argv)
+    prompts = _prompts(args)
+    from wadi.generate import compare, generate
+    from wadi.images import save_png
+
+    student = _student(args)
+    out = Path(args.out)
+    if not args.compare:
+        paths, drawn = generate(student, prompts, out, args.seed, args.count, args.batch, folder=args.prompts is not None)
+        print(f"{len(paths)} picture(s), {drawn.ms_per_image:.0f} ms each: {out}")
+        return 0
+    if args.count < 1 or args.steps < 1:
+        raise WadiError(f"--count is {args.count} and --steps is {args.steps}. Expected both at least 1.")
+    wanted = [(prompt, args.seed + i) for i, prompt in enumerate(p for p in prompts for _ in range(args.count))]
+    teacher = _teacher(args)
+    columns, seeds = [prompt for prompt, _ in wanted], [seed for _, seed in wanted]
+    picture, slow, fast = compare(student, teacher, columns, seeds, args.steps, args.guidance_scale)
+    target = out / "compare.png" if args.prompts is not None else out
+    save_png(picture, target)
+    print(f"teacher {slow:.0f} ms, student {fast:.0f} ms per picture, {slow / fast:.1f} times as fast: {target}")
+    return 0
+
+
+def _prompts(args: Namespace) -> list[str]:
+    from wadi.data.prompts import read_prompts
+    from wadi.embedded import resolve_prompts
+
+    if (args.prompt is None) == (args.prompts is None):
+        raise WadiError("Expected either a prompt or --prompts FILE, and received " + ("both." if args.prompt else "neither."))
+    return [args.prompt] if args.prompt is not None else read_prompts(resolve_prompts(args.prompts))
+
+
+def _place(args: Namespace) -> dict[str, Any]:
+    import torch
+
+    from wadi.device import find_device
+
+    if args.dtype not in ("float32", "bfloat16", "float16"):
+        raise WadiError(f"--dtype is {args.dtype!r}. Expected float32, bfloat16 or float16.")
+    return {"dtype": getattr(torch, args.dtype), "device": find_device(args.device)}
+
+
+def _student(args: Namespace) -> Any:
+    from wadi.generate import load
+
+    return load(args.run, adapter=args.adapter, teacher=args.teacher, **_place(args))
+
+
+def _teacher(args: Namespace) -> Any:
+    from wadi.generate import teacher_of
+
+    return teacher_of(args.run, adapter=args.adapter, teacher=args.teacher, **_place(args))
+
+
+def _export(argv: Sequence[str]) -> int:
+    parser = _parser("export")
+    parser.add_argument("--run", type=str, default=None, help="folder of a run; default: the embedded student")
+    parser.add_argument("--adapter", type=str, default=None, help="folder of a student's adapter")
+    parser.add_argument("--teacher", type=str, default=None, help="pipeline folder or Hub id that the rotation is applied to")
+    parser.add_argument("--out", type=str, required=True, help="folder to write; must not exist")
+    parser.add_argument("--dtype", type=str, default="float32", help="float32, bfloat16 or float16")
+    parser.add_argument("--device", type=str, default="cpu", help="where to merge")
+    args = _parse(parser, argv)
+    from wadi.files import whole_folder
+
+    out = Path(args.out)
+    if out.exists():
+        raise WadiError(f"--out {str(out)!r} exists. Expected a new folder: choose another name.")
+    student = _student(args)
+    with whole_folder(out) as folder:
+        student.save_pretrained(folder)
+    print(f"{out}: DiffusionPipeline.from_pretrained({str(out)!r})(prompt, num_inference_steps=1, guidance_scale=0.0)")
+    return 0
+
+
+def _report(argv: Sequence[str]) -> int:
+    parser = _parser("report")
+    parser.add_argument("run", help="folder of a run")
+    args = _parse(parser, argv)
+    from wadi.report import write_report
+
+    print(write_report(Path(args.run)))
+    return 0
+
+
+def _zoo(argv: Sequence[str]) -> int:
+    from wadi.zoo.command import run
+
+    return run(argv)
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
+    "distill": (
+        "train a one-step student of a teacher; the same command continues an interrupted run",
+        _distill,
+    ),
+    "generate": ("draw pictures in one step", _generate),
+    "export": ("write a one-step pipeline that loads without this package", _export),
+    "report": ("write a run's report.html", _report),
+    "zoo": ("the embedded teacher: train, measure", _zoo),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,293 @@
+"""Settings of a distillation run: frozen dataclasses, presets, YAML in and out. No torch import.
+
+A *step* is one update of the student. Timesteps are the schedule's own, in ``[0, T)``; angles are in radians; learning rates
+are AdamW's. ``guidance_scale`` is diffusers' convention: ``uncond + w (cond - uncond)``, so 1 means no guidance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from wadi.errors import WadiError
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The one-step generator: a LoRaD adapter of large rank.
+
+    Args:
+        rank: rank of the angles ``Theta = A @ B``.
+        target_modules: regular expression over module names of the layers that get angles; null = the family's default.
+        timestep: the timestep ``t*`` at which the student is asked; null = the last of the schedule, ``T - 1``.
+        lr: learning rate.
+        weighting: of the distillation gradient; 'sigma2' is the paper's ``sigma_t^2 (eps_real - eps_fake)``, 'dmd' divides
+            the distance of the two predicted images by the mean absolute error of the teacher's (DMD, eq. 8).
+        ema: decay of the exponential moving average of the angles, which is then what is saved; 0 = none.
+    """
+
+    rank: int = 256
+    target_modules: str | None = None
+    timestep: int | None = None
+    lr: float = 1e-4
+    weighting: Literal["sigma2", "dmd"] = "sigma2"
+    ema: float = 0.0
+
+
+@dataclass(frozen=True)
+class FakeConfig:
+    """The fake model: a LoRaD adapter of small rank that learns to denoise the student's images.
+
+    Args:
+        rank: rank of the angles.
+        target_modules: regular expression over module names; null = the family's default.
+        lr: learning rate.
+        guidance_scale: guidance of the fake model in the distillation gradient; 1 = none (and one pass less).
+        updates: updates of the fake model per step, each on the step's images with fresh noise and timesteps.
+        weighting: of the denoising loss; 'alpha2' is the paper's ``(alpha_t eps_fake - alpha_t noise)^2``, 'none' is the
+            plain error of the network's own prediction.
+        null_probability: share of the prompts that are replaced by the null prompt.
+    """
+
+    rank: int = 32
+    target_modules: str | None = None
+    lr: float = 1e-2
+    guidance_scale: float = 1.5
+    updates: int = 1
+    weighting: Literal["alpha2", "none"] = "alpha2"
+    null_probability: float = 0.1
+
+
+@dataclass(frozen=True)
+class WarmStartConfig:
+    """Before distillation the student may regress on the teacher's own few-step samples from the same noise. Off by default.
+
+    Args:
+        pairs: number of (noise, teacher's sample) pairs made at the start; 0 = no warm start.
+        sampler_steps: steps of the teacher's deterministic sampler per pair.
+        guidance_scale: guidance of those samples.
+        steps: regression steps before distillation begins, counted within the run's ``steps``.
+        fake_steps: steps after those in which only the fake model learns, on the warmed student's images: a cold fake model
+            would undo the start.
+        weight: weight at which the regression loss is kept beside the distillation loss afterwards.
+    """
+
+    pairs: int = 0
+    sampler_steps: int = 12
+    guidance_scale: float = 2.0
+    steps: int = 0
+    fake_steps: int = 0
+    weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Everything a run can be repeated from.
+
+    Args:
+        teacher: diffusers pipeline folder, Hub id, or 'zoo' for the embedded teacher.
+        prompts: text file with one prompt a line, or 'zoo' for the embedded teacher's captions.
+        out: folder of the run.
+        steps: length of the run in updates of the student.
+        batch: images per step and process.
+        seed: of initial angles, prompts, noise and timesteps.
+        dtype: of the frozen weights; angles, their optimisers and the schedule are float32 always.
+        device: 'cpu', 'cuda', 'cuda:1', ...; null = what accelerate finds.
+        guidance_scale: guidance of the teacher in the distillation gradient.
+        t_range: timesteps of the distillation gradient, as fractions of ``T``.
+        lr_schedule: of both learning rates; 'cosine' falls to a tenth, after ``lr_warmup`` steps of linear rise.
+        lr_warmup: see ``lr_schedule``.
+        betas: AdamW's.
+        weight_decay: AdamW's.
+        clip: largest norm of the gradient of all angles of a role.
+        max_skipped: the run stops after this many steps in a row with a non-finite gradient.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        recompute: rebuild rotated weights in the backward pass instead of keeping them.
+        sample_every: steps between sample grids; 0 = at start and end only.
+        sample_prompts: prompts of the grids; empty = the first of the prompts file.
+        sample_seeds: images per prompt in the grids, and in the measure of diversity.
+        teacher_steps: steps of the teacher's sampler in the grids.
+        teacher_guidance_scale: guidance of the teacher in the grids.
+        checkpoint_every: steps between checkpoints; 0 = at the end only.
+        keep_checkpoints: how many to keep.
+        tracker: an accelerate tracker to report to beside stats.jsonl ('tensorboard', 'wandb', ...); null = none.
+    """
+
+    teacher: str = ""
+    prompts: str = ""
+    out: str = ""
+    steps: int = 10_000
+    batch: int = 16
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str | None = None
+    student: StudentConfig = field(default_factory=StudentConfig)
+    fake: FakeConfig = field(default_factory=FakeConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    guidance_scale: float = 1.5
+    t_range: tuple[float, float] = (0.02, 0.98)
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    lr_warmup: int = 0
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    max_skipped: int = 20
+    gradient_checkpointing: bool = False
+    recompute: bool = False
+    sample_every: int = 500
+    sample_prompts: tuple[str, ...] = ()
+    sample_seeds: int = 4
+    teacher_steps: int = 25
+    teacher_guidance_scale: float = 3.0
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    tracker: str | None = None
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+# Settings that may differ when a run is resumed: none of them enters the mathematics.
+BOOKKEEPING = frozenset({"out", "sample_every", "checkpoint_every", "keep_checkpoints", "tracker", "device"})
+
+
+def _check(config: DistillConfig) -> None:
+    """Ranges that the types do not tell; one WadiError naming the first that fails."""
+    student, fake, warm = config.student, config.fake, config.warm_start
+    rules = [
+        ("student.rank", student.rank, student.rank >= 1, "at least 1"),
+        ("fake.rank", fake.rank, fake.rank >= 1, "at least 1"),
+        (
+            "student.timestep",
+            student.timestep,
+            student.timestep is None or student.timestep >= 1,
+            "null or at least 1",
+        ),
+        ("student.ema", student.ema, 0 <= student.ema < 1, "in [0, 1)"),
+        ("student.lr", student.lr, student.lr > 0, "above 0"),
+        ("fake.lr", fake.lr, fake.lr > 0, "above 0"),
+        ("fake.updates", fake.updates, fake.updates >= 1, "at least 1"),
+        ("fake.null_probability", fake.null_probability, 0 <= fake.null_probability <= 1, "in [0, 1]"),
+        ("steps", config.steps, config.steps >= 1, "at least 1"),
+        ("batch", config.batch, config.batch >= 1, "at least 1"),
+        ("t_range", config.t_range, 0 <= config.t_range[0] < config.t_range[1] <= 1, "0 <= low < high <= 1"),
+        ("clip", config.clip, config.clip > 0, "above 0"),
+        ("max_skipped", config.max_skipped, config.max_skipped >= 1, "at least 1"),
+        ("sample_every", config.sample_every, config.sample_every >= 0, "at least 0"),
+        ("sample_seeds", config.sample_seeds, config.sample_seeds >= 1, "at least 1"),
+        ("teacher_steps", config.teacher_steps, config.teacher_steps >= 1, "at least 1"),
+        ("checkpoint_every", config.checkpoint_every, config.checkpoint_every >= 0, "at least 0"),
+        ("keep_checkpoints", config.keep_checkpoints, config.keep_checkpoints >= 1, "at least 1"),
+        ("lr_warmup", config.lr_warmup, config.lr_warmup >= 0, "at least 0"),
+        ("warm_start.pairs", warm.pairs, warm.pairs >= 0, "at least 0"),
+        ("warm_start.sampler_steps", warm.sampler_steps, warm.sampler_steps >= 1, "at least 1"),
+        ("warm_start.weight", warm.weight, warm.weight >= 0, "at least 0"),
+        (
+            "warm_start.steps",
+            warm.steps,
+            warm.steps >= 0 and (warm.pairs > 0 or warm.steps == 0),
+            "at least 0, with warm_start.pairs above 0",
+        ),
+    ]
+    for name, value, holds, expected in rules:
+        if not holds:
+            raise WadiError(f"{name} is {value!r}. Expected {expected}: set --{name}.")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain dictionaries, lists and scalars, as YAML and JSON hold them."""
+    plain: dict[str, Any] = {}
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        if dataclasses.is_dataclass(value):
+            value = to_dict(value)
+        plain[entry.name] = list(value) if isinstance(value, tuple) else value
+    return plain
+
+
+def from_dict(values: Mapping[str, Any], cls: Any = DistillConfig, prefix: str = "") -> Any:
+    """A config from nested dictionaries; what is left out takes its default.
+
+    Raises:
+        WadiError: on an unknown key (the nearest known one is named) or a value of another type.
+    """
+    hints = get_type_hints(cls)
+    arguments = {}
+    for key, value in values.items():
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            raise WadiError(
+                f"Unknown setting {prefix + key!r}. Expected one of {', '.join(sorted(hints))}."
+                + (f" Did you mean {prefix + near[0]!r}?" if near else "")
+            )
+        arguments[key] = _convert(value, hints[key], prefix + key)
+    return cls(**arguments)
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    """``value`` as read from YAML to the annotated type; numbers widen from int to float, lists become tuples."""
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return from_dict(value, hint, name + ".")
+    options = get_args(hint)
+    if get_origin(hint) is Literal:
+        if value in options:
+            return value
+    elif get_origin(hint) is tuple and isinstance(value, (list, tuple)):
+        inner = [options[0]] * len(value) if options[-1] is Ellipsis else list(options)
+        if len(inner) == len(value):
+            return tuple(_convert(v, h, f"{name}[{i}]") for i, (v, h) in enumerate(zip(value, inner, strict=True)))
+    elif type(None) in options:  # X | None
+        return None if value is None else _convert(value, options[0], name)
+    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    expected = getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")
+    raise WadiError(f"{name} is {value!r}. Expected {expected}: correct it in the configuration.")
+
+
+def save(config: DistillConfig, path: Path) -> None:
+    """Write the resolved config as YAML, whole or not at all."""
+    import yaml
+
+    from wadi.files import write_whole
+
+    write_whole(path, yaml.safe_dump(to_dict(config), sort_keys=False).encode())
+
+
+def load(path: Path) -> DistillConfig:
+    """Read a config written by `save`, or any YAML/JSON file with some of the settings.
+
+    Raises:
+        WadiError: if the file is missing, is no YAML mapping, or holds an unknown or ill-typed setting.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise WadiError(f"Config {str(path)!r} cannot be read: {str(error).splitlines()[0]}. Expected a YAML file.") from error
+    if not isinstance(values, dict):
+        raise WadiError(f"Config {str(path)!r} holds {type(values).__name__}. Expected a mapping of settings.")
+    return from_dict(values)
+
+
+def differences(old: DistillConfig, new: DistillConfig) -> list[str]:
+    """Settings in which two configs differ and that matter to a run's result, as ``name: old -> new`` lines."""
+    before, after = flatten(to_dict(old)), flatten(to_dict(new))
+    return [f"{k}: {before[k]!r} -> {after[k]!r}" for k in after if k not in BOOKKEEPING and before[k] != after[k]]
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,217 @@
+"""One-step images from a run, an adapter or an export: an ordinary diffusers pipeline, and pictures from it."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from wadi import adapters, config, images
+from wadi.backbones import from_pipeline, load_pipeline
+from wadi.embedded import embedded, resolve_teacher
+from wadi.errors import WadiError
+from wadi.progress import progress
+from wadi.sampling import one_step_scheduler
+
+SEEDS = 2**63  # torch generators take seeds below this
+
+
+def load(
+    run: str | Path | None = None,
+    *,
+    adapter: str | Path | None = None,
+    teacher: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Any:
+    """A diffusers pipeline whose plain call ``pipe(prompt, num_inference_steps=1, guidance_scale=0.0)`` is the one-step image.
+
+    The rotation is merged into the weights and the scheduler ends at the student's timestep: nothing of this package is
+    needed to use the pipeline, or what its ``save_pretrained`` writes.
+
+    Args:
+        run: folder of a run, or of an exported one-step pipeline; None with no ``adapter`` = the embedded student.
+        adapter: folder of a student's adapter, with ``teacher`` if not the one it names.
+        teacher: pipeline folder or Hub id that the rotation is applied to.
+    Raises:
+        WadiError: if a folder is not what it should be, or adapter and teacher do not fit.
+    """
+    if run is not None and (Path(run) / "model_index.json").is_file() and adapter is None:
+        return load_pipeline(run, dtype, device)
+    folder, base = _locate(run, adapter, teacher)
+    timestep = _about(folder)["timestep"]
+    pipeline = load_pipeline(base, dtype, device)
+    backbone = from_pipeline(pipeline)
+    adapters.refuse_adapted(backbone.network)
+    adapters.load(backbone.network, folder, "student")
+    adapters.fuse(backbone.network, "student")
+    pipeline.scheduler = one_step_scheduler(backbone, timestep)
+    return pipeline
+
+
+def teacher_of(
+    run: str | Path | None = None,
+    *,
+    adapter: str | Path | None = None,
+    teacher: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Any:
+    """The many-step pipeline behind a student, with the family's deterministic sampler; arguments as of `load`."""
+    pipeline = load_pipeline(_locate(run, adapter, teacher)[1], dtype, device)
+    pipeline.scheduler = from_pipeline(pipeline).sampler()
+    return pipeline
+
+
+def _locate(run: str | Path | None, adapter: str | Path | None, teacher: str | Path | None) -> tuple[Path, str]:
+    """``(adapter folder, teacher's path or Hub id)`` of what a caller names."""
+    if run is not None and adapter is not None:
+        raise WadiError("Received both a run and an adapter. Expected one of them.")
+    if run is not None:
+        settings = Path(run) / "config.yaml"
+        if not settings.is_file():
+            raise WadiError(
+                f"{str(run)!r} is no run: it holds no config.yaml. Expected the --out of `wadi distill`, or (to draw from) a "
+                "folder written by `wadi export`."
+            )
+        folder, named = Path(run) / "student", config.load(settings).teacher
+        if not folder.is_dir():
+            raise WadiError(f"Run {str(run)!r} has saved no student yet. Expected a finished or interrupted run.")
+    else:
+        folder = Path(adapter) if adapter is not None else embedded("student")
+        named = _about(folder).get("teacher", "zoo")
+    return folder, resolve_teacher(str(teacher or named))
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """What a student's adapter folder says of it (``wadi.json``)."""
+    adapters.read(folder)  # complain about the adapter before anything else
+    try:
+        about = json.loads((folder / "wadi.json").read_text(encoding="utf-8"))
+        if not isinstance(about.get("timestep"), int):
+            raise ValueError("no whole number under 'timestep'")
+    except (OSError, ValueError, AttributeError) as error:
+        raise WadiError(
+            f"Adapter {str(folder)!r} does not say at which timestep its student is asked ({error}). Expected wadi.json with a "
+            "'timestep' beside the weights, as `wadi distill` writes it."
+        ) from error
+    return about
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures in the order of the prompts, and the median milliseconds per picture over batches."""
+
+    pictures: list[Image.Image]
+    ms_per_image: float
+
+
+def draw(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int = 1,
+    guidance_scale: float = 0.0,
+    batch: int = 8,
+) -> Drawn:
+    """One picture per prompt and seed, each from noise of its own seed: batches and neighbours do not enter.
+
+    Raises:
+        WadiError: if a seed is out of range or nothing is asked for.
+    """
+    if not prompts or len(prompts) != len(seeds):
+        raise WadiError(f"Received {len(prompts)} prompts and {len(seeds)} seeds. Expected at least one, and as many of each.")
+    if not all(0 <= seed < SEEDS for seed in seeds):
+        raise WadiError(f"Seeds run from {min(seeds)} to {max(seeds)}. Expected whole numbers from 0 to 2^63 - 1.")
+    pictures: list[Image.Image] = []
+    times = []
+    with progress("drawing", len(prompts), quiet=len(prompts) <= batch) as bar:
+        for first in range(0, len(prompts), batch):
+            part = slice(first, first + batch)
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+            start = time.perf_counter()
+            drawn = pipeline(
+                prompt=list(prompts[part]),
+                generator=generators,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+            ).images
+            times.append(1000 * (time.perf_counter() - start) / len(drawn))
+            pictures += drawn
+            bar.advance(by=len(drawn))
+    return Drawn(pictures, sorted(times)[len(times) // 2])
+
+
+def file_name(index: int, prompt: str, seed: int) -> str:
+    """``00003-red-apple-7.png``: a name any file system takes, whatever the prompt."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-")
+    return f"{index:05d}-{words or 'prompt'}-{seed}.png"
+
+
+def generate(
+    pipeline: Any,
+    prompts: Sequence[str],
+    out: Path,
+    seed: int = 0,
+    count: int = 1,
+    batch: int = 8,
+    folder: bool = False,
+) -> tuple[list[Path], Drawn]:
+    """Draw ``count`` pictures of each prompt with consecutive seeds and write them.
+
+    With ``folder`` every picture goes into ``out`` under a name of its own. Otherwise ``out`` is the picture, or for several a
+    grid of them with the single ones beside it.
+
+    Raises:
+        WadiError: if count or seed is out of range, or ``out`` cannot be written.
+    """
+    if count < 1:
+        raise WadiError(f"count is {count}. Expected at least 1.")
+    wanted = [(prompt, seed + i) for i, prompt in enumerate(p for p in prompts for _ in range(count))]
+    drawn = draw(pipeline, [prompt for prompt, _ in wanted], [number for _, number in wanted], batch=batch)
+    if folder:
+        paths = [out / file_name(i, prompt, number) for i, (prompt, number) in enumerate(wanted)]
+    elif len(wanted) == 1:
+        paths = [out]
+    else:
+        paths = [out.with_name(f"{out.stem}-{number}{out.suffix or '.png'}") for _, number in wanted]
+        images.save_png(images.grid([drawn.pictures], [""], scale=enlargement(drawn.pictures[0])), out)
+    for picture, path in zip(drawn.pictures, paths, strict=True):
+        images.save_png(picture, path)
+    return paths, drawn
+
+
+def compare(
+    student: Any,
+    teacher: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    guidance_scale: float,
+) -> tuple[Image.Image, float, float]:
+    """Teacher in many steps above student in one, from the same noise: ``(picture, teacher's ms, student's ms)`` per image."""
+    for pipeline, warm_steps in (
+        (teacher, 1),
+        (student, 1),
+    ):  # first calls pay for set-up that later ones do not
+        draw(pipeline, prompts[:1], seeds[:1], warm_steps)
+    slow = draw(teacher, prompts, seeds, steps, guidance_scale)
+    fast = draw(student, prompts, seeds)
+    labels = [
+        f"teacher\n{steps} steps\n{slow.ms_per_image:.0f} ms",
+        f"student\n1 step\n{fast.ms_per_image:.0f} ms",
+    ]
+    picture = images.grid([slow.pictures, fast.pictures], labels, prompts, enlargement(slow.pictures[0]))
+    return picture, slow.ms_per_image, fast.ms_per_image
+
+
+def enlargement(picture: Image.Image) -> int:
+    """Whole number that brings small pictures to about 128 pixels."""
+    return max(1, 128 // picture.width)

@@ -1,0 +1,95 @@
+"""Is the run well? The distillation loss does not say, so these do.
+
+Pure functions on what a step computed, and the warnings drawn from them, each with what to try.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from wadi import adapters
+
+BUCKETS = 4  # of timesteps, in quarters of the schedule
+LOW_DIVERSITY = 0.5  # same-prompt diversity below this share of the teacher's is called a collapse
+LOW_CONTRAST = 0.6  # likewise for the standard deviation over an image's pixels
+
+
+def distance_by_timestep(x0_real: Tensor, x0_fake: Tensor, t: Tensor, num_timesteps: int) -> dict[str, float]:
+    """RMS distance of the two predicted images, ``(B, ...)``, by quarter of the schedule; empty quarters are left out."""
+    distance = (x0_real - x0_fake).flatten(1).square().mean(1).sqrt()
+    bucket = (t.float() * BUCKETS / num_timesteps).long().clamp(0, BUCKETS - 1)
+    sums, counts = torch.zeros(2, BUCKETS, device=distance.device).unbind()
+    sums, counts = sums.index_add(0, bucket, distance), counts.index_add(0, bucket, torch.ones_like(distance))
+    pairs = zip(sums.tolist(), counts.tolist(), strict=True)
+    return {f"teacher_fake_distance_q{i + 1}": total / count for i, (total, count) in enumerate(pairs) if count}
+
+
+def angle_stats(network: nn.Module, role: str) -> dict[str, float]:
+    """RMS and largest absolute angle over all layers of a role, in radians, and the share above 1e-3."""
+    square = count = above = largest = 0.0
+    for _, theta in adapters.angles(network, role):
+        magnitude = theta.abs()
+        square += float(magnitude.square().sum())
+        above += float((magnitude > 1e-3).sum())
+        largest = max(largest, float(magnitude.max()))
+        count += theta.numel()
+    return {
+        f"{role}_angle_rms": (square / count) ** 0.5,
+        f"{role}_angle_max": largest,
+        f"{role}_angle_share_above_1e-3": above / count,
+    }
+
+
+def diversity(images: Tensor) -> float:
+    """Mean pairwise RMS distance among images of one prompt, averaged over prompts. ``(prompts, seeds, 3, h, w)`` in [0, 1]."""
+    seeds = images.shape[1]
+    if seeds < 2:
+        return float("nan")
+    flat = images.flatten(2)
+    distance = torch.cdist(flat, flat) / flat.shape[-1] ** 0.5
+    return float(distance.sum((1, 2)).mean() / (seeds * (seeds - 1)))
+
+
+def contrast(images: Tensor) -> float:
+    """Standard deviation over the pixels and channels of an image, averaged over images ``(..., 3, h, w)``."""
+    return float(images.flatten(-3).std(-1).mean())
+
+
+def warnings(stats: Mapping[str, float], history: Sequence[Mapping[str, float]]) -> list[str]:
+    """What looks wrong in the newest line of the statistics, each with what to try; empty when nothing does.
+
+    Args:
+        history: earlier lines, oldest first.
+    """
+    found = []
+    if stats.get("diversity_ratio", 1.0) < LOW_DIVERSITY:
+        found.append(
+            f"Same-prompt diversity is {stats['diversity_ratio']:.0%} of the teacher's: it is collapsing onto few images. "
+            "Try a lower student.lr, more fake.updates, a lower guidance_scale, or warm_start with a weight that is kept."
+        )
+    if stats.get("contrast_ratio", 1.0) < LOW_CONTRAST:
+        found.append(
+            f"Contrast is {stats['contrast_ratio']:.0%} of the teacher's: images are washing out. Try a lower fake.lr or "
+            "student.lr, and check student.timestep."
+        )
+    if stats.get("contrast_ratio", 1.0) > 1 / LOW_CONTRAST:
+        found.append(
+            f"Contrast is {stats['contrast_ratio']:.0%} of the teacher's: images are over-saturated. "
+            "Try a lower guidance_scale."
+        )
+    if stats.get("student_angle_max", 0.0) > 3.2:
+        found.append(
+            f"The student's largest angle is {stats['student_angle_max']:.1f} rad, past half a turn: rotations wrap around. "
+            "Try a lower student.lr."
+        )
+    recent = [line["loss_fake"] for line in history[-100:] if "loss_fake" in line]
+    older = [line["loss_fake"] for line in history[-400:-200] if "loss_fake" in line]
+    if len(recent) >= 100 and len(older) >= 100 and sum(recent) / len(recent) > 2 * sum(older) / len(older):
+        found.append(
+            "The fake model's loss has doubled over the last steps: it is losing track of the student. Try more fake.updates, "
+            "a lower fake.lr, or a lower student.lr."
+        )
+    return found

@@ -1,0 +1,135 @@
+"""The noising process of a diffusion model and its prediction types, in float32.
+
+A noised sample is ``x_t = alpha_t x0 + sigma_t eps`` with data ``x0`` and noise ``eps ~ N(0, I)``. A network predicts one of
+
+    epsilon     eps
+    v           alpha_t eps - sigma_t x0            (Salimans & Ho 2022)
+    sample      x0
+    velocity    eps - x0                            (rectified flow: d x_t / d sigma)
+
+and any of them, with ``x_t``, determines the others. Variance-preserving schedules read ``alpha_t`` from the table that came
+with the model; rectified flow has ``alpha = 1 - sigma`` and ``sigma = t / T``. Times ``t`` are what the network is fed,
+in ``[0, T)``, shape ``(B,)``; samples are ``(B, ...)``. Everything here is float32 (or float64, given float64) whatever the
+backbone's dtype: rounding ``alpha_t^2`` to bfloat16 first is off by up to a quarter in ``sigma_t^2`` at early timesteps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from wadi.errors import WadiError
+
+Prediction = Literal["epsilon", "v_prediction", "sample", "velocity"]
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """Shape ``(B,)`` to ``(B, 1, ..., 1)``, so that it broadcasts over samples ``like`` of shape ``(B, ...)``."""
+    return values.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+@dataclass(frozen=True, eq=False)
+class Process:
+    """``alpha(t)``, ``sigma(t)`` and the conversions between prediction types.
+
+    Args:
+        prediction: what the network predicts.
+        num_timesteps: ``T``, the number of training timesteps.
+        alphas: table of ``alpha_t``, shape ``(T,)``, float32, for a variance-preserving schedule; None for rectified flow.
+    """
+
+    prediction: Prediction
+    num_timesteps: int
+    alphas: Tensor | None = None
+
+    @classmethod
+    def from_scheduler(cls, scheduler: object) -> Process:
+        """Read the process off the diffusers scheduler that came with a model.
+
+        Raises:
+            WadiError: if the scheduler is neither variance preserving nor flow matching, or its prediction type is unknown.
+        """
+        config = scheduler.config  # type: ignore[attr-defined]
+        steps = int(config.num_train_timesteps)
+        if "FlowMatch" in type(scheduler).__name__ or config.get("prediction_type") == "flow_prediction":
+            return cls("velocity", steps)
+        cumprod = getattr(scheduler, "alphas_cumprod", None)
+        if cumprod is None:
+            raise WadiError(
+                f"The teacher's scheduler is {type(scheduler).__name__}, which has neither alphas_cumprod nor flow sigmas. "
+                "Expected a variance-preserving scheduler (DDPM, DDIM, PNDM, DPM-Solver, Euler, ...) or a FlowMatch one: "
+                "save the pipeline with one of these."
+            )
+        prediction = config.get("prediction_type", "epsilon")
+        if prediction not in get_args(Prediction):
+            raise WadiError(
+                f"The teacher's scheduler has prediction_type={prediction!r}. Expected one of {get_args(Prediction)}: "
+                "set the type the network was trained with in scheduler/scheduler_config.json."
+            )
+        return cls(prediction, steps, torch.as_tensor(cumprod).double().sqrt().float())
+
+    def _alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        if self.alphas is None:
+            sigma = t.float() / self.num_timesteps
+            return 1 - sigma, sigma
+        alpha = self.alphas.to(t.device)[t.long()]
+        # 1 - alpha^2 cancels near t = 0: in float64 the table's own rounding is all that is left.
+        return alpha, (1 - alpha.double() ** 2).sqrt().float()
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """``alpha_t``, shape ``(B,)``, float32."""
+        return self._alpha_sigma(t)[0]
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """``sigma_t``, shape ``(B,)``, float32."""
+        return self._alpha_sigma(t)[1]
+
+    def _broadcast(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        alpha, sigma = self._alpha_sigma(t)
+        return per_sample(alpha, like).to(dtype), per_sample(sigma, like).to(dtype)
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """``x_t = alpha_t x0 + sigma_t noise``, shape ``(B, ...)``."""
+        alpha, sigma = self._broadcast(t, x0)
+        return alpha * x0 + sigma * noise
+
+    def split(self, prediction: Tensor, x_t: Tensor, t: Tensor, kind: Prediction | None = None) -> tuple[Tensor, Tensor]:
+        """``(x0, eps)`` that a prediction of ``kind`` (the network's own, unless given) stands for, each ``(B, ...)``.
+
+        From ``x_t = alpha x0 + sigma eps`` and the prediction's definition, solved for the two unknowns.
+        """
+        alpha, sigma = self._broadcast(t, x_t)
+        kind = kind or self.prediction
+        if kind == "epsilon":
+            return (x_t - sigma * prediction) / alpha, prediction.to(alpha.dtype)
+        if kind == "sample":
+            return prediction.to(alpha.dtype), (x_t - alpha * prediction) / sigma
+        if kind == "v_prediction":
+            norm = alpha**2 + sigma**2
+            return (alpha * x_t - sigma * prediction) / norm, (sigma * x_t + alpha * prediction) / norm
+        total = alpha + sigma
+        return (x_t - sigma * prediction) / total, (x_t + alpha * prediction) / total
+
+    def join(self, x0: Tensor, eps: Tensor, t: Tensor, kind: Prediction | None = None) -> Tensor:
+        """The prediction of ``kind`` (the network's own, unless given) for ``x0`` and ``eps``: inverse of `split`."""
+        alpha, sigma = self._broadcast(t, x0)
+        kind = kind or self.prediction
+        if kind == "epsilon":
+            return eps
+        if kind == "sample":
+            return x0
+        if kind == "v_prediction":
+            return alpha * eps - sigma * x0
+        return eps - x0
+
+    def x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Data that the network's own prediction stands for, ``(B, ...)``; for epsilon ``(x_t - sigma eps) / alpha``."""
+        return self.split(prediction, x_t, t)[0]
+
+    def eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Noise that the network's own prediction stands for, ``(B, ...)``."""
+        return self.split(prediction, x_t, t)[1]

@@ -1,0 +1,60 @@
+"""What a person watching the terminal sees: a bar there, a line now and then where output goes to a file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+LINE_EVERY = 15.0  # seconds between lines when there is no terminal
+console = Console(stderr=True, highlight=False)
+
+
+class Bar:
+    """Progress of one task; `advance` carries the figures shown beside it."""
+
+    def __init__(self, title: str, total: int, done: int, bar: Progress | None) -> None:
+        self.title, self.total, self.done, self.bar = title, total, done, bar
+        self.start, self.last, self.first = time.monotonic(), time.monotonic(), done
+        self.task = bar.add_task(title, total=total, completed=done, figures="") if bar else None
+
+    def advance(self, figures: Mapping[str, float | str] | None = None, by: int = 1) -> None:
+        """Count ``by`` more; ``figures`` are shown as ``name value``."""
+        self.done += by
+        text = "  ".join(f"{k} {v if isinstance(v, str) else f'{v:.3g}'}" for k, v in (figures or {}).items())
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=self.done, figures=text)
+        elif time.monotonic() - self.last > LINE_EVERY or self.done == self.total:
+            self.last = time.monotonic()
+            elapsed = self.last - self.start
+            left = elapsed / max(1, self.done - self.first) * (self.total - self.done)
+            console.print(
+                f"{self.title} {self.done}/{self.total}  {text}  {elapsed:.0f} s, {left:.0f} s left",
+                soft_wrap=True,
+            )
+
+
+@contextmanager
+def progress(title: str, total: int, done: int = 0, quiet: bool = False) -> Iterator[Bar]:
+    """A bar from ``done`` to ``total``; ``quiet`` shows nothing (ranks other than the first)."""
+    if quiet or not console.is_terminal:
+        bar = Bar(title, total, done, None)
+        bar.last = float("inf") if quiet else bar.last
+        yield bar
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(), TextColumn("{task.fields[figures]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as bars:
+        yield Bar(title, total, done, bars)

@@ -1,0 +1,103 @@
+"""The folder of a run: its config, statistics and sample grids, and stopping between two steps."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from wadi import config as configs
+from wadi.config import DistillConfig
+from wadi.errors import WadiError
+from wadi.files import unwritable, write_whole
+
+
+class Run:
+    """``runs/NAME`` on disk. Opening it creates it, or checks that it holds the same config.
+
+    Raises:
+        WadiError: if the folder holds a run of another config (the difference is shown), or cannot be written.
+    """
+
+    def __init__(self, config: DistillConfig) -> None:
+        self.config = config
+        self.folder = Path(config.out)
+        self.checkpoints = self.folder / "checkpoints"
+        self.samples = self.folder / "samples"
+        self.stats_file = self.folder / "stats.jsonl"
+        saved = self.folder / "config.yaml"
+        if saved.exists():
+            changed = configs.differences(configs.load(saved), config)
+            if changed:
+                raise WadiError(
+                    f"{str(self.folder)!r} holds a run of another config. Different: {'; '.join(changed)}. Expected the same "
+                    "command as before, or another --out."
+                )
+        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise WadiError(
+                f"--out {str(self.folder)!r} exists and is no run (it holds no config.yaml). Expected a new or empty folder: "
+                "choose another --out."
+            )
+        try:
+            self.samples.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(self.folder, error) from error
+        configs.save(config, saved)
+
+    def rewind(self, step: int) -> list[dict[str, float]]:
+        """Drop statistics after ``step``, which a resumed run will write again; return those that stay."""
+        lines = []
+        if self.stats_file.exists():
+            for text in self.stats_file.read_text(encoding="utf-8").splitlines():
+                try:
+                    line = json.loads(text)
+                except ValueError:  # the last line of a killed run may be half a line
+                    break
+                if line["step"] <= step:
+                    lines.append(line)
+        write_whole(self.stats_file, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        return lines
+
+    def log(self, line: dict[str, float]) -> None:
+        """Append one line of statistics."""
+        try:
+            with open(self.stats_file, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise unwritable(self.stats_file, error) from error
+
+
+@dataclass
+class Stop:
+    """Set by SIGINT and SIGTERM; the loop looks at it between two steps."""
+
+    signal: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Stop]:
+    """Within the block SIGINT and SIGTERM ask for a stop instead of making one; a second SIGINT interrupts at once."""
+    stop = Stop()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.signal = number
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield stop
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

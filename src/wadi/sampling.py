@@ -1,0 +1,76 @@
+"""Images from a backbone in whichever role is active: one step, many steps, and the noise they start from.
+
+Image ``i`` depends on its own seed alone: noise is drawn per image, on the CPU, as diffusers draws it from a generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wadi.backbones import Backbone, Condition
+from wadi.objectives.vsd import guided
+
+
+def noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
+    """``N(0, I)`` of shape ``(len(seeds), *shape)``, float32: what ``pipe(generator=[manual_seed(s) ...])`` starts from."""
+    return torch.cat([torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def one_step(backbone: Backbone, condition: Condition, z: Tensor, timestep: int) -> Tensor:
+    """``x0`` ``(B, C, H, W)`` from noise ``z`` in one evaluation; for epsilon-prediction ``(z - sigma eps) / alpha``."""
+    t = torch.full((len(z),), timestep, device=z.device)
+    return backbone.process.x0(backbone.predict(z, t, condition), z, t)
+
+
+def predict_guided(
+    backbone: Backbone, x_t: Tensor, t: Tensor, condition: Condition, null: Condition, guidance_scale: float
+) -> Tensor:
+    """The network's guided prediction; conditional and null rows go through as one batch. ``null`` has one row."""
+    if guidance_scale == 1:
+        return backbone.predict(x_t, t, condition)
+    both = Condition.cat([condition, null.expand(len(condition))])
+    conditional, unconditional = backbone.predict(x_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
+    return guided(conditional, unconditional, guidance_scale)
+
+
+@torch.no_grad()
+def many_steps(
+    backbone: Backbone, condition: Condition, null: Condition, z: Tensor, steps: int, guidance_scale: float
+) -> Tensor:
+    """``x0`` by the family's deterministic sampler from noise ``z``, shape ``(B, C, H, W)``."""
+    scheduler = backbone.sampler()
+    scheduler.set_timesteps(steps, device=z.device)
+    x_t = z * getattr(scheduler, "init_noise_sigma", 1.0)
+    for t in scheduler.timesteps:
+        prediction = predict_guided(backbone, x_t, t.expand(len(z)), condition, null, guidance_scale)
+        x_t = scheduler.step(prediction, t, x_t).prev_sample
+    return x_t
+
+
+@torch.no_grad()
+def decode_in_batches(backbone: Backbone, latents: Tensor, batch: int = 16) -> Tensor:
+    """Images in ``[0, 1]`` on the CPU, ``(B, 3, height, width)``."""
+    return torch.cat([backbone.decode(part).cpu() for part in latents.split(batch)])
+
+
+def one_step_scheduler(backbone: Backbone, timestep: int) -> Any:
+    """A diffusers scheduler that makes ``num_inference_steps=1`` the student's step, with no code of ours.
+
+    DDIM over the teacher's own betas cut off after ``timestep``: with trailing spacing its single step starts there, and with
+    ``set_alpha_to_one`` it ends at ``x0``.
+    """
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        num_train_timesteps=timestep + 1,
+        trained_betas=backbone.pipeline.scheduler.betas[: timestep + 1].tolist(),
+        prediction_type=backbone.process.prediction,
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
+        clip_sample=False,
+        steps_offset=0,
+    )
