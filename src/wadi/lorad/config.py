@@ -65,9 +65,7 @@ class LoRaDConfig(PeftConfig):
         default=None, metadata=_help("Modules trained as a whole and saved beside the adapter.")
     )
     bias: str = field(default="none", metadata=_help("Biases to train: 'none', 'all' or 'lorad_only'."))
-    init_weights: bool = field(
-        default=True, metadata=_help("True starts at the base model, False at random angles.")
-    )
+    init_weights: bool = field(default=True, metadata=_help("True starts at the base model, False at random angles."))
     recompute: bool = field(
         default=False, metadata=_help("Keep nothing of a weight's size for the backward pass; rotate again.")
     )
@@ -94,16 +92,12 @@ class LoRaDConfig(PeftConfig):
             *((f"rank_pattern[{k!r}]", r) for k, r in (self.rank_pattern or {}).items()),
         ]:
             if not isinstance(r, int) or isinstance(r, bool) or r <= 0:
-                raise WadiError(
-                    f"LoRaD: {where} is {r!r}, a rank is a positive integer; try 16, or the paper's 256."
-                )
+                raise WadiError(f"LoRaD: {where} is {r!r}, a rank is a positive integer; try 16, or the paper's 256.")
 
     def _check_choices(self) -> None:
         for name, choices in (("bias", BIAS), ("excess_rank", EXCESS_RANK)):
             if getattr(self, name) not in choices:
-                raise WadiError(
-                    f"LoRaD: {name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}."
-                )
+                raise WadiError(f"LoRaD: {name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}.")
 
     def _check_layers(self) -> None:
         if isinstance(self.target_modules, str):
@@ -115,6 +109,5 @@ class LoRaDConfig(PeftConfig):
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise WadiError(
-                "When `layers_pattern` is specified, `layers_to_transform` must also be "
-                "specified: give the block indices."
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified: give the block indices."
             )

@@ -42,13 +42,12 @@ class AngleDict(nn.ParameterDict):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AngleDict:
         def apply(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            return tensor.to(moved.device, torch.float32) if moved.dtype in _HALF else moved
+            rounded = moved.dtype in _HALF and tensor.dtype not in _HALF
+            return tensor.to(moved.device, torch.float32) if rounded else moved
 
         return super()._apply(apply, recurse)
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name in self:
             saved = state_dict.get(prefix + name)
             if saved is not None and saved.dtype in _HALF:
@@ -123,14 +122,19 @@ class LoRaDLayer(BaseTunerLayer):
         else:
             nn.init.xavier_uniform_(self.lorad_A[adapter_name])
 
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
-    ) -> None:
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own version would also cast the angles to the base layer's dtype
         device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
         for angles in (self.lorad_A, self.lorad_B):
             if device is not None and adapter_name in angles and not angles[adapter_name].is_meta:
                 angles[adapter_name] = angles[adapter_name].to(device)
+
+    def store_like_base(self, adapter_name: str) -> None:
+        """Store the factors of an adapter in the base weight's dtype, where that is a floating one."""
+        dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())[1]
+        for angles in (self.lorad_A, self.lorad_B):
+            if dtype is not None and dtype.is_floating_point:
+                angles[adapter_name] = angles[adapter_name].to(dtype)
 
     # --- scales: multiples of the angles ------------------------------------------------------------------
 
@@ -187,9 +191,7 @@ class LoRaDLayer(BaseTunerLayer):
             return
         R = rotate(self.get_base_weight(), pair_angles(self._factors(names)))
         if safe_merge and not torch.isfinite(R).all():
-            raise WadiError(
-                f"NaNs detected in the merged weights. The adapter {' + '.join(names)} seems to be broken"
-            )
+            raise WadiError(f"NaNs detected in the merged weights. The adapter {' + '.join(names)} seems to be broken")
         self.set_base_weight(R)
         self._merged_scaling.update({name: self.scaling[name] for name in names})
         self.merged_adapters.extend(names)
@@ -245,14 +247,10 @@ class LoRaDLayer(BaseTunerLayer):
         if self.merged:
             raise WadiError("LoRaD: `adapter_names` with merged adapters; call `unmerge_adapter` first.")
         if len(x) != len(adapter_names):
-            raise WadiError(
-                f"LoRaD: {len(adapter_names)} `adapter_names` for a batch of {len(x)}; give one per sample."
-            )
+            raise WadiError(f"LoRaD: {len(adapter_names)} `adapter_names` for a batch of {len(x)}; give one per sample.")
         result: Tensor | None = None
         for name in dict.fromkeys(adapter_names):
-            rows = torch.tensor(
-                [k for k, other in enumerate(adapter_names) if other == name], device=x.device
-            )
+            rows = torch.tensor([k for k, other in enumerate(adapter_names) if other == name], device=x.device)
             part = self._adapted(x[rows], [name], *args, **kwargs)
             if result is None:
                 result = part.new_empty((len(x), *part.shape[1:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,6 +63,21 @@ class LoRaDModel(BaseTuner):
             layer.requires_grad_(False)  # an additional adapter waits for set_adapter to be trained
         self._replace_module(parent, target_name, layer, target)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Keep angles float32; only an explicit ``autocast_adapter_dtype=False`` stores them as the base layer."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        layers = [m for m in self.model.modules() if isinstance(m, LoRaDLayer) and adapter_name in m.lorad_A]
+        for layer in layers:
+            layer.store_like_base(adapter_name)
+        if any(layer.lorad_A[adapter_name].dtype != torch.float32 for layer in layers):
+            warnings.warn(
+                "LoRaD: autocast_adapter_dtype=False stores angles in the base model's precision. They are computed "
+                "with in float32 all the same, but training in half precision loses small updates.",
+                stacklevel=2,
+            )
+
     @torch.no_grad()
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
@@ -96,9 +112,7 @@ class LoRaDModel(BaseTuner):
                 f"{sorted(self.peft_config)}, and a new name."
             )
         if combination_type != "cat":
-            raise WadiError(
-                f"LoRaD: combination_type {combination_type!r}; 'cat' adds angles exactly, use that."
-            )
+            raise WadiError(f"LoRaD: combination_type {combination_type!r}; 'cat' adds angles exactly, use that.")
         configs: list[Any] = [self.peft_config[a] for a in adapters]
         ranks = {
             name: sum(layer.r[a] for a in adapters if a in layer.r)
@@ -126,15 +140,11 @@ class LoRaDModel(BaseTuner):
             yield
             return
         if self.training:
-            raise WadiError(
-                "LoRaD: `adapter_names` while training; mixed batches are for inference, call `eval()`."
-            )
+            raise WadiError("LoRaD: `adapter_names` while training; mixed batches are for inference, call `eval()`.")
         layers = [m for m in self.modules() if isinstance(m, LoRaDLayer)]
         known = {name for layer in layers for name in layer.lorad_A} | {"__base__"}
         if unknown := sorted(set(adapter_names) - known):
-            raise WadiError(
-                f"LoRaD: non-existing adapter(s) {', '.join(unknown)}; known are {', '.join(sorted(known))}."
-            )
+            raise WadiError(f"LoRaD: non-existing adapter(s) {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
         hook = partial(_with_adapter_names, adapter_names=adapter_names)
         handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
         try:
@@ -144,9 +154,7 @@ class LoRaDModel(BaseTuner):
                 handle.remove()
 
 
-def _with_adapter_names(
-    _layer: nn.Module, args: Any, kwargs: Any, adapter_names: list[str]
-) -> tuple[Any, Any]:
+def _with_adapter_names(_layer: nn.Module, args: Any, kwargs: Any, adapter_names: list[str]) -> tuple[Any, Any]:
     return args, {**kwargs, "adapter_names": adapter_names}
 
 
@@ -172,8 +180,8 @@ def _quantization_backend(model: nn.Module, target: nn.Module, key: str) -> Any:
     if backend is None or type(backend).__name__ != "ForwardOnlyQuantizationBackend":
         return backend
     raise WadiError(
-        f"LoRaD: {key} is quantised by {backend.backend_name}, which cannot give its weight back, and "
-        "LoRaD rotates the weight itself; use bitsandbytes, HQQ, torchao or an unquantised model, or exclude the layer."
+        f"LoRaD: {key} is quantised by {backend.backend_name}, which cannot give its weight back; "
+        "LoRaD rotates the weight itself. Use bitsandbytes, HQQ, torchao or no quantisation, or exclude it."
     )
 
 
@@ -206,12 +214,7 @@ def _why_not(target: nn.Module, backend: Any) -> str:
     # a subclass with its own forward, or attention that reads the weight behind the layer's back, bypasses R
     hidden = type(target).forward is not plain.forward or type(target).__name__ in _READ_BY_THEIR_PARENT
     weight: Any = target.weight
-    if (
-        hidden
-        or is_parametrized(target)
-        or not isinstance(weight, torch.Tensor)
-        or not weight.is_floating_point()
-    ):
+    if hidden or is_parametrized(target) or not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         return "it hides its weight behind a forward, a parametrisation or a format of its own"
     fan_in = weight[0].numel()
     return "" if fan_in > 1 else f"its fan-in is {fan_in}, and a rotation needs pairs of inputs"

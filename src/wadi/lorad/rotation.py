@@ -139,9 +139,7 @@ class _RotatedWeight(Function):
     """``W, A, B -> R``, keeping ``R`` alone beside the model's own factors."""
 
     @staticmethod
-    def forward(
-        ctx: Any, W: Tensor, dtype: torch.dtype, scales: tuple[float, ...], *tensors: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, W: Tensor, dtype: torch.dtype, scales: tuple[float, ...], *tensors: Tensor) -> Tensor:
         R = rotate(W, pair_angles(_pack(scales, tensors)), dtype)
         ctx.scales, ctx.dtype_of_W = scales, W.dtype
         ctx.save_for_backward(R, *tensors)
