@@ -46,9 +46,7 @@ def test_equals_an_explicit_block_rotation_of_every_row(size, scale):
 def test_both_ways_to_compute_it_agree(size):
     W, factor = example(*size)
     theta = pair_angles([factor])
-    strided = torch.empty(W.shape[0], W.shape[1] + 1, dtype=W.dtype)[:, :-1].copy_(
-        W
-    )  # no complex view of this one
+    strided = torch.empty(W.shape[0], W.shape[1] + 1, dtype=W.dtype)[:, :-1].copy_(W)  # no complex view of this one
     padded = torch.cat((W, W[:, :1]), 1)[:, : W.shape[1]]
     torch.testing.assert_close(rotate(W, theta), rotate(strided, theta))
     torch.testing.assert_close(rotate(W, theta), rotate(padded, theta))
