@@ -75,7 +75,8 @@ def attach(model: nn.Module, name: str, config: LoRaDConfig) -> list[str]:
         ) from error
     for _, layer in _layers(model):
         layer.requires_grad_(False)
-    for adapter in model.peft_config:  # injection froze the adapters that were there before
+    attached: Any = model.peft_config
+    for adapter in attached:  # injection froze the adapters that were there before
         for parameter in parameters(model, adapter).values():
             parameter.requires_grad_(True)
     return [layer for layer, module in _layers(model) if name in module.lorad_A]

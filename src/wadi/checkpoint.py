@@ -28,7 +28,7 @@ from wadi.files import sha256, whole_folder
 class TrainState:
     """What a run is at a step, besides its config and its frozen weights."""
 
-    network: nn.Module
+    network: Any
     optimizers: dict[str, Optimizer]  # by role; each holds adapters.parameters(network, role) in order
     scalers: dict[str, Any]  # torch.amp.GradScaler by role
     generator: torch.Generator
@@ -114,7 +114,7 @@ def latest(folder: Path) -> tuple[Path | None, list[str]]:
     Raises:
         WadiError: if there are checkpoints and none is intact.
     """
-    found, complaints = _all(folder), []
+    found, complaints = _all(folder), list[str]()
     for path in reversed(found):
         trouble = damage(path)
         if trouble is None:

@@ -234,9 +234,9 @@ def _report(argv: Sequence[str]) -> int:
 
 
 def _zoo(argv: Sequence[str]) -> int:
-    from wadi.zoo.command import run
+    from wadi.cli_zoo import run
 
-    return run(argv)
+    return run(argv, _parse, _parser)
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {

@@ -1,6 +1,9 @@
-"""Which device to run on."""
+"""Which device to run on, and what a CPU needs to run well."""
 
 from __future__ import annotations
+
+import ctypes
+import sys
 
 import torch
 
@@ -23,3 +26,21 @@ def find_device(name: str | None) -> torch.device:
             f"Device {name!r} cannot be used: {str(error).splitlines()[0]} Expected cpu, cuda, cuda:1, ..."
         ) from error
     return device
+
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # from malloc.h
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep the memory that torch frees: a training loop asks for the same blocks again at every step.
+
+    By default glibc gives each large block back to the system, whose pages are faulted in and zeroed anew the next time; on
+    small virtual machines that can cost more than the arithmetic. Once per process; False where there is no ``mallopt``.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    wanted = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 * 2**20))
+    return all([mallopt(option, value) == 1 for option, value in wanted])

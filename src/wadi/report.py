@@ -15,7 +15,12 @@ from wadi.files import write_whole
 
 # Figures: (title, what to make of it, series, logarithmic axis)
 CURVES: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
-    ("Losses", "The student's loss says nothing of quality; the fake model's should fall, then stay.", ("loss_student", "loss_fake"), True),
+    (
+        "Losses",
+        "The student's loss says nothing of quality; the fake model's should fall, then stay.",
+        ("loss_student", "loss_fake"),
+        True,
+    ),
     (
         "Teacher-fake distance by quarter of the schedule",
         "How far the two predicted images are apart: the distillation is done where it stops falling.",
@@ -31,7 +36,7 @@ CURVES: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
         False,
     ),
     ("Images per second", "Training throughput of one process.", ("images_per_second",), False),
-)  # fmt: skip
+)
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem } img, svg { max-width: 100%; height: auto }
@@ -59,11 +64,9 @@ def write_report(run: Path) -> Path:
         '<h2>Curves</h2><div class="figures">' + "".join(_figures(lines)) + "</div>",
         f"<h2>Configuration</h2><pre>{html.escape(config.read_text(encoding='utf-8'))}</pre>",
     ]
-    page = f'<!doctype html><meta charset="utf-8"><title>{html.escape(run.name)}</title><style>{STYLE}</style>' + "\n".join(
-        parts
-    )
+    head = f'<!doctype html><meta charset="utf-8"><title>{html.escape(run.name)}</title><style>{STYLE}</style>'
     target = run / "report.html"
-    write_whole(target, page.encode())
+    write_whole(target, (head + "\n".join(parts)).encode())
     return target
 
 
@@ -81,9 +84,7 @@ def read_stats(run: Path) -> list[dict[str, float]]:
         except ValueError:
             break
     if not lines:
-        raise WadiError(
-            f"Run {str(run)!r} has no statistics. Expected stats.jsonl with at least one step: run `wadi distill` first."
-        )
+        raise WadiError(f"Run {str(run)!r} has no statistics. Expected at least one step: run `wadi distill` first.")
     return lines
 
 

@@ -28,7 +28,7 @@ from wadi.backbones import Backbone, Condition, from_pipeline, load_pipeline
 from wadi.checkpoint import TrainState
 from wadi.config import DistillConfig
 from wadi.data.prompts import PromptOrder, read_prompts
-from wadi.device import find_device
+from wadi.device import find_device, keep_freed_memory
 from wadi.embedded import resolve_prompts, resolve_teacher
 from wadi.errors import WadiError
 from wadi.objectives.denoise import denoising_loss
@@ -72,6 +72,8 @@ def distill(config: DistillConfig) -> Path:
     run = Run(config)
     prompts = read_prompts(resolve_prompts(config.prompts))
     device = find_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=config.tracker, project_dir=run.folder)
     set_seed(config.seed)  # initial angles; everything later draws from the state's own generator
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wadi.process import Process
 
@@ -58,7 +58,7 @@ class Backbone(ABC):
     """
 
     pipeline: Any
-    network: nn.Module
+    network: Any
     process: Process
     latent_shape: tuple[int, int, int]
     student_targets: str

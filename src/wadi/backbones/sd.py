@@ -44,7 +44,8 @@ class StableDiffusion(Backbone):
         """See `Backbone.predict`; runs in the U-Net's own dtype."""
         dtype = self.network.dtype
         embeds = condition.tensors["prompt_embeds"].to(dtype)
-        return self.network(x_t.to(dtype), t, encoder_hidden_states=embeds, return_dict=False)[0].float()
+        predicted: Tensor = self.network(x_t.to(dtype), t, encoder_hidden_states=embeds, return_dict=False)[0]
+        return predicted.float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -1,0 +1,38 @@
+# `make demo` and `make test` do all their own set-up. On a machine without a GPU, PIP_EXTRA_INDEX_URL may name PyTorch's CPU index
+# to spare a download of CUDA libraries.
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= runs/demo
+
+.PHONY: install install-test demo test slow lint clean
+
+install: $(VENV)/.installed
+install-test: $(VENV)/.installed-test
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "wadi needs Python 3.10 or newer: set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+# A multi-step teacher becomes a one-step student, in minutes on two cores.
+demo: install
+	$(VENV)/bin/wadi distill --preset demo --out $(RUN)
+
+test: install-test
+	$(VENV)/bin/python -m pytest
+
+slow: install-test
+	$(VENV)/bin/python -m pytest -m slow
+
+lint: install-test
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,26 @@
+"""What a measurement was made on."""
+
+from __future__ import annotations
+
+import platform
+import resource
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+
+def machine(device: str = "cpu") -> str:
+    """One line: processor or GPU, threads, and the versions that matter."""
+    if device.startswith("cuda"):
+        place = torch.cuda.get_device_name(device)
+    else:
+        names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+        place = f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "peft", "diffusers"))
+    return f"{place}; Python {platform.python_version()}, {packages}"
+
+
+def peak_rss_mib() -> float:
+    """Largest resident memory of this process so far, in MiB (Linux)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
