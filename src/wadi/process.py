@@ -8,9 +8,10 @@ A noised sample is ``x_t = alpha_t x0 + sigma_t eps`` with data ``x0`` and noise
     velocity    eps - x0                            (rectified flow: d x_t / d sigma)
 
 and any of them, with ``x_t``, determines the others. Variance-preserving schedules read ``alpha_t`` from the table that came
-with the model; rectified flow has ``alpha = 1 - sigma`` and ``sigma = t / T``. Times ``t`` are what the network is fed,
-in ``[0, T)``, shape ``(B,)``; samples are ``(B, ...)``. Everything here is float32 (or float64, given float64) whatever the
-backbone's dtype: rounding ``alpha_t^2`` to bfloat16 first is off by up to a quarter in ``sigma_t^2`` at early timesteps.
+with the model; rectified flow has ``alpha = 1 - sigma`` and ``sigma = t / T``. Times ``t`` are the schedule's, in ``[0, T)``
+(in ``[0, T]`` for rectified flow), shape ``(B,)``; samples are ``(B, ...)``. Everything here is float32 (or float64, given
+float64) whatever the backbone's dtype: rounding ``alpha_t^2`` to bfloat16 first is off by up to a quarter in ``sigma_t^2`` at
+early timesteps.
 """
 
 from __future__ import annotations
@@ -71,6 +72,11 @@ class Process:
             )
         return cls(prediction, steps, torch.as_tensor(cumprod).double().sqrt().float())
 
+    @property
+    def last_timestep(self) -> int:
+        """The noisiest timestep a network can be asked at: ``T - 1``, or ``T`` for rectified flow, where ``sigma`` is 1."""
+        return self.num_timesteps - 1 if self.alphas is not None else self.num_timesteps
+
     def _alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         if self.alphas is None:
             sigma = t.float() / self.num_timesteps
@@ -117,6 +123,7 @@ class Process:
     def join(self, x0: Tensor, eps: Tensor, t: Tensor, kind: Prediction | None = None) -> Tensor:
         """The prediction of ``kind`` (the network's own, unless given) for ``x0`` and ``eps``: inverse of `split`."""
         alpha, sigma = self._broadcast(t, x0)
+        x0, eps = x0.to(alpha.dtype), eps.to(alpha.dtype)
         kind = kind or self.prediction
         if kind == "epsilon":
             return eps

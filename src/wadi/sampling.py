@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wadi.backbones import Backbone, Condition
+from wadi.errors import WadiError
 from wadi.objectives.vsd import guided
 
 
@@ -58,19 +59,5 @@ def decode_in_batches(backbone: Backbone, latents: Tensor, batch: int = 16) -> T
 
 
 def one_step_scheduler(backbone: Backbone, timestep: int) -> Any:
-    """A diffusers scheduler that makes ``num_inference_steps=1`` the student's step, with no code of ours.
-
-    DDIM over the teacher's own betas cut off after ``timestep``: with trailing spacing its single step starts there, and with
-    ``set_alpha_to_one`` it ends at ``x0``.
-    """
-    from diffusers import DDIMScheduler
-
-    return DDIMScheduler(
-        num_train_timesteps=timestep + 1,
-        trained_betas=backbone.pipeline.scheduler.betas[: timestep + 1].tolist(),
-        prediction_type=backbone.process.prediction,
-        timestep_spacing="trailing",
-        set_alpha_to_one=True,
-        clip_sample=False,
-        steps_offset=0,
-    )
+    """A diffusers scheduler that makes ``num_inference_steps=1`` the student's step, with no code of ours."""
+    return backbone.one_step_scheduler(timestep)

@@ -6,15 +6,20 @@ adapters, objectives or accelerate.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from wadi.backbones import schedulers
+from wadi.errors import WadiError
 from wadi.process import Process
+
+RESOLUTION = "_wadi_resolution"  # in the config of a pipeline: where a student of another size than the model's own keeps it
 
 
 @dataclass(frozen=True)
@@ -48,34 +53,157 @@ class Condition:
 class Backbone(ABC):
     """A text-to-image network with its own encoder, decoder and noising process.
 
+    A family overrides `encode` and `predict`, sets the class attributes, and changes of the rest what is different in it.
+
+    Class attributes:
+        component: name of the network in the pipeline, ``"transformer"`` or ``"unet"``.
+        student_targets, fake_targets: regular expressions, full match over module names, of the layers that adapters of the
+            student and of the fake model go on by default.
+        no_guidance: ``guidance_scale`` at which a call of the pipeline is one conditional pass.
+        call_extras: further arguments of a plain call of the pipeline (to keep it from resizing what it drew, say).
+
     Attributes:
         pipeline: the diffusers pipeline it was built from.
         network: the denoiser whose weights the adapters rotate.
         process: ``alpha_t``, ``sigma_t`` and the prediction type, from the pipeline's own scheduler.
+        resolution: ``(height, width)`` of an image in pixels; unless given, the size that a student's pipeline was made for,
+            or the model's own.
         latent_shape: ``(C, H, W)`` of one latent.
-        student_targets, fake_targets: regular expressions, full match over module names, of the layers that adapters of the
-            student and of the fake model go on by default.
     """
 
-    pipeline: Any
-    network: Any
-    process: Process
-    latent_shape: tuple[int, int, int]
-    student_targets: str
-    fake_targets: str
+    component: ClassVar[str] = "transformer"
+    student_targets: ClassVar[str]
+    fake_targets: ClassVar[str]
+    no_guidance: ClassVar[float] = 0.0
+    call_extras: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, pipeline: Any, resolution: tuple[int, int] | None = None) -> None:
+        self.pipeline = pipeline
+        self.network: nn.Module = getattr(pipeline, self.component)
+        self.process = Process.from_scheduler(pipeline.scheduler)
+        remembered = pipeline.config.get(RESOLUTION)
+        native = tuple(remembered) if remembered else self.native_resolution(self.network.config, self.scale)
+        self.resolution = self.checked(resolution or native)
+        height, width = self.resolution
+        self.latent_shape = (self.latent_channels(self.network.config), height // self.scale, width // self.scale)
+
+    # --- shapes -------------------------------------------------------------------------------------------------------------
+
+    @property
+    def scale(self) -> int:
+        """Pixels per latent, each way."""
+        return int(self.pipeline.vae_scale_factor)
+
+    @property
+    def patch(self) -> int:
+        """Latents per token of the network, each way: height and width in latents are multiples of it."""
+        return int(self.network.config.get("patch_size") or 1)
+
+    @staticmethod
+    def native_resolution(config: Any, scale: int) -> tuple[int, int]:
+        """``(height, width)`` in pixels that a network of this ``config`` was made for."""
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * scale, width * scale
+
+    @staticmethod
+    def latent_channels(config: Any) -> int:
+        """Channels of a latent."""
+        return int(config.in_channels)
+
+    def checked(self, resolution: tuple[int, int]) -> tuple[int, int]:
+        """``resolution``, if the model can draw it.
+
+        Raises:
+            WadiError: if a side is not a multiple of what the autoencoder and the network need.
+        """
+        multiple = self.scale * self.patch
+        if any(side < multiple or side % multiple for side in resolution):
+            near = " x ".join(str(max(multiple, round(side / multiple) * multiple)) for side in resolution)
+            raise WadiError(
+                f"resolution is {resolution[0]} x {resolution[1]}. Expected multiples of {multiple}, which a "
+                f"{type(self.pipeline).__name__} needs ({self.scale} pixels per latent, {self.patch} per patch): try {near}."
+            )
+        return resolution
+
+    def remember_resolution(self) -> None:
+        """Note `resolution` in the pipeline, if it is not the model's own, so that it is saved with it."""
+        if self.resolution != self.native_resolution(self.network.config, self.scale):
+            self.pipeline.register_to_config(**{RESOLUTION: list(self.resolution)})
+
+    # --- the contract -------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Condition:
-        """Prompts to a condition of ``len(prompts)`` rows. The one encoder of training, validation and generation."""
+        """Prompts to a condition of ``len(prompts)`` rows. The one encoder of training, validation and generation.
+
+        The empty prompt is the null prompt: its row is what the pipeline itself guides away from.
+        """
 
     @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The network's own prediction (typed by ``process``), ``(B, C, H, W)`` in float32; ``t`` is ``(B,)``."""
 
-    @abstractmethod
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents ``(B, C, H, W)`` to images ``(B, 3, height, width)`` in ``[0, 1]``, float32."""
+        """Latents ``(B, C, H, W)`` to images ``(B, 3, height, width)`` in ``[0, 1]``, float32.
 
-    @abstractmethod
+        Inverse of the autoencoder's normalisation, then the autoencoder in its own dtype (in float32 where its config says
+        that half precision overflows).
+        """
+        vae = self.pipeline.vae
+        config = vae.config
+        latents = latents.float()
+        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+            mean, std = (torch.tensor(config[key], device=latents.device).view(1, -1, 1, 1) for key in _MOMENTS)
+            latents = latents * std / config.scaling_factor + mean
+        else:
+            latents = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        dtype = vae.dtype
+        upcast = dtype == torch.float16 and config.get("force_upcast")
+        try:
+            if upcast:
+                vae.to(torch.float32)
+            images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        finally:
+            if upcast:
+                vae.to(dtype)
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
     def sampler(self) -> Any:
-        """A fresh diffusers scheduler for the teacher's deterministic many-step sampling."""
+        """A fresh diffusers scheduler for the teacher's deterministic many-step sampling, first order."""
+        return schedulers.sampler(self.pipeline.scheduler, self.image_tokens)
+
+    def one_step_scheduler(self, timestep: int) -> Any:
+        """A diffusers scheduler whose single step leads from ``timestep`` to ``x0``."""
+        return schedulers.one_step(self.pipeline.scheduler, timestep)
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of one image in the network, on which the shift of some flow models depends."""
+        return (self.latent_shape[1] // self.patch) * (self.latent_shape[2] // self.patch)
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """Arguments with which a plain call of the pipeline draws without guidance at this resolution."""
+        height, width = self.resolution
+        return {"guidance_scale": self.no_guidance, "height": height, "width": width, **self.call_extras}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lies."""
+        return next(self.network.parameters()).device
+
+
+_MOMENTS = ("latents_mean", "latents_std")
+
+
+def default_argument(pipeline: Any, name: str) -> Any:
+    """The default of an argument of a pipeline's call, so that what is trained is what a plain call does later."""
+    return inspect.signature(type(pipeline).__call__).parameters[name].default
+
+
+def where_empty(prompts: Sequence[str], null: Tensor, encoded: Tensor) -> Tensor:
+    """``encoded`` ``(B, ...)`` with the rows of empty prompts taken from ``null`` ``(B, ...)``."""
+    empty = torch.tensor([prompt == "" for prompt in prompts], device=encoded.device)
+    return torch.where(empty.view(-1, *([1] * (encoded.ndim - 1))), null, encoded)

@@ -9,13 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from wadi.backbones.base import Backbone
+from wadi.backbones.base import RESOLUTION, Backbone
 from wadi.errors import WadiError
 
 # Pipeline class name -> "module:class" of its backbone. Imported on use, so that one family's needs are not everyone's.
 _FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "wadi.backbones.sd:StableDiffusion",
+    "StableDiffusionXLPipeline": "wadi.backbones.sdxl:StableDiffusionXL",
+    "PixArtAlphaPipeline": "wadi.backbones.pixart:PixArt",
+    "PixArtSigmaPipeline": "wadi.backbones.pixart:PixArt",
+    "StableDiffusion3Pipeline": "wadi.backbones.sd3:StableDiffusion3",
+    "FluxPipeline": "wadi.backbones.flux:Flux",
+    "SanaPipeline": "wadi.backbones.sana:Sana",
 }
 
 
@@ -24,21 +31,30 @@ def register_family(pipeline_class: str, backbone: str) -> None:
     _FAMILIES[pipeline_class] = backbone
 
 
-def from_pipeline(pipeline: Any) -> Backbone:
-    """The backbone of a loaded pipeline.
+def family(pipeline_class: str) -> type[Backbone]:
+    """The backbone class that serves pipelines of class ``pipeline_class``.
 
     Raises:
-        WadiError: if no family serves the pipeline's class, or the network already carries an adapter.
+        WadiError: if there is none.
     """
-    name = type(pipeline).__name__
-    if name not in _FAMILIES:
+    if pipeline_class not in _FAMILIES:
         raise WadiError(
-            f"The teacher is a {name}, which no family serves. Expected one of {', '.join(sorted(_FAMILIES))}; "
+            f"The teacher is a {pipeline_class}, which no family serves. Expected one of {', '.join(sorted(_FAMILIES))}; "
             "a new family is one file: see docs/add-a-family.md."
         )
-    module, _, attribute = _FAMILIES[name].partition(":")
-    backbone: Backbone = getattr(importlib.import_module(module), attribute)(pipeline)
-    return backbone
+    module, _, attribute = _FAMILIES[pipeline_class].partition(":")
+    found: type[Backbone] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+def from_pipeline(pipeline: Any, resolution: tuple[int, int] | None = None) -> Backbone:
+    """The backbone of a loaded pipeline, at ``resolution`` ``(height, width)`` in pixels or the model's own.
+
+    Raises:
+        WadiError: if no family serves the pipeline's class, its scheduler is of an unknown kind, or the model cannot draw at
+            that resolution.
+    """
+    return family(type(pipeline).__name__)(pipeline, resolution)
 
 
 def load_pipeline(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Any:
@@ -46,6 +62,24 @@ def load_pipeline(path: str | Path, dtype: torch.dtype = torch.float32, device: 
 
     Raises:
         WadiError: if ``path`` is no pipeline folder, or a Hub id that cannot be reached, is gated or does not exist.
+    """
+    index = pipeline_index(path)
+    without = {name: None for name in ("safety_checker", "feature_extractor") if name in index}
+    with _loading(path):
+        from diffusers import DiffusionPipeline
+
+        pipeline = DiffusionPipeline.from_pretrained(str(path), dtype=dtype, **without)
+    if RESOLUTION in index:
+        pipeline.register_to_config(**{RESOLUTION: index[RESOLUTION]})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def pipeline_index(path: str | Path) -> dict[str, Any]:
+    """What a pipeline's ``model_index.json`` says; of a folder or a Hub id.
+
+    Raises:
+        WadiError: as `load_pipeline`.
     """
     local = Path(path).exists()
     if not local and (str(path).startswith((".", "/", "~")) or str(path).count("/") != 1):
@@ -56,19 +90,66 @@ def load_pipeline(path: str | Path, dtype: torch.dtype = torch.float32, device: 
             "pipeline.save_pretrained(); a single-file checkpoint is converted by "
             "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)."
         )
+    with _loading(path):
+        from diffusers import DiffusionPipeline
+
+        return dict(DiffusionPipeline.load_config(str(path)))
+
+
+def network_config(path: str | Path) -> tuple[type[Backbone], dict[str, Any]]:
+    """A pipeline's family and the ``config.json`` of its network, without any weight.
+
+    Raises:
+        WadiError: as `load_pipeline`, or if no family serves the pipeline.
+    """
+    index = pipeline_index(path)
+    backbone = family(str(index.get("_class_name")))
+    with _loading(path):
+        import diffusers
+
+        network_class = getattr(diffusers, index[backbone.component][1])
+        return backbone, dict(network_class.load_config(str(path), subfolder=backbone.component))
+
+
+def build_network(config: dict[str, Any]) -> nn.Module:
+    """A network from its config, with whatever weights its layers start with (none under ``torch.device('meta')``).
+
+    Raises:
+        WadiError: if diffusers has no such class, or it does not take these settings.
+    """
+    with _loading(f"a config of {config.get('_class_name')}"):
+        import diffusers
+
+        network: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
+        return network
+
+
+def load_network(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[type[Backbone], Any]:
+    """A pipeline's family and its network alone, on the CPU: no text encoder, no autoencoder.
+
+    Raises:
+        WadiError: as `load_pipeline`, or if no family serves the pipeline.
+    """
+    index = pipeline_index(path)
+    backbone = family(str(index.get("_class_name")))
+    with _loading(path):
+        import diffusers
+
+        network_class = getattr(diffusers, index[backbone.component][1])
+        return backbone, network_class.from_pretrained(str(path), subfolder=backbone.component, torch_dtype=dtype)
+
+
+@contextmanager
+def _loading(path: object) -> Iterator[None]:
+    """Within the block whatever a library raises becomes one line about ``path``: each has exception classes of its own."""
     try:
         with _quiet():
-            from diffusers import DiffusionPipeline
-
-            index = DiffusionPipeline.load_config(str(path))
-            without = {name: None for name in ("safety_checker", "feature_extractor") if name in index}
-            pipeline = DiffusionPipeline.from_pretrained(str(path), dtype=dtype, **without)
-    except Exception as error:  # the Hub, safetensors and transformers each raise classes of their own
+            yield
+    except Exception as error:
+        local = Path(str(path)).exists()
         where = "Its files are damaged or incomplete" if local else "The Hub could not deliver it"
         hint = "" if local else " Check the id, the network and, for a gated model, `hf auth login`; or give a local folder."
         raise WadiError(f"Teacher {str(path)!r} could not be loaded. {where}: {_first_line(error)}.{hint}") from error
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
 
 
 @contextmanager

@@ -1,0 +1,72 @@
+"""FLUX.1 dev and schnell: a rectified flow on packed latents under CLIP's pooled embedding and T5.
+
+The network sees 2 x 2 patches of latents as tokens, with their places as ids; outside this file latents are ``(B, C, H, W)``.
+It is fed ``t / 1000``. FLUX.1 dev has guidance distilled into it: it is told a guidance scale, here always the default of the
+pipeline's own call, for teacher, student and fake model alike. ``guidance_scale`` of a run is true guidance on top of that;
+1, none, is the family's preset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wadi.backbones.base import Backbone, Condition
+
+ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+DOUBLE = rf"transformer_blocks\.\d+\.({ATTENTION}|(ff|ff_context)\.net\.(0\.proj|2))"
+SINGLE = rf"single_transformer_blocks\.\d+\.({ATTENTION}|proj_mlp|proj_out)"
+
+
+class Flux(Backbone):
+    """Backbone contract over a loaded ``FluxPipeline``."""
+
+    # Every Linear but those that turn timestep, guidance and pooled text into modulation.
+    student_targets = rf"{DOUBLE}|{SINGLE}|x_embedder|context_embedder|proj_out"
+    fake_targets = rf"{DOUBLE}|{SINGLE}"
+    no_guidance = 3.5  # the scale the network is told, not a second pass
+
+    @property
+    def patch(self) -> int:
+        """Latents are packed two by two."""
+        return 2
+
+    @staticmethod
+    def native_resolution(config: Any, scale: int) -> tuple[int, int]:
+        """The pipeline's own default: the network has no size in its config."""
+        return 128 * scale, 128 * scale
+
+    @staticmethod
+    def latent_channels(config: Any) -> int:
+        """A quarter of what the network sees: it sees 2 x 2 latents at once."""
+        return int(config.in_channels) // 4
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """``prompt_embeds`` ``(B, tokens, width)`` of T5 and ``pooled`` ``(B, width)`` of CLIP."""
+        embeds, pooled, _ = self.pipeline.encode_prompt(list(prompts), device=self.pipeline.text_encoder.device)
+        return Condition({"prompt_embeds": embeds, "pooled": pooled})
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """See `Backbone.predict`: the velocity ``eps - x0``; latents are packed on the way in and unpacked on the way out."""
+        dtype, told = self.network.dtype, condition.tensors
+        batch, channels, height, width = x_t.shape
+        embeds = told["prompt_embeds"].to(dtype)
+        guidance = None
+        if self.network.config.guidance_embeds:
+            guidance = torch.full((batch,), self.no_guidance, device=x_t.device)
+        predicted: Tensor = self.network(
+            hidden_states=self.pipeline._pack_latents(x_t.to(dtype), batch, channels, height, width),
+            timestep=t.to(dtype) / 1000,
+            guidance=guidance,
+            pooled_projections=told["pooled"].to(dtype),
+            encoder_hidden_states=embeds,
+            txt_ids=torch.zeros(embeds.shape[1], 3, device=x_t.device, dtype=dtype),
+            img_ids=self.pipeline._prepare_latent_image_ids(batch, height // 2, width // 2, x_t.device, dtype),
+            return_dict=False,
+        )[0]
+        pixels = height * self.scale, width * self.scale
+        return self.pipeline._unpack_latents(predicted, *pixels, self.scale).float()

@@ -1,0 +1,68 @@
+"""PixArt-alpha and PixArt-Sigma: a transformer under T5 text, with a linear beta schedule.
+
+The network predicts noise and (in a second half of the channels, which no sampler here uses) its variance. T5's padding is
+masked in cross-attention. Models made for 1024 pixels may also be told resolution and aspect ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wadi.backbones.base import Backbone, Condition, default_argument
+
+LINEARS = r"transformer_blocks\..*(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2)"
+
+
+class PixArt(Backbone):
+    """Backbone contract over a loaded ``PixArtAlphaPipeline`` or ``PixArtSigmaPipeline``."""
+
+    # Every Linear but those of the timestep under adaln_single.
+    student_targets = LINEARS + r"|caption_projection\.linear_[12]|proj_out"
+    fake_targets = LINEARS
+    call_extras = {"use_resolution_binning": False}
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """``prompt_embeds`` ``(B, tokens, width)`` with their ``mask`` ``(B, tokens)``, and what the model is told of size."""
+        embeds, mask, _, _ = self.pipeline.encode_prompt(
+            list(prompts),
+            do_classifier_free_guidance=False,
+            device=self.pipeline.text_encoder.device,
+            clean_caption=default_argument(self.pipeline, "clean_caption") and _can_clean(),
+            max_sequence_length=default_argument(self.pipeline, "max_sequence_length"),
+        )
+        return Condition({"prompt_embeds": embeds, "mask": mask, **self._sizes(len(embeds), embeds.device)})
+
+    def _sizes(self, batch: int, device: torch.device) -> dict[str, Tensor]:
+        if not self.network.use_additional_conditions:
+            return {}
+        height, width = self.resolution
+        sizes = {"size": [float(height), float(width)], "aspect_ratio": [height / width]}
+        return {name: torch.tensor([values], device=device).repeat(batch, 1) for name, values in sizes.items()}
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """See `Backbone.predict`; the learned variance is split off."""
+        dtype, told = self.network.dtype, condition.tensors
+        sizes: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
+        if "size" in told:
+            sizes = {"resolution": told["size"].to(dtype), "aspect_ratio": told["aspect_ratio"].to(dtype)}
+        predicted: Tensor = self.network(
+            x_t.to(dtype),
+            encoder_hidden_states=told["prompt_embeds"].to(dtype),
+            encoder_attention_mask=told["mask"],
+            timestep=t,
+            added_cond_kwargs=sizes,
+            return_dict=False,
+        )[0]
+        return predicted[:, : x_t.shape[1]].float()
+
+
+def _can_clean() -> bool:
+    """Whether the libraries of ``clean_caption`` are there; without them the pipeline warns and encodes the raw prompt."""
+    from diffusers.utils import is_bs4_available, is_ftfy_available
+
+    return bool(is_bs4_available() and is_ftfy_available())

@@ -1,0 +1,70 @@
+"""Stable Diffusion 3 and 3.5: a rectified flow under two CLIP encoders and T5, any of which may be absent.
+
+The network is fed ``t`` in ``[0, 1000]`` with ``sigma = t / 1000``; the scheduler's shift only says where samplers step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from wadi.backbones.base import Backbone, Condition
+
+BLOCKS = r"transformer_blocks\..*"
+ATTENTION = r"(attn2?\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out))"
+FEED_FORWARD = r"(ff|ff_context)\.net\.(0\.proj|2)"
+
+
+class StableDiffusion3(Backbone):
+    """Backbone contract over a loaded ``StableDiffusion3Pipeline``."""
+
+    # Every Linear but those that turn timestep and pooled text into modulation.
+    student_targets = rf"{BLOCKS}({ATTENTION}|{FEED_FORWARD})|context_embedder|proj_out"
+    fake_targets = rf"{BLOCKS}({ATTENTION}|{FEED_FORWARD})"
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """``prompt_embeds`` ``(B, tokens, width)`` and ``pooled`` ``(B, width)``; zeros for an absent encoder."""
+        pipeline = self.pipeline
+        if pipeline.text_encoder is None or pipeline.text_encoder_2 is None:
+            embeds, pooled = self._encode_without_clip(list(prompts))
+        else:
+            embeds, _, pooled, _ = pipeline.encode_prompt(
+                list(prompts), None, None, device=pipeline.text_encoder.device, do_classifier_free_guidance=False
+            )
+        return Condition({"prompt_embeds": embeds, "pooled": pooled})
+
+    def _encode_without_clip(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """As ``pipeline.encode_prompt``, which needs both CLIP encoders, with zeros in place of the absent ones."""
+        pipeline, config = self.pipeline, self.network.config
+        place: dict[str, Any] = {"device": self.device, "dtype": self.network.dtype}
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for index, encoder in enumerate((pipeline.text_encoder, pipeline.text_encoder_2)):
+            if encoder is not None:
+                embed, pooled = pipeline._get_clip_prompt_embeds(prompts, device=self.device, clip_model_index=index)
+                found[index] = embed, pooled
+        rest = config.pooled_projection_dim - sum(pooled.shape[-1] for _, pooled in found.values())
+        share = rest // (2 - len(found))
+        tokens = pipeline.tokenizer_max_length
+        absent = torch.zeros(len(prompts), tokens, share, **place), torch.zeros(len(prompts), share, **place)
+        parts = [found.get(index, absent) for index in range(2)]
+        clip = torch.cat([embed.to(**place) for embed, _ in parts], dim=-1)
+        t5 = pipeline._get_t5_prompt_embeds(prompts, device=self.device, dtype=self.network.dtype).to(**place)
+        embeds = torch.cat([pad(clip, (0, t5.shape[-1] - clip.shape[-1])), t5], dim=-2)
+        return embeds, torch.cat([pooled.to(**place) for _, pooled in parts], dim=-1)
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """See `Backbone.predict`: the velocity ``eps - x0``."""
+        dtype, told = self.network.dtype, condition.tensors
+        predicted: Tensor = self.network(
+            hidden_states=x_t.to(dtype),
+            timestep=t,
+            encoder_hidden_states=told["prompt_embeds"].to(dtype),
+            pooled_projections=told["pooled"].to(dtype),
+            return_dict=False,
+        )[0]
+        return predicted.float()

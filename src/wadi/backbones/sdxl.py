@@ -1,0 +1,50 @@
+"""Stable Diffusion XL and its fine-tunes: a U-Net under two text encoders and size conditioning.
+
+The network is told the pooled embedding of the second encoder and ``add_time_ids`` ``(B, 6)``: original size, crop corner and
+target size in pixels, which a plain call sets to (height, width), (0, 0) and (height, width).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from wadi.backbones.base import Condition, where_empty
+from wadi.backbones.sd import StableDiffusion
+
+
+class StableDiffusionXL(StableDiffusion):
+    """Backbone contract over a loaded ``StableDiffusionXLPipeline``."""
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """``prompt_embeds`` ``(B, tokens, width)``, ``pooled`` ``(B, width)``, ``time_ids`` ``(B, 6)``.
+
+        The null prompt is all zeros where the pipeline's config says so (``force_zeros_for_empty_prompt``).
+        """
+        pipeline = self.pipeline
+        embeds, null, pooled, null_pooled = pipeline.encode_prompt(
+            list(prompts), device=pipeline.text_encoder_2.device, do_classifier_free_guidance="" in prompts
+        )
+        if "" in prompts:
+            embeds, pooled = where_empty(prompts, null, embeds), where_empty(prompts, null_pooled, pooled)
+        return Condition({"prompt_embeds": embeds, "pooled": pooled, "time_ids": self._time_ids(pooled)})
+
+    def _time_ids(self, pooled: Tensor) -> Tensor:
+        width = self.pipeline.text_encoder_2.config.projection_dim
+        ids = self.pipeline._get_add_time_ids(self.resolution, (0, 0), self.resolution, torch.float32, width)
+        return ids.to(pooled.device).repeat(len(pooled), 1)
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """See `Backbone.predict`; runs in the U-Net's own dtype."""
+        dtype, told = self.network.dtype, condition.tensors
+        predicted: Tensor = self.network(
+            x_t.to(dtype),
+            t,
+            encoder_hidden_states=told["prompt_embeds"].to(dtype),
+            added_cond_kwargs={"text_embeds": told["pooled"].to(dtype), "time_ids": told["time_ids"].to(dtype)},
+            return_dict=False,
+        )[0]
+        return predicted.float()
