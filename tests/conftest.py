@@ -9,12 +9,30 @@ import torch
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
+def _saved(tmp_path_factory, name, **changes):
+    folder = tmp_path_factory.mktemp(name)
+    tiny.stable_diffusion(folder / "parts", **changes).save_pretrained(folder / "pipeline")
+    return folder / "pipeline"
+
+
 @pytest.fixture(scope="session")
 def sd_folder(tmp_path_factory):
     """A tiny Stable Diffusion pipeline saved to disk, epsilon-prediction."""
-    folder = tmp_path_factory.mktemp("sd")
-    tiny.stable_diffusion(folder / "parts").save_pretrained(folder / "pipeline")
-    return folder / "pipeline"
+    return _saved(tmp_path_factory, "sd")
+
+
+@pytest.fixture(scope="session")
+def sd_v_folder(tmp_path_factory):
+    """The same with v-prediction and, as Stable Diffusion 2 has them, linear projections."""
+    return _saved(tmp_path_factory, "sd_v", prediction_type="v_prediction", use_linear_projection=True)
+
+
+@pytest.fixture(scope="session")
+def prompts_path(tmp_path_factory):
+    """Four prompts in a file that no test changes."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("red apple\nblue car\ngreen tree\nyellow sun\n")
+    return path
 
 
 @pytest.fixture
@@ -22,3 +40,12 @@ def prompts_file(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("red apple\nblue car\n\n  green tree \nyellow sun\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, sd_folder, prompts_path):
+    """A run of three steps, asked at timestep 800, that no test changes."""
+    from wadi.train import distill
+
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    return distill(tiny.settings(sd_folder, prompts_path, out, student={"timestep": 800, "lr": 0.05}))

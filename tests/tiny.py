@@ -56,3 +56,17 @@ def stable_diffusion(folder: Path, prediction_type: str = "epsilon", seed: int =
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def settings(teacher: Path, prompts: Path, out: Path, **changes):
+    """A distillation of some seconds: two images a step, a grid of one prompt. ``student={...}`` and so on merge."""
+    from wadi.config import from_dict
+
+    values = {
+        "teacher": str(teacher), "prompts": str(prompts), "out": str(out), "steps": 3, "batch": 2, "seed": 5, "device": "cpu",
+        "student": {"rank": 4, "lr": 1e-3}, "fake": {"rank": 2, "lr": 1e-2}, "sample_every": 0, "checkpoint_every": 0,
+        "sample_prompts": ["red apple"], "sample_seeds": 2, "teacher_steps": 2,
+    }  # fmt: skip
+    for name, value in changes.items():
+        values[name] = {**values.get(name, {}), **value} if isinstance(value, dict) else value
+    return from_dict(values)
