@@ -3,8 +3,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches the network
 
 import pytest
-import tiny
 import torch
+
+import tiny
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 

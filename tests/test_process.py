@@ -18,7 +18,9 @@ SHAPE = (3, 4, 2, 2)
 def vp(prediction="epsilon", **config):
     from diffusers import DDIMScheduler
 
-    return DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=prediction, **config)
+    return DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=prediction, **config
+    )
 
 
 def flow():

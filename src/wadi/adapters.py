@@ -9,6 +9,7 @@ role's context recomputes checkpointed layers with whatever adapter is active by
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,7 +69,7 @@ def attach(model: nn.Module, name: str, config: LoRaDConfig) -> list[str]:
             inject_adapter_in_model(config, model, adapter_name=name)
     except WadiError:
         raise
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise WadiError(
             f"Adapter {name!r} could not be attached: {str(error).splitlines()[0]} Expected target_modules to "
             "name Linear or Conv2d layers (a string is a regular expression that matches whole names): see print(network)."
@@ -79,7 +80,7 @@ def attach(model: nn.Module, name: str, config: LoRaDConfig) -> list[str]:
     for adapter in attached:  # injection froze the adapters that were there before
         for parameter in parameters(model, adapter).values():
             parameter.requires_grad_(True)
-    return [layer for layer, module in _layers(model) if name in module.lorad_A]
+    return [layer for layer, module in _layers(model) if name in getattr(module, "lorad_A", {})]
 
 
 def parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
@@ -98,8 +99,15 @@ def active(model: nn.Module, role: str | None) -> Iterator[None]:
 
     Changes nothing but which adapter each layer applies, and restores it. ``backward()`` of what was computed in the block
     must run inside it when activations are checkpointed.
+
+    Raises:
+        WadiError: if no layer carries ``role``, which would silently speak as the teacher.
     """
     layers = [layer for _, layer in _layers(model)]
+    if role is not None and not any(role in getattr(layer, "lorad_A", {}) for layer in layers):
+        raise WadiError(
+            f"There is no adapter {role!r} to switch to. Expected one of {sorted(getattr(model, 'peft_config', {}))}."
+        )
     before = [layer._active_adapter for layer in layers]
     for layer in layers:
         layer._active_adapter = [role] if role else []
@@ -127,7 +135,7 @@ def fuse(model: nn.Module, name: str) -> nn.Module:
     if not parameters(model, name):
         raise WadiError(f"There is no adapter {name!r} to fuse. Expected one of {sorted(getattr(model, 'peft_config', {}))}.")
     for layer_name, layer in list(_layers(model)):
-        if name in layer.lorad_A:
+        if name in getattr(layer, "lorad_A", {}):
             layer.merge(adapter_names=[name])
         parent, _, child = layer_name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
@@ -185,8 +193,9 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise WadiError(f"Adapter {str(folder)!r} is damaged: {error}. Expected files as PEFT writes them.") from error
-    if config.get("peft_type") != "LORAD":
-        raise WadiError(f"Adapter {str(folder)!r} is a {config.get('peft_type')} adapter. Expected LORAD.")
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORAD":
+        raise WadiError(f"Adapter {str(folder)!r} is of type {kind!r} by its {CONFIG}. Expected 'LORAD'.")
     return config, tensors
 
 

@@ -36,7 +36,7 @@ class TrainState:
     step: int = 0
     drawn: int = 0  # prompts drawn so far
     skipped: int = 0  # steps with a non-finite gradient, in all
-    skipped_in_a_row: int = 0
+    skipped_in_a_row: dict[str, int] = field(default_factory=dict)  # by role
     seconds: float = 0.0  # wall-clock time in the loop
 
 
@@ -92,14 +92,17 @@ def save(folder: Path, state: TrainState, teacher: str, keep: int) -> Path:
 
 
 def _all(folder: Path) -> list[Path]:
-    """Checkpoint folders, oldest first; temporary names are not among them."""
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    """Checkpoint folders, oldest first; temporary names and copies under other names are not among them."""
+    numbered = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(numbered, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
+        if not isinstance(manifest, dict) or not {"state.json", "training.safetensors"} <= manifest.keys():
+            return "manifest.json is truncated or altered"
         for name, digest in manifest.items():
             if sha256(path / name) != digest:
                 return f"{name} is truncated or altered"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -175,6 +176,9 @@ def _check(config: DistillConfig) -> None:
         ("steps", config.steps, config.steps >= 1, "at least 1"),
         ("batch", config.batch, config.batch >= 1, "at least 1"),
         ("t_range", config.t_range, 0 <= config.t_range[0] < config.t_range[1] <= 1, "0 <= low < high <= 1"),
+        ("seed", config.seed, 0 <= config.seed < 2**32, "in [0, 2^32)"),
+        ("betas", config.betas, all(0 <= beta < 1 for beta in config.betas), "both in [0, 1)"),
+        ("weight_decay", config.weight_decay, config.weight_decay >= 0, "at least 0"),
         ("clip", config.clip, config.clip > 0, "above 0"),
         ("max_skipped", config.max_skipped, config.max_skipped >= 1, "at least 1"),
         ("sample_every", config.sample_every, config.sample_every >= 0, "at least 0"),
@@ -185,6 +189,7 @@ def _check(config: DistillConfig) -> None:
         ("lr_warmup", config.lr_warmup, config.lr_warmup >= 0, "at least 0"),
         ("warm_start.pairs", warm.pairs, warm.pairs >= 0, "at least 0"),
         ("warm_start.sampler_steps", warm.sampler_steps, warm.sampler_steps >= 1, "at least 1"),
+        ("warm_start.fake_steps", warm.fake_steps, warm.fake_steps >= 0, "at least 0"),
         ("warm_start.weight", warm.weight, warm.weight >= 0, "at least 0"),
         (
             "warm_start.steps",
@@ -218,6 +223,7 @@ def from_dict(values: Mapping[str, Any], cls: Any = DistillConfig, prefix: str =
     hints = get_type_hints(cls)
     arguments = {}
     for key, value in values.items():
+        key = str(key)  # YAML's may be numbers
         if key not in hints:
             near = difflib.get_close_matches(key, hints, n=1)
             raise WadiError(
@@ -242,8 +248,9 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             return tuple(_convert(v, h, f"{name}[{i}]") for i, (v, h) in enumerate(zip(value, inner, strict=True)))
     elif type(None) in options:  # X | None
         return None if value is None else _convert(value, options[0], name)
-    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+    elif hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with suppress(ValueError):  # a string is what YAML 1.1 makes of 1e-4, which lacks a point
+            return float(value)
     elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     expected = getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")

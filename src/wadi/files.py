@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from wadi.errors import WadiError
@@ -26,9 +28,12 @@ def write_whole(path: Path, data: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise unwritable(path, error) from error
+    except BaseException as error:
+        with suppress(OSError):  # it may never have come to be, or its folder may be a file
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise unwritable(path, error) from error
+        raise
 
 
 @contextmanager
@@ -38,9 +43,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Raises:
         WadiError: if the disk is full or the place cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if path.exists() and not path.is_dir():
+            raise FileExistsError(errno.EEXIST, "a file of that name is in the way")
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of a killed process
+            shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
         for file in temporary.rglob("*"):
@@ -49,18 +57,17 @@ def whole_folder(path: Path) -> Iterator[Path]:
                     os.fsync(stream.fileno())
         if path.exists():
             # A folder cannot be replaced in one call: the old one steps aside and goes last.
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
             os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
+        os.replace(temporary, path)
     except BaseException as error:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
         shutil.rmtree(temporary, ignore_errors=True)
         # safetensors reports a full disk through an exception class of its own
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             raise unwritable(path, error) from error
         raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def unwritable(path: Path, error: BaseException) -> WadiError:

@@ -128,6 +128,8 @@ def draw(
     """
     if not prompts or len(prompts) != len(seeds):
         raise WadiError(f"Received {len(prompts)} prompts and {len(seeds)} seeds. Expected at least one, and as many of each.")
+    if batch < 1 or steps < 1:
+        raise WadiError(f"batch is {batch} and steps is {steps}. Expected both at least 1.")
     if not all(0 <= seed < SEEDS for seed in seeds):
         raise WadiError(f"Seeds run from {min(seeds)} to {max(seeds)}. Expected whole numbers from 0 to 2^63 - 1.")
     pictures: list[Image.Image] = []

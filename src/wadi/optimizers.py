@@ -39,15 +39,16 @@ def update(state: TrainState, role: str, config: DistillConfig) -> float:
     norm = float(nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.clip))
     if math.isfinite(norm):
         scaler.step(optimizer)
-        state.skipped_in_a_row = 0
+        in_a_row = 0
     else:
         state.skipped += 1
-        state.skipped_in_a_row += 1
+        in_a_row = state.skipped_in_a_row.get(role, 0) + 1
+    state.skipped_in_a_row[role] = in_a_row
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    if state.skipped_in_a_row >= config.max_skipped:
+    if in_a_row >= config.max_skipped:
         raise WadiError(
-            f"The {role}'s gradient was not finite {state.skipped_in_a_row} times in a row at step {state.step}. "
+            f"The {role}'s gradient was not finite {in_a_row} times in a row at step {state.step}. "
             "Expected finite numbers: try dtype bfloat16 or float32, a lower student.lr or fake.lr, or an earlier "
             "student.timestep. The last checkpoint is untouched."
         )

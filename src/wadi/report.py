@@ -53,9 +53,10 @@ def write_report(run: Path) -> Path:
     Raises:
         WadiError: if the folder is no run, or has no statistics yet.
     """
-    config, lines = run / "config.yaml", read_stats(run)
+    config = run / "config.yaml"
     if not config.is_file():
         raise WadiError(f"{str(run)!r} is no run: it holds no config.yaml. Expected the --out of `wadi distill`.")
+    lines = read_stats(run)
     grids = sorted((run / "samples").glob("step-*.png"))
     parts = [
         f"<h1>{html.escape(run.name)}</h1>",

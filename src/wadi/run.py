@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import threading
 from collections.abc import Iterator
@@ -18,10 +19,10 @@ from wadi.files import unwritable, write_whole
 
 
 class Run:
-    """``runs/NAME`` on disk. Opening it creates it, or checks that it holds the same config.
+    """``runs/NAME`` on disk. Naming it checks that it is new or holds the same config; `open` writes.
 
     Raises:
-        WadiError: if the folder holds a run of another config (the difference is shown), or cannot be written.
+        WadiError: if the folder holds a run of another config (the difference is shown), or something else.
     """
 
     def __init__(self, config: DistillConfig) -> None:
@@ -30,9 +31,9 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         self.samples = self.folder / "samples"
         self.stats_file = self.folder / "stats.jsonl"
-        saved = self.folder / "config.yaml"
-        if saved.exists():
-            changed = configs.differences(configs.load(saved), config)
+        self.config_file = self.folder / "config.yaml"
+        if self.config_file.exists():
+            changed = configs.differences(configs.load(self.config_file), config)
             if changed:
                 raise WadiError(
                     f"{str(self.folder)!r} holds a run of another config. Different: {'; '.join(changed)}. Expected the same "
@@ -43,11 +44,18 @@ class Run:
                 f"--out {str(self.folder)!r} exists and is no run (it holds no config.yaml). Expected a new or empty folder: "
                 "choose another --out."
             )
+
+    def open(self) -> None:
+        """Create the folder and write the config; after everything else was checked, so that a mistyped run leaves no folder.
+
+        Raises:
+            WadiError: if the folder cannot be written.
+        """
         try:
             self.samples.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise unwritable(self.folder, error) from error
-        configs.save(config, saved)
+        configs.save(self.config, self.config_file)
 
     def rewind(self, step: int) -> list[dict[str, float]]:
         """Drop statistics after ``step``, which a resumed run will write again; return those that stay."""
@@ -64,10 +72,11 @@ class Run:
         return lines
 
     def log(self, line: dict[str, float]) -> None:
-        """Append one line of statistics."""
+        """Append one line of statistics; what is not finite has no place in JSON and is left out."""
+        finite = {name: value for name, value in line.items() if math.isfinite(value)}
         try:
             with open(self.stats_file, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
+                stream.write(json.dumps(finite) + "\n")
         except OSError as error:
             raise unwritable(self.stats_file, error) from error
 

@@ -40,6 +40,8 @@ from wadi.run import Run, Stop, stop_on_signals
 from wadi.sampling import one_step, predict_guided
 from wadi.warm_start import Pairs, load_pairs, make_pairs, save_pairs
 
+WARN_EVERY = 100  # steps between looks at the run's health, besides every sample grid
+
 
 class Interrupted(Exception):
     """A signal asked for a stop; everything is saved. ``signal`` is its number."""
@@ -66,7 +68,6 @@ def distill(config: DistillConfig) -> Path:
         WadiError: on bad input (see each part), or if gradients stay non-finite.
         Interrupted: on SIGINT or SIGTERM, after saving.
     """
-    from accelerate import Accelerator
     from accelerate.utils import set_seed
 
     run = Run(config)
@@ -74,7 +75,7 @@ def distill(config: DistillConfig) -> Path:
     device = find_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    accelerator = Accelerator(cpu=device.type == "cpu", log_with=config.tracker, project_dir=run.folder)
+    accelerator = make_accelerator(config, device, run)
     set_seed(config.seed)  # initial angles; everything later draws from the state's own generator
 
     # One frozen network, two sets of angles.
@@ -86,6 +87,7 @@ def distill(config: DistillConfig) -> Path:
     null = backbone.encode([""])
     order = PromptOrder(len(prompts), config.seed)
 
+    run.open()
     found, complaints = checkpoint.latest(run.checkpoints)
     for line in complaints:
         console.print(f"[yellow]{line}[/]", soft_wrap=True)
@@ -93,6 +95,8 @@ def distill(config: DistillConfig) -> Path:
         checkpoint.load(found, state, teacher)
         console.print(f"Continuing {run.folder} from step {state.step} of {config.steps}.", soft_wrap=True)
     history = run.rewind(state.step)
+    if state.step >= config.steps:
+        return run.folder
     accelerator.init_trackers(run.folder.name)
 
     def save() -> None:
@@ -125,9 +129,9 @@ def distill(config: DistillConfig) -> Path:
 
                 # once in a while: look at the student, save
                 last = state.step == config.steps
-                if last or due(state.step, config.sample_every):
+                if look := last or due(state.step, config.sample_every):
                     stats |= check()
-                for line in health.warnings(stats, history):
+                for line in health.warnings(stats, history) if look or due(state.step, WARN_EVERY) else ():
                     console.print(f"[yellow]step {state.step}: {line}[/]", soft_wrap=True)
                 run.log(stats)
                 history = [*history[-500:], stats]
@@ -183,7 +187,7 @@ def distillation_loss(
     """The student's loss on its images ``x0``, with the regression kept beside it if there was a warm start."""
     process, network = backbone.process, backbone.network
     low, high = (round(fraction * process.num_timesteps) for fraction in config.t_range)
-    t = torch.randint(low, high, (len(x0),), generator=state.generator).to(x0.device)
+    t = torch.randint(low, max(high, low + 1), (len(x0),), generator=state.generator).to(x0.device)
     with torch.no_grad():
         x_t = process.add_noise(x0.detach(), gaussian_like(x0, state), t)
         with adapters.active(network, None):
@@ -211,6 +215,23 @@ def fake_loss(backbone: Backbone, x0: Tensor, batch: Batch, config: DistillConfi
 
 
 # --- what the loop is made of -----------------------------------------------------------------------------------------------
+
+
+def make_accelerator(config: DistillConfig, device: torch.device, run: Run) -> Any:
+    """Accelerate's accelerator, with the tracker that the config names.
+
+    Raises:
+        WadiError: if accelerate does not know the tracker, or it is not installed.
+    """
+    from accelerate import Accelerator
+
+    try:
+        accelerator = Accelerator(cpu=device.type == "cpu", log_with=config.tracker, project_dir=run.folder)
+    except ValueError as error:
+        raise WadiError(f"tracker is {config.tracker!r}. Expected one that accelerate knows: {error}") from error
+    if config.tracker and not accelerator.log_with:
+        raise WadiError(f"tracker is {config.tracker!r}, which is not installed. Expected it, or null: install {config.tracker}.")
+    return accelerator
 
 
 def student_timestep(backbone: Backbone, config: DistillConfig) -> int:

@@ -91,12 +91,17 @@ def validate(backbone: Backbone, validation: Validation, timestep: int, picture:
     stats = {
         "diversity": health.diversity(student),
         "diversity_teacher": health.diversity(validation.teacher),
-        "contrast_ratio": health.contrast(student) / health.contrast(validation.teacher),
+        "contrast_ratio": _share(health.contrast(student), health.contrast(validation.teacher)),
         "student_ms_per_image": student_ms,
         "teacher_ms_per_image": validation.teacher_ms,
     }
-    stats["diversity_ratio"] = stats["diversity"] / stats["diversity_teacher"]
+    stats["diversity_ratio"] = _share(stats["diversity"], stats["diversity_teacher"])
     return {name: value for name, value in stats.items() if value == value}  # one seed has no diversity
+
+
+def _share(student: float, teacher: float) -> float:
+    """Ratio to the teacher's figure; not a number where a teacher of blank pictures has none."""
+    return student / teacher if teacher else float("nan")
 
 
 def grid(validation: Validation, student: Tensor) -> images.Image.Image:

@@ -1,0 +1,83 @@
+"""Health figures: equal to their definitions; warnings say what is wrong and what to try, and keep quiet otherwise."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from wadi import adapters, health
+from wadi.lorad import LoRaDConfig
+
+
+def test_distance_by_quarter_of_the_schedule():
+    real, fake = torch.zeros(4, 3, 2, 2), torch.zeros(4, 3, 2, 2)
+    fake[0], fake[1], fake[2], fake[3] = 1.0, 3.0, -2.0, 5.0
+    found = health.distance_by_timestep(real, fake, torch.tensor([0, 249, 250, 999]), 1000)
+    assert found == pytest.approx(
+        {"teacher_fake_distance_q1": 2.0, "teacher_fake_distance_q2": 2.0, "teacher_fake_distance_q4": 5.0}
+    )
+
+
+def test_diversity_is_the_mean_distance_within_a_prompt():
+    images = torch.zeros(2, 3, 3, 4, 4)
+    images[0, 1], images[0, 2] = 0.5, 1.0  # distances 0.5, 1.0, 0.5; the second prompt's images are one
+    assert health.diversity(images) == pytest.approx((2 / 3 + 0) / 2)
+    assert math.isnan(health.diversity(images[:, :1]))
+    # two prompts apart from each other do not count as diversity
+    images[1] = 1.0
+    assert health.diversity(images) == pytest.approx((2 / 3 + 0) / 2)
+
+
+def test_contrast_is_the_spread_of_pixels():
+    images = torch.rand(2, 3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([image.flatten().std() for image in images.flatten(0, 1)]).mean()
+    assert health.contrast(images) == pytest.approx(expected.item())
+
+
+def test_angle_stats_are_those_of_theta():
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    adapters.attach(model, "student", LoRaDConfig(r=2, target_modules=r"\d"))
+    thetas = []
+    for name, parameter in adapters.parameters(model, "student").items():
+        nn.init.normal_(parameter, std=0.1)
+        if name.endswith("A"):
+            thetas.append(parameter)
+        else:
+            thetas[-1] = (thetas[-1] @ parameter).detach()
+    theta = torch.cat([theta.flatten() for theta in thetas])
+    assert theta.numel() == 5 * 3 + 4 * 2
+    assert health.angle_stats(model, "student") == pytest.approx(
+        {
+            "student_angle_rms": theta.square().mean().sqrt().item(),
+            "student_angle_max": theta.abs().max().item(),
+            "student_angle_share_above_1e-3": (theta.abs() > 1e-3).float().mean().item(),
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("stats", "words"),
+    [
+        ({"diversity_ratio": 0.3}, ("diversity", "30%", "student.lr")),
+        ({"contrast_ratio": 0.4}, ("washing out", "student.timestep")),
+        ({"contrast_ratio": 2.5}, ("over-saturated", "guidance_scale")),
+        ({"student_angle_max": 4.0}, ("4.0 rad", "student.lr")),
+    ],
+)
+def test_what_is_wrong_is_said_with_what_to_try(stats, words):
+    (line,) = health.warnings(stats, [])
+    assert all(word in line for word in words)
+
+
+def test_a_fake_model_that_loses_track_is_seen():
+    falling = [{"loss_fake": 1.0 - i / 1000} for i in range(400)]
+    rising = [{"loss_fake": 0.1 + (i > 300) * 0.2} for i in range(400)]
+    assert health.warnings({}, falling) == []
+    assert "fake.updates" in health.warnings({}, rising)[0]
+
+
+def test_a_healthy_run_is_left_alone():
+    well = {"diversity_ratio": 0.9, "contrast_ratio": 1.1, "student_angle_max": 0.5, "loss_fake": 0.2}
+    assert health.warnings(well, [{"loss_fake": 0.2}] * 500) == []
+    assert health.warnings({}, []) == []
