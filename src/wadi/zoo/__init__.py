@@ -1,0 +1,84 @@
+"""The embedded teacher: a complete text-to-image pipeline of 12 M parameters that draws emoji, and how it was made.
+
+``load_teacher`` gives the ``StableDiffusionPipeline`` shipped in this package, ``load_classifier`` the network that
+judges pictures, ``training_prompts`` what a distillation needs to know of the data: text alone. ``train`` is the recipe
+(docs/zoo.md). Importing this package imports neither torch nor diffusers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wadi.errors import WadiError
+from wadi.zoo.concepts import COLOURS, CONCEPTS, STYLES
+from wadi.zoo.prompts import caption, captions, concept_of, eval_prompts, fixed_prompts, training_prompts
+from wadi.zoo.recipe import STAGES, ZooConfig, train
+
+if TYPE_CHECKING:
+    import torch
+
+    from wadi.zoo.classifier import Classifier
+
+__all__ = [
+    "COLOURS",
+    "CONCEPTS",
+    "STAGES",
+    "STYLES",
+    "ZooConfig",
+    "caption",
+    "captions",
+    "classifier_path",
+    "concept_of",
+    "eval_prompts",
+    "fixed_prompts",
+    "load_classifier",
+    "load_teacher",
+    "student_path",
+    "teacher_path",
+    "train",
+    "training_prompts",
+]
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def teacher_path() -> Path:
+    """Folder of the embedded teacher, which ``DiffusionPipeline.from_pretrained`` loads."""
+    return _shipped("teacher", "model_index.json")
+
+
+def student_path() -> Path:
+    """Folder of the LoRaD adapter of the embedded one-step student."""
+    return _shipped("student", "adapter_config.json")
+
+
+def classifier_path() -> Path:
+    """Folder of the classifier."""
+    return _shipped("classifier", "config.json")
+
+
+def load_teacher(dtype: torch.dtype | None = None) -> Any:
+    """The embedded teacher as a ``StableDiffusionPipeline`` on the CPU, in float32 if no ``dtype`` is given."""
+    import torch
+
+    from wadi.backbones.loading import load_pipeline
+
+    return load_pipeline(teacher_path(), torch.float32 if dtype is None else dtype)
+
+
+def load_classifier() -> Classifier:
+    """The classifier: ``.logits(images)``, ``.features(images)`` of images ``(B, 3, 64, 64)`` in [0, 1], ``.concepts``."""
+    from wadi.zoo.classifier import read_classifier
+
+    return read_classifier(classifier_path())
+
+
+def _shipped(name: str, file: str) -> Path:
+    folder = WEIGHTS / name
+    if not (folder / file).is_file():
+        raise WadiError(
+            f"the embedded {name} is not in this installation ({folder} holds no {file}); install the package again, "
+            "or make it by the recipe in docs/zoo.md"
+        )
+    return folder

@@ -1,0 +1,49 @@
+"""From sprites to training pictures: background, flip, size and position, for a whole batch at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wadi.zoo.concepts import COLOURS
+
+SIDE = 64
+JITTER = 0.04  # standard deviation of a background's colour about its name's, of [0, 1]
+
+
+@dataclass(frozen=True)
+class Pose:
+    """How each of ``B`` sprites is laid: ``colour`` index ``(B,)``, ``rgb`` ``(B, 3)``, ``theta`` ``(B, 2, 3)``."""
+
+    colour: Tensor
+    rgb: Tensor
+    theta: Tensor
+
+
+def random_pose(count: int, generator: torch.Generator) -> Pose:
+    """Sides of 55 to 92 % of the picture, mirrored half of the time, anywhere the sprite stays inside."""
+    colour = torch.randint(len(COLOURS), (count,), generator=generator)
+    rgb = torch.tensor(list(COLOURS.values()))[colour] / 255
+    rgb = (rgb + JITTER * torch.randn(count, 3, generator=generator)).clamp(0, 1)
+    size = 0.55 + 0.37 * torch.rand(count, generator=generator).sqrt()
+    shift = (2 * torch.rand(count, 2, generator=generator) - 1) * (0.6 * (0.96 - size).clamp(min=0))[:, None]
+    mirror = 1.0 - 2.0 * torch.randint(2, (count,), generator=generator)
+    theta = torch.zeros(count, 2, 3)
+    # grid_sample maps picture coordinates to sprite coordinates: u = (x - shift) / size.
+    theta[:, 0, 0], theta[:, 1, 1] = mirror / size, 1 / size
+    theta[:, 0, 2], theta[:, 1, 2] = -mirror * shift[:, 0] / size, -shift[:, 1] / size
+    return Pose(colour, rgb, theta)
+
+
+def compose(sprites: Tensor, pose: Pose) -> Tensor:
+    """Pictures ``(B, 3, 64, 64)`` in [0, 1] from premultiplied ``uint8 (B, 4, S, S)`` sprites.
+
+    Sampled at twice the size and averaged, so that small sprites do not alias.
+    """
+    grid = F.affine_grid(pose.theta, [len(sprites), 4, 2 * SIDE, 2 * SIDE], align_corners=False)
+    large = F.grid_sample(sprites.float() / 255, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    layer = F.avg_pool2d(large, 2)
+    return layer[:, :3] + (1 - layer[:, 3:]) * pose.rgb[:, :, None, None]

@@ -1,0 +1,78 @@
+"""The teacher's language: captions of concept, style and background, and the fixed lists of prompts made from them.
+
+Everything here is plain Python and depends on nothing but its seeds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+from wadi.zoo.concepts import COLOURS, CONCEPTS, STYLES
+
+EVAL_COUNT = 512
+
+
+def caption(concept: str, style: str | None = None, colour: str | None = None) -> str:
+    """``caption("pizza", "noto", "blue")`` is "pizza, noto style, on a blue background"; either part may be left out."""
+    parts = [concept]
+    if style is not None:
+        parts.append(f"{style} style")
+    if colour is not None:
+        parts.append(f"on {'an' if colour[0] in 'aeiou' else 'a'} {colour} background")
+    return ", ".join(parts)
+
+
+def concept_of(prompt: str) -> str:
+    """The concept a caption names: what stands before its first comma."""
+    return prompt.split(",")[0].strip()
+
+
+def training_prompts() -> list[str]:
+    """Every caption there is: concepts x (no style or one) x (no background or one), in a fixed order."""
+    choices = itertools.product(CONCEPTS, (None, *STYLES), (None, *COLOURS))
+    return [caption(concept, style, colour) for concept, style, colour in choices]
+
+
+def captions(count: int, seed: int) -> list[str]:
+    """``count`` captions as they are met in training: style and background each named half of the time."""
+    draw = random.Random(f"captions {seed}")
+    names, styles, colours = list(CONCEPTS), list(STYLES), list(COLOURS)
+    return [
+        caption(
+            draw.choice(names),
+            draw.choice(styles) if draw.random() < 0.5 else None,
+            draw.choice(colours) if draw.random() < 0.5 else None,
+        )
+        for _ in range(count)
+    ]
+
+
+def eval_prompts() -> list[tuple[str, str, int]]:
+    """The ``EVAL_COUNT`` fixed ``(prompt, concept, seed)`` by which the card measures; concepts take turns."""
+    draw = random.Random("eval prompts")
+    styles, colours = list(STYLES), list(COLOURS)
+    rows = []
+    for seed, concept in zip(range(EVAL_COUNT), itertools.cycle(CONCEPTS)):
+        style = draw.choice(styles) if draw.random() < 0.5 else None
+        colour = draw.choice(colours) if draw.random() < 0.5 else None
+        rows.append((caption(concept, style, colour), concept, seed))
+    return rows
+
+
+def fixed_prompts() -> list[str]:
+    """A dozen prompts for grids."""
+    return [
+        "red apple",
+        "pizza, noto style, on a blue background",
+        "rocket, on a black background",
+        "cat face, fluent style",
+        "penguin, on a pink background",
+        "sunflower, twemoji style, on a green background",
+        "hamburger, on a yellow background",
+        "fox, noto style, on a purple background",
+        "sailboat, twemoji style",
+        "strawberry, fluent style, on a white background",
+        "guitar, noto style, on an orange background",
+        "octopus, on a grey background",
+    ]
