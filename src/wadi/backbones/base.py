@@ -72,8 +72,8 @@ class Backbone(ABC):
     """
 
     component: ClassVar[str] = "transformer"
-    student_targets: ClassVar[str]
-    fake_targets: ClassVar[str]
+    student_targets: str  # a family may set these for each network
+    fake_targets: str
     no_guidance: ClassVar[float] = 0.0
     call_extras: ClassVar[dict[str, Any]] = {}
 

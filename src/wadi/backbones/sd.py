@@ -6,6 +6,7 @@ Epsilon- and v-prediction both; which one, and the schedule, are read from the p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +21,13 @@ class StableDiffusion(Backbone):
     """Backbone contract over a loaded ``StableDiffusionPipeline``."""
 
     component = "unet"
-    # Every Linear of the blocks; in SD 1.x proj_in and proj_out are convolutions, which stay frozen.
-    student_targets = BLOCKS + rf"({ATTENTION}|proj_in|proj_out|time_emb_proj)"
     fake_targets = BLOCKS + ATTENTION
+
+    def __init__(self, pipeline: Any, resolution: tuple[int, int] | None = None) -> None:
+        super().__init__(pipeline, resolution)
+        # Every Linear of the blocks. In SD 1.x proj_in and proj_out are convolutions, which stay frozen.
+        projections = "|proj_in|proj_out" if self.network.config.use_linear_projection else ""
+        self.student_targets = BLOCKS + rf"({ATTENTION}|time_emb_proj{projections})"
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:
