@@ -1,18 +1,20 @@
 """Reuse of rotated weights across forward passes that need no gradient.
 
 One distillation step runs an adapter several times between two updates of its angles; within
-:func:`cached_rotation` its rotated weights are built once. Reuse is exact and never stale: an entry is tied
-to the storages and the in-place counters of everything it was built from. Only a write through
-``parameter.data`` escapes those counters; no optimiser makes one.
+:func:`cached_rotation` its rotated weights are built once. Reuse is exact and never stale: an entry is tied to
+the storages and the in-place counters of everything it was built from, and every optimiser step ends it, since
+fused optimisers write without counting. Only a write through ``parameter.data`` outside an optimiser escapes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class RotationCache:
@@ -31,6 +33,10 @@ class RotationCache:
                 known = self._entries[key] = (stamp, build())
         return known[1]
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self._entries.clear()
+
 
 def reusable(sources: Sequence[Tensor]) -> bool:
     """Whether a weight made from ``sources`` may be shared: no gradient reaches them, changes show."""
@@ -47,11 +53,19 @@ def cached_rotation(model: nn.Module) -> Iterator[None]:
     may be updated inside: the next forward sees it. Forwards that train the angles, and compiled ones, are
     not affected. Nesting is allowed; the outermost context owns the memory.
     """
-    layers = [m for m in model.modules() if "rotation_cache" in vars(m) and m.rotation_cache is None]
-    for layer in layers:
-        layer.rotation_cache = RotationCache()  # type: ignore[assignment]
+    layers: list[Any] = [m for m in model.modules() if "rotation_cache" in vars(m) and m.rotation_cache is None]
+    caches = [RotationCache() for _ in layers]
+
+    def clear(*_: Any) -> None:
+        for cache in caches:
+            cache.clear()
+
+    hook = register_optimizer_step_post_hook(clear)
+    for layer, cache in zip(layers, caches, strict=True):
+        layer.rotation_cache = cache
     try:
         yield
     finally:
+        hook.remove()
         for layer in layers:
-            layer.rotation_cache = None  # type: ignore[assignment]
+            layer.rotation_cache = None

@@ -157,6 +157,8 @@ class _RotatedWeight(Function):
 
 def rotated_weight(W: Tensor, factors: Sequence[Factor], dtype: torch.dtype | None = None) -> Tensor:
     """``R`` in ``dtype`` (``W``'s if None), shape of ``W``. Autograd keeps ``R`` alone."""
+    if not torch.is_grad_enabled():
+        return rotate(W, pair_angles(factors), dtype)
     scales = tuple(factor.scale for factor in factors)
     tensors = [tensor for factor in factors for tensor in factor[:2]]
     return _RotatedWeight.apply(W, dtype or W.dtype, scales, *tensors)
