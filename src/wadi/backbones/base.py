@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wadi.backbones import schedulers
 from wadi.errors import WadiError
@@ -60,7 +60,6 @@ class Backbone(ABC):
         student_targets, fake_targets: regular expressions, full match over module names, of the layers that adapters of the
             student and of the fake model go on by default.
         no_guidance: ``guidance_scale`` at which a call of the pipeline is one conditional pass.
-        call_extras: further arguments of a plain call of the pipeline (to keep it from resizing what it drew, say).
 
     Attributes:
         pipeline: the diffusers pipeline it was built from.
@@ -75,17 +74,22 @@ class Backbone(ABC):
     student_targets: str  # a family may set these for each network
     fake_targets: str
     no_guidance: ClassVar[float] = 0.0
-    call_extras: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, pipeline: Any, resolution: tuple[int, int] | None = None) -> None:
         self.pipeline = pipeline
-        self.network: nn.Module = getattr(pipeline, self.component)
+        self.network: Any = getattr(pipeline, self.component)  # an nn.Module with a config
         self.process = Process.from_scheduler(pipeline.scheduler)
+        self.student_targets, self.fake_targets = self.default_targets(self.network.config)
         remembered = pipeline.config.get(RESOLUTION)
         native = tuple(remembered) if remembered else self.native_resolution(self.network.config, self.scale)
         self.resolution = self.checked(resolution or native)
         height, width = self.resolution
         self.latent_shape = (self.latent_channels(self.network.config), height // self.scale, width // self.scale)
+
+    @classmethod
+    def default_targets(cls, config: Any) -> tuple[str, str]:
+        """`student_targets` and `fake_targets` for a network of this ``config``."""
+        return cls.student_targets, cls.fake_targets
 
     # --- shapes -------------------------------------------------------------------------------------------------------------
 
@@ -187,12 +191,13 @@ class Backbone(ABC):
     def call(self) -> dict[str, Any]:
         """Arguments with which a plain call of the pipeline draws without guidance at this resolution."""
         height, width = self.resolution
-        return {"guidance_scale": self.no_guidance, "height": height, "width": width, **self.call_extras}
+        return {"guidance_scale": self.no_guidance, "height": height, "width": width}
 
     @property
     def device(self) -> torch.device:
         """Where the network lies."""
-        return next(self.network.parameters()).device
+        found: torch.device = next(self.network.parameters()).device
+        return found
 
 
 _MOMENTS = ("latents_mean", "latents_std")

@@ -23,7 +23,19 @@ class PixArt(Backbone):
     # Every Linear but those of the timestep under adaln_single.
     student_targets = LINEARS + r"|caption_projection\.linear_[12]|proj_out"
     fake_targets = LINEARS
-    call_extras = {"use_resolution_binning": False}
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """See `Backbone.call`: without resizing to the nearest size of training."""
+        return {**super().call, "use_resolution_binning": False, "clean_caption": self._clean_caption}
+
+    @property
+    def _clean_caption(self) -> bool:
+        """What a plain call does, which needs two libraries; without them it warns and encodes the raw prompt."""
+        from diffusers.utils import is_bs4_available, is_ftfy_available
+
+        wanted = default_argument(self.pipeline, "clean_caption")
+        return bool(wanted and is_bs4_available() and is_ftfy_available())
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:
@@ -32,7 +44,7 @@ class PixArt(Backbone):
             list(prompts),
             do_classifier_free_guidance=False,
             device=self.pipeline.text_encoder.device,
-            clean_caption=default_argument(self.pipeline, "clean_caption") and _can_clean(),
+            clean_caption=self._clean_caption,
             max_sequence_length=default_argument(self.pipeline, "max_sequence_length"),
         )
         return Condition({"prompt_embeds": embeds, "mask": mask, **self._sizes(len(embeds), embeds.device)})
@@ -59,10 +71,3 @@ class PixArt(Backbone):
             return_dict=False,
         )[0]
         return predicted[:, : x_t.shape[1]].float()
-
-
-def _can_clean() -> bool:
-    """Whether the libraries of ``clean_caption`` are there; without them the pipeline warns and encodes the raw prompt."""
-    from diffusers.utils import is_bs4_available, is_ftfy_available
-
-    return bool(is_bs4_available() and is_ftfy_available())

@@ -7,6 +7,7 @@ two of kernel 1, which hold most of the weights and take angles like a Linear, a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,11 @@ class Sana(Backbone):
 
     student_targets = rf"{ATTENTION}|{FEED_FORWARD}|caption_projection\.linear_[12]|proj_out"
     fake_targets = rf"{ATTENTION}|{FEED_FORWARD}"
-    call_extras = {"use_resolution_binning": False}
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """See `Backbone.call`: without resizing to the nearest size of training."""
+        return {**super().call, "use_resolution_binning": False}
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:

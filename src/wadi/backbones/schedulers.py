@@ -18,7 +18,7 @@ DISTILLED = ("LCMScheduler", "TCDScheduler", "SCMScheduler", "FlowMatchLCMSchedu
 
 def is_flow(scheduler: Any) -> bool:
     """Whether ``scheduler`` is one of a rectified flow."""
-    return "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("prediction_type") == "flow_prediction"
+    return "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("prediction_type") == "flow_prediction")
 
 
 def sampler(scheduler: Any, image_tokens: int) -> Any:
@@ -47,7 +47,17 @@ def flow_shift(config: Any, image_tokens: int) -> float:
 
 
 def one_step(scheduler: Any, timestep: int) -> Any:
-    """The scheduler of a student that is asked at ``timestep``, made from its teacher's ``scheduler``."""
+    """The scheduler of a student that is asked at ``timestep``, made from its teacher's ``scheduler``.
+
+    Raises:
+        WadiError: if the teacher's schedule has no such timestep.
+    """
+    last = scheduler.config.num_train_timesteps - (not is_flow(scheduler))
+    if not 1 <= timestep <= last:
+        raise WadiError(
+            f"The student is asked at timestep {timestep}, and its teacher's schedule ends at {last}. Expected the teacher it "
+            "was trained on."
+        )
     return one_flow_step(scheduler.config, timestep) if is_flow(scheduler) else one_ddim_step(scheduler, timestep)
 
 
@@ -80,7 +90,7 @@ def one_flow_step(config: Any, timestep: int) -> Any:
     steps = int(config.num_train_timesteps)
     if timestep == steps:
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps)
-    made = FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps, use_exponential_sigmas=True)
+    made: Any = FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps, use_exponential_sigmas=True)
     made.register_to_config(sigma_min=timestep / steps, sigma_max=timestep / steps)
     return made
 

@@ -21,13 +21,15 @@ class StableDiffusion(Backbone):
     """Backbone contract over a loaded ``StableDiffusionPipeline``."""
 
     component = "unet"
+    student_targets = BLOCKS + rf"({ATTENTION}|proj_in|proj_out|time_emb_proj)"
     fake_targets = BLOCKS + ATTENTION
 
-    def __init__(self, pipeline: Any, resolution: tuple[int, int] | None = None) -> None:
-        super().__init__(pipeline, resolution)
-        # Every Linear of the blocks. In SD 1.x proj_in and proj_out are convolutions, which stay frozen.
-        projections = "|proj_in|proj_out" if self.network.config.use_linear_projection else ""
-        self.student_targets = BLOCKS + rf"({ATTENTION}|time_emb_proj{projections})"
+    @classmethod
+    def default_targets(cls, config: Any) -> tuple[str, str]:
+        """Every Linear of the blocks. In SD 1.x proj_in and proj_out are convolutions, which stay frozen."""
+        if config.get("use_linear_projection"):
+            return cls.student_targets, cls.fake_targets
+        return BLOCKS + rf"({ATTENTION}|time_emb_proj)", cls.fake_targets
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:

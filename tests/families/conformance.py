@@ -1,0 +1,246 @@
+"""What a model family has to pass: one class, parametrised over families by the fixture ``family`` (see `Family`).
+
+A family of your own is checked by subclassing it with a ``family`` fixture: test_new_family.py does.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from wadi import adapters
+from wadi.backbones import Condition, from_pipeline
+from wadi.config import DistillConfig, FakeConfig, StudentConfig
+from wadi.optimizers import initial_state
+from wadi.process import Prediction
+from wadi.sampling import many_steps, noise, one_step, predict_guided
+from wadi.train import Batch, attach_roles, train_step
+
+PROMPTS = ["red apple", "blue car"]
+SEEDS = [3, 4]
+EARLY = 700  # a student's timestep before the last
+
+
+@dataclass
+class Family:
+    """A small pipeline of a family and what is known of it apart from its backbone.
+
+    Attributes:
+        pipeline: loaded, in float32; tests work on copies of it.
+        resolution: to test at; None = the model's own.
+        adapted: whether the student's adapter belongs on a layer, by name and module; ``fake`` likewise.
+        idle: names of layers whose output the network throws away, so that no gradient reaches their angles.
+        guided_call: arguments of the pipeline's call for guidance of 2 in 3 steps, beside the number of steps, for a backbone.
+    """
+
+    pipeline: Any
+    adapted: Callable[[str, nn.Module], bool]
+    fake: Callable[[str, nn.Module], bool]
+    resolution: tuple[int, int] | None = None
+    idle: tuple[str, ...] = ()
+    guided_call: Callable[[Any], dict[str, Any]] = lambda backbone: {"guidance_scale": 2.0}
+
+    def backbone(self, dtype: torch.dtype = torch.float32):
+        pipeline = copy.copy(self.pipeline)
+        network = copy.deepcopy(getattr(pipeline, self._component)).to(dtype)
+        pipeline.register_modules(**{self._component: network})
+        return from_pipeline(pipeline, self.resolution)
+
+    @property
+    def _component(self) -> str:
+        return from_pipeline(self.pipeline, self.resolution).component
+
+
+def generators():
+    return [torch.Generator().manual_seed(seed) for seed in SEEDS]
+
+
+def images_of(backbone, **call):
+    with torch.no_grad():
+        return backbone.pipeline(prompt=PROMPTS, generator=generators(), output_type="pt", **backbone.call | call).images
+
+
+def network_inputs(backbone, dtype=torch.float32):
+    """``x_t``, ``t``, condition: two rows, the second one the null prompt, at two timesteps."""
+    condition = backbone.encode([PROMPTS[0], ""])
+    return noise(backbone.latent_shape, SEEDS).to(dtype), torch.tensor([EARLY, 40]), condition
+
+
+def config(**changes):
+    return DistillConfig(
+        batch=2, student=StudentConfig(rank=3, lr=1e-2), fake=FakeConfig(rank=2, lr=1e-2, null_probability=0.0), **changes
+    )
+
+
+def with_roles(backbone, **changes):
+    """Student and fake attached, their angles random: at zero both are the teacher."""
+    settings = config(**changes)
+    torch.manual_seed(1)
+    attach_roles(backbone, settings)
+    with torch.no_grad():
+        for role in ("student", "fake"):
+            for parameter in adapters.parameters(backbone.network, role).values():
+                parameter.normal_(std=0.1)
+    return settings
+
+
+def student_gradients(backbone):
+    """Gradients of all angles of the student, by name, of one student step towards zero."""
+    z, _, condition = network_inputs(backbone)
+    angles = adapters.parameters(backbone.network, "student")
+    with adapters.active(backbone.network, "student"):
+        one_step(backbone, condition, z, EARLY).square().mean().backward()
+    return {name: parameter.grad for name, parameter in angles.items()}
+
+
+class Conformance:
+    """The contract of `wadi.backbones.base.Backbone`, as laws."""
+
+    def test_the_schedule_and_the_shapes_are_the_pipelines(self, family):
+        backbone = family.backbone()
+        scheduler, process = family.pipeline.scheduler, backbone.process
+        assert process.num_timesteps == scheduler.config.num_train_timesteps
+        if process.alphas is not None:
+            torch.testing.assert_close(process.alphas.double() ** 2, scheduler.alphas_cumprod.double(), rtol=1e-6, atol=0)
+        x_t, t, condition = network_inputs(backbone)
+        prediction = backbone.predict(x_t, t, condition)
+        assert prediction.shape == x_t.shape == (2, *backbone.latent_shape)
+        assert prediction.dtype == torch.float32
+        assert prediction.std() > 0.01
+
+    @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "velocity"])
+    def test_predictions_convert_both_ways(self, family, kind: Prediction):
+        backbone = family.backbone()
+        process = backbone.process
+        x_t, t, condition = network_inputs(backbone)
+        own = backbone.predict(x_t, t, condition).double()
+        x0, eps = process.split(own, x_t.double(), t)
+        torch.testing.assert_close(process.add_noise(x0, eps, t), x_t.double())
+        other = process.join(x0, eps, t, kind)
+        back_x0, back_eps = process.split(other, x_t.double(), t, kind)
+        torch.testing.assert_close(process.join(back_x0, back_eps, t), own, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("early", [False, True])
+    def test_one_step_is_the_pipelines_own(self, family, early):
+        backbone = family.backbone()
+        timestep = EARLY if early else backbone.process.last_timestep
+        z, condition = noise(backbone.latent_shape, SEEDS), backbone.encode(PROMPTS)
+        attach_roles(backbone, config())
+        with torch.no_grad(), adapters.active(backbone.network, "student"):
+            ours = backbone.decode(one_step(backbone, condition, z, timestep))
+        plain = family.backbone()
+        plain.pipeline.scheduler = backbone.one_step_scheduler(timestep)
+        torch.testing.assert_close(ours, images_of(plain, num_inference_steps=1), rtol=0, atol=2e-5)
+
+    def test_a_saved_scheduler_still_makes_the_step(self, family, tmp_path):
+        backbone = family.backbone()
+        for timestep in (EARLY, backbone.process.last_timestep):
+            made = backbone.one_step_scheduler(timestep)
+            made.save_pretrained(tmp_path / str(timestep))
+            read = type(made).from_pretrained(tmp_path / str(timestep))
+            read.set_timesteps(1)
+            assert [round(float(t), 3) for t in read.timesteps] == [timestep]
+            x_t, t, condition = network_inputs(backbone)
+            prediction = backbone.predict(x_t, t, condition)
+            expected = backbone.process.x0(prediction, x_t, torch.full((2,), timestep))
+            stepped = read.step(prediction, read.timesteps[0], x_t).prev_sample
+            torch.testing.assert_close(stepped, expected, rtol=1e-4, atol=1e-5)
+
+    def test_many_steps_with_guidance_are_the_pipelines_own(self, family):
+        backbone = family.backbone()
+        z, condition, null = noise(backbone.latent_shape, SEEDS), backbone.encode(PROMPTS), backbone.encode([""])
+        ours = backbone.decode(many_steps(backbone, condition, null, z, steps=3, guidance_scale=2.0))
+        call = family.guided_call(backbone)
+        backbone.pipeline.scheduler = backbone.sampler()
+        torch.testing.assert_close(ours, images_of(backbone, num_inference_steps=3, **call), rtol=0, atol=5e-5)
+
+    def test_conditional_and_null_in_one_batch_are_two_passes(self, family):
+        backbone = family.backbone()
+        condition, null = backbone.encode(PROMPTS), backbone.encode([""])
+        x_t, t, _ = network_inputs(backbone)
+        conditional = backbone.predict(x_t, t, condition)
+        unconditional = backbone.predict(x_t, t, null.expand(2))
+        assert not torch.allclose(conditional, unconditional, atol=1e-3)
+        together = predict_guided(backbone, x_t, t, condition, null, 3.0)
+        torch.testing.assert_close(together, unconditional + 3 * (conditional - unconditional), rtol=1e-4, atol=2e-5)
+
+    def test_a_prompts_condition_does_not_depend_on_its_neighbours(self, family):
+        backbone = family.backbone()
+        prompts = ["", "red apple", "a blue car in a green land"]
+        together = backbone.encode(prompts)
+        assert len(together) == 3
+        for row, prompt in enumerate(prompts):
+            alone = backbone.encode([prompt])
+            assert alone.tensors.keys() == together.tensors.keys()
+            for name, tensor in alone.tensors.items():
+                torch.testing.assert_close(tensor, together.tensors[name][row : row + 1], rtol=1e-4, atol=1e-5)
+        assert [len(c) for c in (together[:1], Condition.cat([together, together]), together[:1].expand(4))] == [1, 6, 4]
+
+    def test_images_and_latents_have_the_sizes_it_says(self, family):
+        backbone = family.backbone()
+        vae = family.pipeline.vae
+        image = torch.rand(1, 3, *backbone.resolution)
+        with torch.no_grad():
+            encoded = vae.encode(image * 2 - 1)
+        latent = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
+        assert tuple(latent.shape[1:]) == backbone.latent_shape
+        decoded = backbone.decode(latent)
+        assert decoded.shape == image.shape
+        assert decoded.dtype == torch.float32
+        assert 0 <= decoded.min() <= decoded.max() <= 1
+
+    def test_adapters_land_on_the_documented_layers(self, family):
+        backbone = family.backbone()
+        network = backbone.network
+        leaves = [(n, m) for n, m in network.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+        attach_roles(backbone, config())
+        for role, belongs in (("student", family.adapted), ("fake", family.fake)):
+            found = {name.rsplit(".lorad_", 1)[0] for name in adapters.parameters(network, role)}
+            expected = {name for name, module in leaves if belongs(name, module)}
+            assert found == expected
+            assert len(found) > 5
+
+    def test_gradients_reach_every_angle(self, family):
+        backbone = family.backbone()
+        with_roles(backbone)
+        gradients = student_gradients(backbone)
+        dead = {name for name, gradient in gradients.items() if gradient is None or not gradient.any()}
+        assert dead == {name for name in gradients if name.rsplit(".lorad_", 1)[0] in family.idle}
+
+    def test_gradient_checkpointing_changes_no_gradient(self, family):
+        plain, checkpointed = family.backbone(), family.backbone()
+        with_roles(plain)
+        with_roles(checkpointed, gradient_checkpointing=True)
+        recomputed = student_gradients(checkpointed)
+        assert any(getattr(m, "gradient_checkpointing", False) for m in checkpointed.network.modules())
+        for name, gradient in student_gradients(plain).items():
+            torch.testing.assert_close(recomputed[name], gradient, rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_distillation_step_changes_student_and_fake_and_nothing_else(self, family, dtype):
+        backbone = family.backbone(dtype)
+        settings = with_roles(backbone, dtype=str(dtype).removeprefix("torch."))
+        before = {name: tensor.clone() for name, tensor in backbone.network.state_dict().items()}
+        state = initial_state(backbone.network, settings, torch.device("cpu"))
+        z, _, condition = network_inputs(backbone)
+        stats = train_step(backbone, Batch(condition, backbone.encode([""]), z, z[:0]), EARLY, settings, state)
+        assert all(torch.isfinite(torch.tensor(value)) for value in stats.values())
+        assert state.skipped == 0
+        changed = {n for n, tensor in backbone.network.state_dict().items() if not torch.equal(tensor, before[n])}
+        angles = {n for n in before if "lorad_" in n and not any(layer in n for layer in family.idle)}
+        assert changed == angles
+        assert all(before[name].dtype == torch.float32 for name in angles)
+
+    def test_bfloat16_predicts_nearly_the_same(self, family):
+        exact, rounded = family.backbone(), family.backbone(torch.bfloat16)
+        x_t, t, condition = network_inputs(exact)
+        with torch.no_grad():
+            reference, prediction = (b.predict(x_t, t, condition) for b in (exact, rounded))
+        assert prediction.dtype == torch.float32
+        assert (prediction - reference).norm() < 0.05 * reference.norm()

@@ -1,0 +1,72 @@
+"""Every family of the package against `conformance.Conformance`."""
+
+import re
+
+import numpy as np
+import pytest
+import small_pipelines
+from conformance import Conformance, Family
+from torch import nn
+
+UNET_LINEARS = ("down_blocks.", "mid_block.", "up_blocks.")
+
+
+def linear(name, module):
+    return isinstance(module, nn.Linear)
+
+
+def in_unet_blocks(name, module):
+    return linear(name, module) and name.startswith(UNET_LINEARS)
+
+
+def in_attention_blocks(name, module):
+    return in_unet_blocks(name, module) and not re.search(r"proj_in|proj_out|time_emb_proj", name)
+
+
+def in_transformer_blocks(name, module):
+    return linear(name, module) and name.startswith("transformer_blocks.")
+
+
+def not_modulation(name, module):
+    """All but what turns timestep and pooled text into shifts and scales."""
+    return linear(name, module) and not re.search(r"time_text_embed|time_embed|adaln_single|norm\w*\.linear", name)
+
+
+def in_any_block(name, module):
+    return not_modulation(name, module) and "transformer_blocks." in name
+
+
+def in_sana(name, module):
+    return not_modulation(name, module) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and ".ff." in name)
+
+
+UNET = {"adapted": in_unet_blocks, "fake": in_attention_blocks}
+KNOWN = {
+    "sd1": UNET,
+    "sd2": UNET,
+    "sdxl": UNET,
+    "pixart-alpha": {"adapted": not_modulation, "fake": in_transformer_blocks},
+    "pixart-sigma": {"adapted": not_modulation, "fake": in_transformer_blocks},
+    # the last block's text stream ends in attention, and its query is computed for nothing
+    "sd3": {"adapted": not_modulation, "fake": in_any_block, "idle": ("transformer_blocks.1.attn.add_q_proj",)},
+    "flux": {
+        "adapted": not_modulation,
+        "fake": in_any_block,
+        "guided_call": lambda backbone: {
+            "true_cfg_scale": 2.0,
+            "negative_prompt": "",
+            "sigmas": np.linspace(1, backbone.sampler().sigma_min, 3),
+        },
+    },
+    "sana": {"adapted": in_sana, "fake": lambda n, m: in_sana(n, m) and "transformer_blocks." in n},
+}
+
+
+@pytest.fixture(scope="session", params=list(small_pipelines.MAKERS))
+def family(request, tmp_path_factory):
+    pipeline = small_pipelines.make(request.param, tmp_path_factory.mktemp(request.param))
+    return Family(pipeline, resolution=small_pipelines.RESOLUTIONS.get(request.param), **KNOWN[request.param])
+
+
+class TestFamilies(Conformance):
+    """See `Conformance`."""
