@@ -219,7 +219,10 @@ def _export(argv: Sequence[str]) -> int:
     student = _student(args)
     with whole_folder(out) as folder:
         student.save_pretrained(folder)
-    print(f"{out}: DiffusionPipeline.from_pretrained({str(out)!r})(prompt, num_inference_steps=1, guidance_scale=0.0)")
+    from wadi.backbones import from_pipeline
+
+    call = ", ".join(f"{name}={value}" for name, value in from_pipeline(student).call.items())
+    print(f"{out}: DiffusionPipeline.from_pretrained({str(out)!r})(prompt, num_inference_steps=1, {call})")
     return 0
 
 

@@ -96,6 +96,7 @@ class DistillConfig:
         steps: length of the run in updates of the student.
         batch: images per step and process.
         seed: of initial angles, prompts, noise and timesteps.
+        resolution: height and width of the images in pixels; null = the model's own.
         dtype: of the frozen weights; angles, their optimisers and the schedule are float32 always.
         device: 'cpu', 'cuda', 'cuda:1', ...; null = what accelerate finds.
         guidance_scale: guidance of the teacher in the distillation gradient.
@@ -124,6 +125,7 @@ class DistillConfig:
     steps: int = 10_000
     batch: int = 16
     seed: int = 0
+    resolution: tuple[int, int] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str | None = None
     student: StudentConfig = field(default_factory=StudentConfig)

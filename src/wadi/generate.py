@@ -33,8 +33,9 @@ def load(
 ) -> Any:
     """A diffusers pipeline whose plain call ``pipe(prompt, num_inference_steps=1, guidance_scale=0.0)`` is the one-step image.
 
-    The rotation is merged into the weights and the scheduler ends at the student's timestep: nothing of this package is
-    needed to use the pipeline, or what its ``save_pretrained`` writes.
+    (For FLUX ``guidance_scale=3.5``, its own default, a number that the network is told.) The rotation is merged into the
+    weights and the scheduler starts at the student's timestep: nothing of this package is needed to use the pipeline, or what
+    its ``save_pretrained`` writes.
 
     Args:
         run: folder of a run, or of an exported one-step pipeline; None with no ``adapter`` = the embedded student.
@@ -46,13 +47,14 @@ def load(
     if run is not None and (Path(run) / "model_index.json").is_file() and adapter is None:
         return load_pipeline(run, dtype, device)
     folder, base = _locate(run, adapter, teacher)
-    timestep = _about(folder)["timestep"]
+    about = _about(folder)
     pipeline = load_pipeline(base, dtype, device)
-    backbone = from_pipeline(pipeline)
+    backbone = from_pipeline(pipeline, _resolution(about))
     adapters.refuse_adapted(backbone.network)
     adapters.load(backbone.network, folder, "student")
     adapters.fuse(backbone.network, "student")
-    pipeline.scheduler = one_step_scheduler(backbone, timestep)
+    pipeline.scheduler = one_step_scheduler(backbone, about["timestep"])
+    backbone.remember_resolution()
     return pipeline
 
 
@@ -65,8 +67,11 @@ def teacher_of(
     device: str | torch.device = "cpu",
 ) -> Any:
     """The many-step pipeline behind a student, with the family's deterministic sampler; arguments as of `load`."""
-    pipeline = load_pipeline(_locate(run, adapter, teacher)[1], dtype, device)
-    pipeline.scheduler = from_pipeline(pipeline).sampler()
+    folder, base = _locate(run, adapter, teacher)
+    pipeline = load_pipeline(base, dtype, device)
+    backbone = from_pipeline(pipeline, _resolution(_about(folder)))
+    pipeline.scheduler = backbone.sampler()
+    backbone.remember_resolution()
     return pipeline
 
 
@@ -105,6 +110,12 @@ def _about(folder: Path) -> dict[str, Any]:
     return about
 
 
+def _resolution(about: dict[str, Any]) -> tuple[int, int] | None:
+    """``(height, width)`` that a student was trained at; None in adapters that do not say: the model's own."""
+    height_width = about.get("resolution")
+    return (int(height_width[0]), int(height_width[1])) if height_width else None
+
+
 @dataclass(frozen=True)
 class Drawn:
     """Pictures in the order of the prompts, and the median milliseconds per picture over batches."""
@@ -118,11 +129,13 @@ def draw(
     prompts: Sequence[str],
     seeds: Sequence[int],
     steps: int = 1,
-    guidance_scale: float = 0.0,
+    guidance_scale: float | None = None,
     batch: int = 8,
 ) -> Drawn:
     """One picture per prompt and seed, each from noise of its own seed: batches and neighbours do not enter.
 
+    Args:
+        guidance_scale: of the pipeline's call; None = the family's value for one conditional pass.
     Raises:
         WadiError: if a seed is out of range or nothing is asked for.
     """
@@ -132,6 +145,7 @@ def draw(
         raise WadiError(f"batch is {batch} and steps is {steps}. Expected both at least 1.")
     if not all(0 <= seed < SEEDS for seed in seeds):
         raise WadiError(f"Seeds run from {min(seeds)} to {max(seeds)}. Expected whole numbers from 0 to 2^63 - 1.")
+    call = from_pipeline(pipeline).call | ({} if guidance_scale is None else {"guidance_scale": guidance_scale})
     pictures: list[Image.Image] = []
     times = []
     with progress("drawing", len(prompts), quiet=len(prompts) <= batch) as bar:
@@ -139,12 +153,7 @@ def draw(
             part = slice(first, first + batch)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
             start = time.perf_counter()
-            drawn = pipeline(
-                prompt=list(prompts[part]),
-                generator=generators,
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-            ).images
+            drawn = pipeline(prompt=list(prompts[part]), generator=generators, num_inference_steps=steps, **call).images
             times.append(1000 * (time.perf_counter() - start) / len(drawn))
             pictures += drawn
             bar.advance(by=len(drawn))

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from wadi.backbones import Backbone, Condition
-from wadi.errors import WadiError
 from wadi.objectives.vsd import guided
 
 

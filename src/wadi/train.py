@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from wadi import adapters, checkpoint, health, validation
-from wadi.backbones import Backbone, Condition, from_pipeline, load_pipeline
+from wadi.backbones import Backbone, Condition, from_pipeline, load_pipeline, refuse_distilled
 from wadi.checkpoint import TrainState
 from wadi.config import DistillConfig
 from wadi.data.prompts import PromptOrder, read_prompts
@@ -41,6 +41,8 @@ from wadi.sampling import one_step, predict_guided
 from wadi.warm_start import Pairs, load_pairs, make_pairs, save_pairs
 
 WARN_EVERY = 100  # steps between looks at the run's health, besides every sample grid
+
+MIN_ALPHA = 1e-3  # below it an epsilon-prediction's error is multiplied by more than a thousand
 
 
 class Interrupted(Exception):
@@ -79,7 +81,9 @@ def distill(config: DistillConfig) -> Path:
     set_seed(config.seed)  # initial angles; everything later draws from the state's own generator
 
     # One frozen network, two sets of angles.
-    backbone = from_pipeline(load_pipeline(resolve_teacher(config.teacher), getattr(torch, config.dtype), device))
+    teacher_pipeline = load_pipeline(resolve_teacher(config.teacher), getattr(torch, config.dtype), device)
+    backbone = from_pipeline(teacher_pipeline, config.resolution)
+    refuse_distilled(teacher_pipeline, backbone.network)
     network, timestep = backbone.network, student_timestep(backbone, config)
     attach_roles(backbone, config)
     state = initial_state(network, config, device)
@@ -103,6 +107,7 @@ def distill(config: DistillConfig) -> Path:
         with averaged(state):
             extra = {
                 "timestep": timestep,
+                "resolution": list(backbone.resolution),
                 "teacher": config.teacher,
                 "fingerprint": teacher,
                 "step": state.step,
@@ -236,10 +241,16 @@ def make_accelerator(config: DistillConfig, device: torch.device, run: Run) -> A
 
 def student_timestep(backbone: Backbone, config: DistillConfig) -> int:
     """``t*``, the timestep at which the student is asked."""
-    last = backbone.process.num_timesteps - 1
+    last = backbone.process.last_timestep
     timestep = config.student.timestep if config.student.timestep is not None else last
     if timestep > last:
         raise WadiError(f"student.timestep is {timestep}. Expected at most {last}, the last of the teacher's schedule.")
+    alpha = float(backbone.process.alpha(torch.tensor([timestep])))
+    if backbone.process.prediction == "epsilon" and alpha < MIN_ALPHA:
+        raise WadiError(
+            f"At timestep {timestep} the teacher's schedule has alpha = {alpha:.1e} (zero terminal SNR), and the network "
+            "predicts noise, from which no image can be told there. Expected an earlier student.timestep: try 800."
+        )
     return timestep
 
 
