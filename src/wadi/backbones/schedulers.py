@@ -75,7 +75,7 @@ def one_ddim_step(scheduler: Any, timestep: int) -> Any:
         timestep_spacing="trailing",
         set_alpha_to_one=True,
         clip_sample=False,
-        steps_offset=0,
+        steps_offset=1,  # not used by trailing spacing; diffusers warns of any other value
     )
 
 
