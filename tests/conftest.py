@@ -1,4 +1,5 @@
 import os
+from contextlib import contextmanager
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches the network
 
@@ -41,6 +42,23 @@ def prompts_file(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("red apple\nblue car\n\n  green tree \nyellow sun\n")
     return path
+
+
+@pytest.fixture
+def full_disk():
+    """``with full_disk(n):`` no file grows beyond ``n`` bytes: a write fails half way, as it does on a full disk."""
+    import resource
+
+    @contextmanager
+    def limited(size):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # Python ignores the signal, so that the write itself fails
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
 
 
 @pytest.fixture(scope="session")
