@@ -64,6 +64,8 @@ def _parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
         return parser.parse_args(list(argv))
     except ArgumentError as error:
         raise WadiError(f"{error.message if hasattr(error, 'message') else error} See `{parser.prog} --help`.") from error
+    except UnicodeDecodeError as error:
+        raise WadiError(f"--config is not UTF-8 text (byte {error.start}). Expected a YAML or JSON file.") from error
 
 
 # --- distill ----------------------------------------------------------------------------------------------------------------
@@ -176,7 +178,9 @@ def _prompts(args: Namespace) -> list[str]:
     from wadi.embedded import resolve_prompts
 
     if (args.prompt is None) == (args.prompts is None):
-        raise WadiError("Expected either a prompt or --prompts FILE, and received " + ("both." if args.prompt else "neither."))
+        raise WadiError(
+            "Expected either a prompt or --prompts FILE, and received " + ("neither." if args.prompt is None else "both.")
+        )
     return [args.prompt] if args.prompt is not None else read_prompts(resolve_prompts(args.prompts))
 
 

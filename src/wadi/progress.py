@@ -23,8 +23,8 @@ console = Console(stderr=True, highlight=False)
 class Bar:
     """Progress of one task; `advance` carries the figures shown beside it."""
 
-    def __init__(self, title: str, total: int, done: int, bar: Progress | None) -> None:
-        self.title, self.total, self.done, self.bar = title, total, done, bar
+    def __init__(self, title: str, total: int, done: int, bar: Progress | None, quiet: bool = False) -> None:
+        self.title, self.total, self.done, self.bar, self.quiet = title, total, done, bar, quiet
         self.start, self.last, self.first = time.monotonic(), time.monotonic(), done
         self.task = bar.add_task(title, total=total, completed=done, figures="") if bar else None
 
@@ -34,7 +34,7 @@ class Bar:
         text = "  ".join(f"{k} {v if isinstance(v, str) else f'{v:.3g}'}" for k, v in (figures or {}).items())
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=self.done, figures=text)
-        elif time.monotonic() - self.last > LINE_EVERY or self.done == self.total:
+        elif not self.quiet and (time.monotonic() - self.last > LINE_EVERY or self.done == self.total):
             self.last = time.monotonic()
             elapsed = self.last - self.start
             left = elapsed / max(1, self.done - self.first) * (self.total - self.done)
@@ -48,9 +48,7 @@ class Bar:
 def progress(title: str, total: int, done: int = 0, quiet: bool = False) -> Iterator[Bar]:
     """A bar from ``done`` to ``total``; ``quiet`` shows nothing (ranks other than the first)."""
     if quiet or not console.is_terminal:
-        bar = Bar(title, total, done, None)
-        bar.last = float("inf") if quiet else bar.last
-        yield bar
+        yield Bar(title, total, done, None, quiet)
         return
     columns = (
         TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),

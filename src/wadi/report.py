@@ -145,14 +145,17 @@ def plot(series: dict[str, list[tuple[float, float]]], logarithmic: bool = False
 
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes: Any = figure.add_subplot()
+    # zero, as the student's loss is at the first step, has no place on a logarithmic axis
+    positive = {name: kept for name, points in series.items() if (kept := [(x, y) for x, y in points if y > 0])}
+    if logarithmic and positive:
+        axes.set_yscale("log")
+        series = positive
     for (name, points), style in zip(series.items(), ("-", "--", ":", "-."), strict=False):
         x, y = zip(*points, strict=True)
         axes.plot(
             x, y, style, linewidth=1.2, label=name.replace("_", " "), marker="o" if len(points) < 20 else None, markersize=3
         )
     axes.set_xlabel("step")
-    if logarithmic:
-        axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, frameon=False)
     stream = io.StringIO()

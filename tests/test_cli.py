@@ -1,0 +1,274 @@
+"""The command line: bad input is one line and exit code 2, and nothing saved before is lost."""
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import yaml
+from PIL import Image
+
+import tiny
+from wadi import train
+from wadi.cli import distill_config, main
+from wadi.config import from_dict
+from wadi.presets import preset
+
+
+@pytest.fixture
+def refused(capsys):
+    """Run a command that must end with one line on stderr and code 2; returns the line."""
+
+    def run(*argv, beside=False):
+        code = main([str(word) for word in argv])
+        out, err = capsys.readouterr()
+        lines = err.splitlines()
+        assert code == 2, err
+        assert "Traceback" not in err
+        assert out == ""
+        said = [line for line in lines if line.startswith("wadi: ")]
+        assert len(said) == 1, err
+        assert beside or lines == said, err  # a run's progress may stand beside it
+        return said[0]
+
+    return run
+
+
+def short(teacher, prompts, out, **changes):
+    """A distillation of a few steps as a command line."""
+    values = {
+        "teacher": teacher, "prompts": prompts, "out": out, "steps": 2, "batch": 2, "student.rank": 2, "fake.rank": 2,
+        "sample_seeds": 1, "teacher_steps": 1, "sample_prompts": '["red apple"]', "device": "cpu", **changes,
+    }  # fmt: skip
+    return ["distill", *(f"--{name}={value}" for name, value in values.items())]
+
+
+def everything_in(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- what is asked for --------------------------------------------------------------------------------------------------------
+
+
+def test_help_and_version(capsys):
+    assert main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    assert all(command in overview for command in ("distill", "generate", "export", "report", "zoo"))
+    assert main([]) == 2
+    assert main(["--version"]) == 0
+    assert "wadi 0." in capsys.readouterr().out
+
+
+def test_every_setting_has_a_flag_and_help(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["distill", "--help"])
+    assert done.value.code == 0
+    told = capsys.readouterr().out
+    for config, prefix in ((train.DistillConfig(), ""), *((getattr(preset("demo"), n), n + ".") for n in ("student", "fake"))):
+        for field in dataclasses.fields(config):
+            assert f"--{prefix}{field.name}" in told
+
+
+def test_preset_then_file_then_flags(tmp_path):
+    first, second = tmp_path / "1.yaml", tmp_path / "2.yaml"
+    first.write_text("steps: 11\nbatch: 7\nstudent: {rank: 9, lr: 1e-5}\n")
+    second.write_text(yaml.safe_dump({"batch": 5}))
+    argv = ["--config", str(first), "--config", str(second), "--preset=demo", "--out", "runs/x", "--student.ema", "0.5"]
+    config, dry_run = distill_config([*argv, "--steps", "3"])
+    demo = preset("demo")
+    student = dataclasses.replace(demo.student, rank=9, lr=1e-5, ema=0.5)
+    assert not dry_run
+    assert config == dataclasses.replace(demo, out="runs/x", batch=5, steps=3, student=student)
+
+
+def test_a_dry_run_prints_what_would_run(capsys, tmp_path):
+    assert (
+        main(["distill", "--preset", "sd15", "--teacher", "t", "--prompts", "p", "--out", str(tmp_path / "x"), "--dry_run"])
+        == 0
+    )
+    printed = from_dict(yaml.safe_load(capsys.readouterr().out))
+    assert printed == dataclasses.replace(preset("sd15"), teacher="t", prompts="p", out=str(tmp_path / "x"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_from_prompts_to_pictures(sd_folder, prompts_path, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(short(sd_folder, prompts_path, run)) == 0
+    out = capsys.readouterr().out
+    assert str(run / "samples" / "step-0000002.png") in out
+    assert str(run / "report.html") in out
+    assert (run / "report.html").is_file()
+    (run / "report.html").unlink()
+    assert main(["report", str(run)]) == 0
+    assert (run / "report.html").is_file()
+
+    target = tmp_path / "apple.png"
+    assert main(["generate", "red apple", "--run", str(run), "--out", str(target), "--seed", "7"]) == 0
+    assert Image.open(target).size == (16, 16)
+    assert "ms" in capsys.readouterr().out
+    folder = tmp_path / "pictures"
+    assert main(["generate", "--prompts", str(prompts_path), "--run", str(run), "--out", str(folder), "--batch", "3"]) == 0
+    assert len(list(folder.iterdir())) == 4
+    beside = tmp_path / "beside.png"
+    assert (
+        main(["generate", "apple", "--run", str(run), "--out", str(beside), "--compare", "--steps", "2", "--count", "2"]) == 0
+    )
+    assert Image.open(beside).size[0] > 32
+
+
+def test_a_stop_is_told_by_the_exit_code(sd_folder, prompts_path, tmp_path, capsys, monkeypatch):
+    plain, command = train.train_step, short(sd_folder, prompts_path, tmp_path / "run", steps=3)
+
+    def train_step(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", train_step)
+        assert main(command) == 128 + signal.SIGTERM
+    assert "Stopped at step 1 of 3" in capsys.readouterr().err
+    assert main(command) == 0
+    assert "from step 1 of 3" in capsys.readouterr().err
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["distil"], ("'distil'", "distill")),
+        (["distill", "--out", "x", "--prompts", "y"], ("--teacher",)),
+        (["distill", "--preset", "huge"], ("'huge'", "demo")),
+        (["distill", "--preset"], ("--preset",)),
+        (["distill", "--stdent.rank", "3"], ("stdent",)),
+        (["distill", "--steps", "many"], ("steps", "many")),
+        (["distill", "--student.rank", "1.5"], ("rank", "1.5")),
+        (["distill", "--student.rank", "0"], ("student.rank", "0")),
+        (["distill", "--fake.rank", "-3"], ("fake.rank", "-3")),
+        (["distill", "--t_range", "[0.9, 0.1]"], ("t_range",)),
+        (["distill", "--seed", "-1"], ("seed", "-1")),
+        (["distill", "--dtype", "float8"], ("dtype", "float8")),
+        (["distill", "--config", "/nowhere.yaml"], ("nowhere.yaml",)),
+        (["generate"], ("prompt",)),
+        (["generate", "apple", "--prompts", "p.txt"], ("both",)),
+        (["generate", "", "--prompts", "p.txt"], ("both",)),
+        (["generate", "apple", "--seed", "x"], ("seed",)),
+        (["generate", "apple", "--device", "toaster"], ("toaster",)),
+        (["generate", "apple", "--dtype", "int8"], ("int8",)),
+        (["generate", "apple", "--run", "/nowhere"], ("/nowhere", "no run")),
+        (["generate", "apple", "--run", "/nowhere", "--adapter", "/nowhere"], ("both",)),
+        (["generate", "apple", "--adapter", "/nowhere"], ("/nowhere", "adapter")),
+        (["generate", "--prompts", "/nowhere.txt"], ("/nowhere.txt",)),
+        (["export", "--run", "/nowhere"], ("out",)),
+        (["export", "--run", "/nowhere", "--out", "/tmp"], ("exists",)),
+        (["report", "/nowhere"], ("/nowhere", "no run")),
+        (["report"], ("run",)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_one_line_and_code_2(argv, words, refused):
+    line = refused(*argv)
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(("content", "word"), [(None, "cannot be read"), (b"\n \n", "no prompt"), (b"\x89PNG\xff", "UTF-8")])
+def test_bad_prompts_files(content, word, sd_folder, tmp_path, refused):
+    if content is not None:
+        (tmp_path / "p.txt").write_bytes(content)
+    assert word in refused(*short(sd_folder, tmp_path / "p.txt", tmp_path / "run"))
+    assert word in refused("generate", "--prompts", tmp_path / "p.txt", "--out", tmp_path / "out")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_that_is_no_yaml(tmp_path, refused):
+    for content in (b"steps: [unclosed", b"\x00\xff", b"- a\n", b"stepz: 3\n", b"student: {rnk: 3}\n"):
+        (tmp_path / "c.yaml").write_bytes(content)
+        refused("distill", "--config", tmp_path / "c.yaml")
+
+
+def test_a_teacher_that_is_no_pipeline(prompts_path, sd_folder, tmp_path, refused):
+    (tmp_path / "empty").mkdir()
+    hollow = shutil.copytree(sd_folder, tmp_path / "hollow")
+    shutil.rmtree(hollow / "unet")
+    for teacher in (tmp_path / "nowhere", tmp_path / "empty", prompts_path, hollow, "owner/name"):
+        assert str(teacher) in refused(*short(teacher, prompts_path, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_another_config(finished_run, tmp_path, refused):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    before = everything_in(run)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    line = refused(*short(settings["teacher"], settings["prompts"], run))
+    assert "student.rank: 4 -> 2" in line
+    assert everything_in(run) == before
+
+
+def test_no_checkpoint_is_intact(finished_run, tmp_path, refused):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    file = run / "checkpoints" / "step-0000003" / "training.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    student = everything_in(run / "student")
+    line = refused("distill", "--config", run / "config.yaml", "--out", run)
+    assert "training.safetensors is truncated" in line
+    assert everything_in(run / "student") == student
+
+
+def test_an_adapter_of_another_architecture(finished_run, tmp_path, refused, capsys):
+    other = tmp_path / "other"
+    tiny.stable_diffusion(tmp_path / "parts", block_out_channels=(16, 16)).save_pretrained(other)
+    capsys.readouterr()  # the library's bar over the files it writes
+    line = refused("generate", "apple", "--adapter", finished_run / "student", "--teacher", other)
+    assert "of another shape (first: " in line
+    assert ".lorad_" in line
+
+
+def test_numbers_out_of_range(finished_run, tmp_path, refused):
+    out = tmp_path / "x.png"
+    for flags in (["--seed", "-1"], ["--seed", str(2**63)], ["--count", "0"], ["--count", "-1"], ["--batch", "0"]):
+        refused("generate", "apple", "--run", finished_run, "--out", out, *flags)
+    for flags in (["--count", "0"], ["--steps", "0"]):
+        refused("generate", "apple", "--run", finished_run, "--out", out, "--compare", *flags)
+    assert not out.exists()
+
+
+def test_places_that_take_no_files(finished_run, sd_folder, prompts_path, tmp_path, refused):
+    (tmp_path / "taken").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    for out in ("taken/apple.png", "folder"):
+        assert "Cannot write" in refused("generate", "apple", "--run", finished_run, "--out", tmp_path / out)
+    assert "Cannot write" in refused("export", "--run", finished_run, "--out", tmp_path / "taken" / "export")
+    assert "Cannot write" in refused(*short(sd_folder, prompts_path, tmp_path / "taken" / "run"))
+    assert "no run" in refused(*short(sd_folder, prompts_path, tmp_path / "taken"))
+    assert (tmp_path / "taken").read_text() == "mine"
+    assert list((tmp_path / "folder").iterdir()) == []
+
+
+def test_what_is_not_finite(sd_folder, prompts_path, tmp_path, refused):
+    command = short(sd_folder, prompts_path, tmp_path / "run", steps=30, max_skipped=2, **{"fake.lr": 1e25})
+    assert "not finite 2 times" in refused(*command, beside=True)
+
+
+def test_a_full_disk(finished_run, tmp_path, refused, full_disk):
+    with full_disk(1_000):
+        export = refused("export", "--run", finished_run, "--out", tmp_path / "export", beside=True)
+        assert "Cannot write" in export
+        assert "Cannot write" in refused("generate", "apple", "--run", finished_run, "--out", tmp_path / "a.png", "--count", 8)
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_a_fresh_process_says_one_line(sd_folder, prompts_path, tmp_path):
+    """With all that the libraries have to say at their import."""
+    hollow = shutil.copytree(sd_folder, tmp_path / "hollow")
+    shutil.rmtree(hollow / "vae")
+    command = [sys.executable, "-m", "wadi", *map(str, short(hollow, prompts_path, tmp_path / "run"))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("wadi: Teacher ")

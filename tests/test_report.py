@@ -1,0 +1,62 @@
+"""The report: one page that stands alone, from whatever a run left."""
+
+import json
+import re
+import shutil
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from wadi.errors import WadiError
+from wadi.report import plot, read_stats, write_report
+
+
+@pytest.fixture
+def run(finished_run, tmp_path):
+    return shutil.copytree(finished_run, tmp_path / "a <run> & more")
+
+
+def test_the_page_stands_alone_and_shows_what_was_run(run):
+    page = write_report(run).read_text()
+    assert "http://www.w3.org" in page  # the namespace of SVG, and otherwise no address
+    assert set(re.findall(r"""(?:src|href)\s*=\s*["'](?!data:|#)([^"']*)""", page)) == set()
+    assert len(re.findall(r'src="data:image/png;base64,[A-Za-z0-9+/=]{100,}"', page)) == len(list((run / "samples").iterdir()))
+    assert "a &lt;run&gt; &amp; more" in page
+    assert "<run>" not in page
+    assert "timestep: 800" in page
+    for title in ("Losses", "Angles", "Gradient norms", "Teacher-fake distance", "diversity", "Images per second"):
+        assert title in page
+    newest, oldest = page.index("step-0000003"), page.index("step-0000000")
+    assert newest < oldest
+
+
+def test_a_run_that_was_killed_in_the_middle(run):
+    stats = run / "stats.jsonl"
+    stats.write_text("".join(line + "\n" for line in stats.read_text().splitlines()[:2]) + '{"step": 3, "lo')
+    shutil.rmtree(run / "samples")
+    assert [line["step"] for line in read_stats(run)] == [1, 2]
+    assert "No sample grid" in write_report(run).read_text()
+
+
+def test_the_last_value_of_each_figure_is_summed_up(run):
+    line = {"step": 7, "seconds": 90.0, "skipped": 2, "images_per_second": 4.0, "teacher_ms_per_image": 300.0}
+    later = {"step": 8, "seconds": 120.0, "skipped": 3, "student_ms_per_image": 10.0, "diversity_ratio": 0.5}
+    (run / "stats.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(later) + "\n")
+    page = write_report(run).read_text()
+    for text in ("2.0 min", "teacher 300 ms, student 10 ms (30.0x)", "50% of the teacher", "4.0 images/s"):
+        assert text in page
+
+
+def test_what_is_no_run(run, tmp_path):
+    with pytest.raises(WadiError, match=r"is no run.*config\.yaml"):
+        write_report(tmp_path / "nothing")
+    (run / "stats.jsonl").unlink()
+    with pytest.raises(WadiError, match="no statistics"):
+        write_report(run)
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0], [1e-9, 3.0], [5.0]])
+def test_curves_are_whole_svg_even_where_a_logarithm_has_nothing_to_show(values, recwarn):
+    svg = plot({"loss_fake": list(enumerate(values))}, logarithmic=True)
+    assert ElementTree.fromstring(svg).tag.endswith("svg")
+    assert [str(warning.message) for warning in recwarn if issubclass(warning.category, UserWarning)] == []
