@@ -19,9 +19,9 @@ RANKS = (
     {"backbones"},
     {"objectives"},
     {"sampling", "health", "checkpoint", "run"},
-    {"optimizers", "validation", "warm_start"},
+    {"optimizers", "validation", "warm_start", "rehearsal"},
     {"train", "generate", "report", "metrics", "analysis", "downstream"},
-    {"zoo"},
+    {"zoo", "plan", "extract", "authors"},
     {"cli", "cli_zoo", "app", "__main__"},
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def overview() -> str:
     """What ``wadi --help`` prints."""
-    commands = "\n".join(f"  {name:<10} {summary}" for name, (summary, _) in COMMANDS.items())
+    commands = "\n".join(f"  {name:<14} {summary}" for name, (summary, _) in COMMANDS.items())
     return (
         "usage: wadi COMMAND [options]    (wadi COMMAND --help tells them)\n\n"
         "One-step text-to-image generators from diffusers pipelines, by training rotation angles only.\n\n"
@@ -73,28 +73,31 @@ def _parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
 
 def distill_config(argv: Sequence[str]) -> tuple[DistillConfig, bool]:
     """``(config, dry_run)`` of a ``distill`` command line: the preset, then YAML files, then flags; later ones win."""
+    parser = _parser("distill")
+    parser.add_argument("--dry_run", action="store_true", help="print the resolved settings and stop")
+    config, options = _settings(parser, argv)
+    for name in ("teacher", "prompts", "out"):
+        if not getattr(config, name):
+            raise WadiError(f"--{name} is missing. Expected it from the command line, --config or --preset.")
+    return config, bool(options["dry_run"])
+
+
+def _settings(parser: ArgumentParser, argv: Sequence[str]) -> tuple[DistillConfig, dict[str, Any]]:
+    """The settings of a run that a command line tells, and the command's own options apart."""
     from jsonargparse import ActionConfigFile
 
     from wadi.config import DistillConfig, flatten, from_dict, to_dict
     from wadi.presets import PRESETS, preset
 
-    parser = _parser("distill")
     parser.add_argument("--preset", default=None, help=f"settings to start from: {', '.join(PRESETS)}")
     parser.add_argument("--config", action=ActionConfigFile, help="YAML or JSON file with some of the settings below")
-    parser.add_argument("--dry_run", action="store_true", help="print the resolved settings and stop")
     parser.add_class_arguments(DistillConfig)
     first = _value_of("--preset", argv)
     if first is not None:
         parser.set_defaults(flatten(to_dict(preset(first))))
     values = _parse(parser, argv).as_dict()
-    dry_run = bool(values.pop("dry_run"))
-    for name in ("config", "preset"):
-        values.pop(name)
-    config = from_dict(values)
-    for name in ("teacher", "prompts", "out"):
-        if not getattr(config, name):
-            raise WadiError(f"--{name} is missing. Expected it from the command line, --config or --preset.")
-    return config, dry_run
+    known = to_dict(DistillConfig())
+    return from_dict({name: values[name] for name in known}), {name: values[name] for name in values.keys() - known.keys()}
 
 
 def _value_of(flag: str, argv: Sequence[str]) -> str | None:
@@ -128,6 +131,30 @@ def _distill(argv: Sequence[str]) -> int:
     report = write_report(folder)
     newest = max((folder / "samples").glob("step-*.png"))
     print(f"picture  {newest}\nreport   {report}\nstudent  {folder / 'student'}")
+    return 0
+
+
+# --- plan -------------------------------------------------------------------------------------------------------------------
+
+
+def _plan(argv: Sequence[str]) -> int:
+    parser = _parser("plan")
+    parser.add_argument("--processes", type=int, default=1, help="processes (GPUs) that the run will have")
+    parser.add_argument("--json", action="store_true", help="print JSON, memory in bytes")
+    config, options = _settings(parser, argv)
+    import json
+
+    from wadi import plan
+
+    if config.teacher:
+        found = plan.architecture_of(config.teacher)
+    elif options["preset"] in plan.architectures():
+        found = plan.architecture(options["preset"])
+    else:
+        known = ", ".join(plan.architectures())
+        raise WadiError(f"Nothing to plan for. Expected --teacher FOLDER_OR_HUB_ID, or --preset with one of {known}.")
+    planned = plan.plan(config, found, options["processes"])
+    print(json.dumps(plan.to_dict(planned), indent=2) if options["json"] else plan.describe(planned))
     return 0
 
 
@@ -185,13 +212,18 @@ def _prompts(args: Namespace) -> list[str]:
 
 
 def _place(args: Namespace) -> dict[str, Any]:
-    import torch
 
     from wadi.device import find_device
 
-    if args.dtype not in ("float32", "bfloat16", "float16"):
-        raise WadiError(f"--dtype is {args.dtype!r}. Expected float32, bfloat16 or float16.")
-    return {"dtype": getattr(torch, args.dtype), "device": find_device(args.device)}
+    return {"dtype": _dtype(args.dtype), "device": find_device(args.device)}
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    if name not in ("float32", "bfloat16", "float16"):
+        raise WadiError(f"--dtype is {name!r}. Expected float32, bfloat16 or float16.")
+    return getattr(torch, name)
 
 
 def _student(args: Namespace) -> Any:
@@ -230,6 +262,36 @@ def _export(argv: Sequence[str]) -> int:
     return 0
 
 
+def _extract(argv: Sequence[str]) -> int:
+    parser = _parser("extract")
+    parser.add_argument("teacher", help="pipeline folder or Hub id")
+    parser.add_argument("student", help="pipeline folder or Hub id, or a safetensors file of the network alone")
+    parser.add_argument("--rank", type=int, default=256, help="of the angles")
+    parser.add_argument("--out", type=str, required=True, help="adapter folder to write; must not exist")
+    parser.add_argument("--target_modules", type=str, default=None, help="regular expression; default: the family's")
+    parser.add_argument("--timestep", type=int, default=None, help="of the student; default: what its scheduler says")
+    args = _parse(parser, argv)
+    from wadi.extract import describe, extract
+
+    found = extract(args.teacher, args.student, args.rank, Path(args.out), args.target_modules, args.timestep)
+    print(f"{describe(found)}\nadapter  {args.out}")
+    return 0
+
+
+def _import_authors(argv: Sequence[str]) -> int:
+    parser = _parser("import-authors")
+    parser.add_argument("file", help="rotated_unet*.safetensors or rotated_transformer.safetensors, as the authors released it")
+    parser.add_argument("--base", type=str, required=True, help="folder or Hub id of the pipeline it belongs in")
+    parser.add_argument("--out", type=str, required=True, help="pipeline folder to write; must not exist")
+    parser.add_argument("--dtype", type=str, default="float32", help="float32, bfloat16 or float16")
+    args = _parse(parser, argv)
+    from wadi.authors import import_authors
+
+    import_authors(Path(args.file), args.base, Path(args.out), _dtype(args.dtype))
+    print(f"pipeline  {args.out}")
+    return 0
+
+
 def _report(argv: Sequence[str]) -> int:
     parser = _parser("report")
     parser.add_argument("run", help="folder of a run")
@@ -251,8 +313,11 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
         "train a one-step student of a teacher; the same command continues an interrupted run",
         _distill,
     ),
+    "plan": ("what a run would adapt, train and hold in memory, without weights", _plan),
     "generate": ("draw pictures in one step", _generate),
     "export": ("write a one-step pipeline that loads without this package", _export),
+    "extract": ("an adapter from two checkpoints, and what changed between them", _extract),
+    "import-authors": ("the authors' released weights as a one-step pipeline", _import_authors),
     "report": ("write a run's report.html", _report),
     "zoo": ("the embedded teacher: train, measure", _zoo),
 }

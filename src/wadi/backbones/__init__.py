@@ -1,7 +1,7 @@
 """Model families, one file each, behind one contract (`wadi.backbones.base.Backbone`)."""
 
 from wadi.backbones.base import Backbone, Condition
-from wadi.backbones.loading import from_pipeline, load_pipeline, register_family
+from wadi.backbones.loading import family, from_pipeline, load_pipeline, register_family
 from wadi.backbones.schedulers import refuse_distilled
 
-__all__ = ["Backbone", "Condition", "from_pipeline", "load_pipeline", "refuse_distilled", "register_family"]
+__all__ = ["Backbone", "Condition", "family", "from_pipeline", "load_pipeline", "refuse_distilled", "register_family"]

@@ -10,6 +10,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -48,6 +49,16 @@ class Condition:
         """Several batches as one."""
         names = conditions[0].tensors
         return Condition({k: torch.cat([c.tensors[k] for c in conditions]) for k in names})
+
+
+class Outline(SimpleNamespace):
+    """As much of a pipeline as a backbone needs in order to predict, in place of one: no encoder, no decoder.
+
+    Attributes: ``pipeline_class`` (its name), ``scheduler``, ``vae_scale_factor``, ``config`` (a dictionary), and the network
+    under the family's `Backbone.component`.
+    """
+
+    pipeline_class: str
 
 
 class Backbone(ABC):
@@ -125,8 +136,8 @@ class Backbone(ABC):
         if any(side < multiple or side % multiple for side in resolution):
             near = " x ".join(str(max(multiple, round(side / multiple) * multiple)) for side in resolution)
             raise WadiError(
-                f"resolution is {resolution[0]} x {resolution[1]}. Expected multiples of {multiple}, which a "
-                f"{type(self.pipeline).__name__} needs ({self.scale} pixels per latent, {self.patch} per patch): try {near}."
+                f"resolution is {resolution[0]} x {resolution[1]}. Expected multiples of {multiple}, which "
+                f"{type(self.network).__name__} needs ({self.scale} pixels per latent, {self.patch} per patch): try {near}."
             )
         return resolution
 
@@ -147,6 +158,17 @@ class Backbone(ABC):
     @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The network's own prediction (typed by ``process``), ``(B, C, H, W)`` in float32; ``t`` is ``(B,)``."""
+
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of one row of each tensor that `encode` makes, told from configs alone: what `wadi plan` needs.
+
+        Raises:
+            WadiError: if the family does not say.
+        """
+        raise WadiError(
+            f"{type(self).__name__} does not say how large its conditions are, so the memory of a step cannot be told. "
+            "Expected a method condition_shapes() in its backbone."
+        )
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -205,7 +227,13 @@ _MOMENTS = ("latents_mean", "latents_std")
 
 def default_argument(pipeline: Any, name: str) -> Any:
     """The default of an argument of a pipeline's call, so that what is trained is what a plain call does later."""
-    return inspect.signature(type(pipeline).__call__).parameters[name].default
+    if isinstance(pipeline, Outline):
+        import diffusers
+
+        pipeline_class = getattr(diffusers, pipeline.pipeline_class)
+    else:
+        pipeline_class = type(pipeline)
+    return inspect.signature(pipeline_class.__call__).parameters[name].default
 
 
 def where_empty(prompts: Sequence[str], null: Tensor, encoded: Tensor) -> Tensor:

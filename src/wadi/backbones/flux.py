@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wadi.backbones.base import Backbone, Condition
+from wadi.backbones.base import Backbone, Condition, default_argument
 
 ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 DOUBLE = rf"transformer_blocks\.\d+\.({ATTENTION}|(ff|ff_context)\.net\.(0\.proj|2))"
@@ -50,8 +50,15 @@ class Flux(Backbone):
         embeds, pooled, _ = self.pipeline.encode_prompt(list(prompts), device=self.pipeline.text_encoder.device)
         return Condition({"prompt_embeds": embeds, "pooled": pooled})
 
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `Backbone.condition_shapes`."""
+        config, tokens = self.network.config, default_argument(self.pipeline, "max_sequence_length")
+        return {"prompt_embeds": (tokens, config.joint_attention_dim), "pooled": (config.pooled_projection_dim,)}
+
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """See `Backbone.predict`: the velocity ``eps - x0``; latents are packed on the way in and unpacked on the way out."""
+        from diffusers import FluxPipeline
+
         dtype, told = self.network.dtype, condition.tensors
         batch, channels, height, width = x_t.shape
         embeds = told["prompt_embeds"].to(dtype)
@@ -59,14 +66,15 @@ class Flux(Backbone):
         if self.network.config.guidance_embeds:
             guidance = torch.full((batch,), self.no_guidance, device=x_t.device)
         predicted: Tensor = self.network(
-            hidden_states=self.pipeline._pack_latents(x_t.to(dtype), batch, channels, height, width),
+            hidden_states=FluxPipeline._pack_latents(x_t.to(dtype), batch, channels, height, width),
             timestep=t.to(dtype) / 1000,
             guidance=guidance,
             pooled_projections=told["pooled"].to(dtype),
             encoder_hidden_states=embeds,
             txt_ids=torch.zeros(embeds.shape[1], 3, device=x_t.device, dtype=dtype),
-            img_ids=self.pipeline._prepare_latent_image_ids(batch, height // 2, width // 2, x_t.device, dtype),
+            img_ids=FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, x_t.device, dtype),
             return_dict=False,
         )[0]
         pixels = height * self.scale, width * self.scale
-        return self.pipeline._unpack_latents(predicted, *pixels, self.scale).float()
+        unpacked: Tensor = FluxPipeline._unpack_latents(predicted, *pixels, self.scale)
+        return unpacked.float()

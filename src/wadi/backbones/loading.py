@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,7 +66,7 @@ def load_pipeline(path: str | Path, dtype: torch.dtype = torch.float32, device: 
     """
     index = pipeline_index(path)
     without = {name: None for name in ("safety_checker", "feature_extractor") if name in index}
-    with _loading(path):
+    with loading(path):
         from diffusers import DiffusionPipeline
 
         pipeline = DiffusionPipeline.from_pretrained(str(path), dtype=dtype, **without)
@@ -90,25 +91,26 @@ def pipeline_index(path: str | Path) -> dict[str, Any]:
             "pipeline.save_pretrained(); a single-file checkpoint is converted by "
             "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)."
         )
-    with _loading(path):
+    with loading(path):
         from diffusers import DiffusionPipeline
 
         return dict(DiffusionPipeline.load_config(str(path)))
 
 
-def network_config(path: str | Path) -> tuple[type[Backbone], dict[str, Any]]:
-    """A pipeline's family and the ``config.json`` of its network, without any weight.
+def read_config(path: str | Path, component: str) -> dict[str, Any]:
+    """The config of a pipeline's component, without any weight: its own JSON file.
 
     Raises:
-        WadiError: as `load_pipeline`, or if no family serves the pipeline.
+        WadiError: as `load_pipeline`.
     """
-    index = pipeline_index(path)
-    backbone = family(str(index.get("_class_name")))
-    with _loading(path):
-        import diffusers
+    name = "scheduler_config.json" if component == "scheduler" else "config.json"
+    with loading(path):
+        from huggingface_hub import hf_hub_download
 
-        network_class = getattr(diffusers, index[backbone.component][1])
-        return backbone, dict(network_class.load_config(str(path), subfolder=backbone.component))
+        local = Path(path) / component / name
+        file = local if Path(path).exists() else Path(hf_hub_download(str(path), name, subfolder=component))
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return values
 
 
 def build_network(config: dict[str, Any]) -> nn.Module:
@@ -117,7 +119,7 @@ def build_network(config: dict[str, Any]) -> nn.Module:
     Raises:
         WadiError: if diffusers has no such class, or it does not take these settings.
     """
-    with _loading(f"a config of {config.get('_class_name')}"):
+    with loading(f"a config of {config.get('_class_name')}"):
         import diffusers
 
         network: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
@@ -132,7 +134,7 @@ def load_network(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[
     """
     index = pipeline_index(path)
     backbone = family(str(index.get("_class_name")))
-    with _loading(path):
+    with loading(path):
         import diffusers
 
         network_class = getattr(diffusers, index[backbone.component][1])
@@ -140,7 +142,7 @@ def load_network(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[
 
 
 @contextmanager
-def _loading(path: object) -> Iterator[None]:
+def loading(path: object) -> Iterator[None]:
     """Within the block whatever a library raises becomes one line about ``path``: each has exception classes of its own."""
     try:
         with _quiet():

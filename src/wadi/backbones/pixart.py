@@ -56,6 +56,12 @@ class PixArt(Backbone):
         sizes = {"size": [float(height), float(width)], "aspect_ratio": [height / width]}
         return {name: torch.tensor([values], device=device).repeat(batch, 1) for name, values in sizes.items()}
 
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `Backbone.condition_shapes`."""
+        tokens = default_argument(self.pipeline, "max_sequence_length")
+        sizes = {"size": (2,), "aspect_ratio": (1,)} if self.network.use_additional_conditions else {}
+        return {"prompt_embeds": (tokens, self.network.config.caption_channels), "mask": (tokens,), **sizes}
+
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """See `Backbone.predict`; the learned variance is split off."""
         dtype, told = self.network.dtype, condition.tensors

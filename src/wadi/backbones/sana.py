@@ -44,6 +44,11 @@ class Sana(Backbone):
             embeds, mask = where_empty(prompts, null, embeds), where_empty(prompts, null_mask, mask)
         return Condition({"prompt_embeds": embeds, "mask": mask})
 
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `Backbone.condition_shapes`."""
+        tokens = default_argument(self.pipeline, "max_sequence_length")
+        return {"prompt_embeds": (tokens, self.network.config.caption_channels), "mask": (tokens,)}
+
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """See `Backbone.predict`: the velocity ``eps - x0``; some checkpoints are fed a multiple of ``t``."""
         dtype, told = self.network.dtype, condition.tensors

@@ -21,6 +21,20 @@ def is_flow(scheduler: Any) -> bool:
     return "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("prediction_type") == "flow_prediction")
 
 
+def make_scheduler(config: dict[str, Any]) -> Any:
+    """A scheduler from the config it was saved with.
+
+    Raises:
+        WadiError: if diffusers has no such class.
+    """
+    import diffusers
+
+    name = str(config.get("_class_name"))
+    if not hasattr(diffusers, name):
+        raise WadiError(f"The teacher's scheduler is {name}, which diffusers has not. Expected one of its schedulers.")
+    return getattr(diffusers, name).from_config(config)
+
+
 def sampler(scheduler: Any, image_tokens: int) -> Any:
     """A fresh deterministic first-order sampler over a model's own schedule: DDIM, or Euler along the flow."""
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from wadi.backbones.base import Backbone, Condition
 
+CLIP_TOKENS = 77
 BLOCKS = r"(down_blocks|mid_block|up_blocks)\..*"
 ATTENTION = r"(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2)"
 
@@ -37,6 +38,10 @@ class StableDiffusion(Backbone):
         device = self.pipeline.text_encoder.device
         embeds, _ = self.pipeline.encode_prompt(list(prompts), device, 1, do_classifier_free_guidance=False)
         return Condition({"prompt_embeds": embeds})
+
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `Backbone.condition_shapes`."""
+        return {"prompt_embeds": (CLIP_TOKENS, self.network.config.cross_attention_dim)}
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """See `Backbone.predict`; runs in the U-Net's own dtype."""

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from wadi.backbones.base import Backbone, Condition
+from wadi.backbones.base import Backbone, Condition, default_argument
 
+CLIP_TOKENS = 77
 BLOCKS = r"transformer_blocks\..*"
 ATTENTION = r"(attn2?\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out))"
 FEED_FORWARD = r"(ff|ff_context)\.net\.(0\.proj|2)"
@@ -56,6 +57,12 @@ class StableDiffusion3(Backbone):
         t5 = pipeline._get_t5_prompt_embeds(prompts, device=self.device, dtype=self.network.dtype).to(**place)
         embeds = torch.cat([pad(clip, (0, t5.shape[-1] - clip.shape[-1])), t5], dim=-2)
         return embeds, torch.cat([pooled.to(**place) for _, pooled in parts], dim=-1)
+
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `Backbone.condition_shapes`."""
+        config, t5_tokens = self.network.config, default_argument(self.pipeline, "max_sequence_length")
+        tokens = CLIP_TOKENS + t5_tokens
+        return {"prompt_embeds": (tokens, config.joint_attention_dim), "pooled": (config.pooled_projection_dim,)}
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """See `Backbone.predict`: the velocity ``eps - x0``."""

@@ -14,6 +14,8 @@ from torch import Tensor
 from wadi.backbones.base import Condition, where_empty
 from wadi.backbones.sd import StableDiffusion
 
+TIME_IDS = 6
+
 
 class StableDiffusionXL(StableDiffusion):
     """Backbone contract over a loaded ``StableDiffusionXLPipeline``."""
@@ -36,6 +38,12 @@ class StableDiffusionXL(StableDiffusion):
         width = self.pipeline.text_encoder_2.config.projection_dim
         ids = self.pipeline._get_add_time_ids(self.resolution, (0, 0), self.resolution, torch.float32, width)
         return ids.to(pooled.device).repeat(len(pooled), 1)
+
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `Backbone.condition_shapes`."""
+        config = self.network.config
+        pooled = config.projection_class_embeddings_input_dim - TIME_IDS * config.addition_time_embed_dim
+        return {**super().condition_shapes(), "pooled": (pooled,), "time_ids": (TIME_IDS,)}
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """See `Backbone.predict`; runs in the U-Net's own dtype."""

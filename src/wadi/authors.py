@@ -1,0 +1,71 @@
+"""The authors' released students: full state dicts that were trained to be asked at t = 999 with alpha^2 = 0.0047.
+
+That is the value of Stable Diffusion's schedule; they used it for PixArt too, whose own is 4.0e-5 there. It is the only place
+of this package where alpha does not come from a model's scheduler.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wadi.backbones import from_pipeline, load_pipeline
+from wadi.backbones.weights import LazyTensors, compare
+from wadi.embedded import resolve_teacher
+from wadi.errors import WadiError
+from wadi.files import whole_folder
+
+TIMESTEP = 999
+ALPHA_SQUARED = 0.0047
+
+
+def one_step_scheduler() -> Any:
+    """DDIM whose single step is ``(z - sqrt(1 - 0.0047) eps) / sqrt(0.0047)`` at t = 999: all its noise is in the last beta."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        num_train_timesteps=TIMESTEP + 1,
+        trained_betas=[0.0] * TIMESTEP + [1 - ALPHA_SQUARED],
+        prediction_type="epsilon",
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
+        clip_sample=False,
+        steps_offset=0,
+    )
+
+
+def import_authors(file: Path, base: str, out: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write ``out``, a pipeline like ``base`` with the weights of ``file`` that draws in one step without this package.
+
+    Args:
+        file: a released ``rotated_unet*.safetensors`` or ``rotated_transformer.safetensors``.
+        base: folder or Hub id of the pipeline the weights belong in.
+    Raises:
+        WadiError: if the file cannot be read, belongs to another network or holds angles beside its weights; if ``base`` is no
+            epsilon-predicting pipeline; or if ``out`` exists.
+    """
+    if out.exists():
+        raise WadiError(f"--out {str(out)!r} exists. Expected a new folder: choose another name.")
+    weights = LazyTensors([file])
+    angles = [name for name in weights if name.endswith(("theta_a", "theta_b"))]
+    if angles:
+        raise WadiError(
+            f"{str(file)!r} holds angles beside its weights (first: {angles[0]}), so whether these are rotated cannot be told. "
+            "Expected a state dict with the rotation merged, as the authors released them."
+        )
+    pipeline = load_pipeline(resolve_teacher(base), dtype)
+    backbone = from_pipeline(pipeline)
+    if backbone.process.prediction != "epsilon":
+        raise WadiError(
+            f"{base!r} predicts {backbone.process.prediction}. Expected an epsilon-predicting model: the authors' students are."
+        )
+    own = backbone.network.state_dict()
+    compare({name: tuple(tensor.shape) for name, tensor in own.items()}, weights, f"{str(file)!r}", repr(base))
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
+    pipeline.scheduler = one_step_scheduler()
+    with whole_folder(out) as folder:
+        pipeline.save_pretrained(folder)

@@ -1,0 +1,266 @@
+"""Before a run: which layers each role adapts, how many numbers it trains, and the memory a step takes. No weights are read.
+
+Networks are built from their configs on the meta device: those of the presets from ``architectures/`` (public values of the
+models' own config files), a teacher's from its ``config.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wadi import adapters
+from wadi.backbones import Backbone, family
+from wadi.backbones.base import Outline
+from wadi.backbones.loading import build_network, pipeline_index, read_config
+from wadi.backbones.schedulers import make_scheduler
+from wadi.config import DistillConfig
+from wadi.embedded import resolve_teacher
+from wadi.errors import WadiError
+from wadi.rehearsal import peak_bytes
+from wadi.train import attach_roles, student_timestep
+
+ARCHITECTURES = Path(__file__).parent / "architectures"
+FLOAT32 = 4  # bytes
+MOMENTS = 2  # of AdamW, per parameter
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model as its config files tell it.
+
+    Attributes:
+        model: its name.
+        pipeline: class of its pipeline.
+        vae_scale_factor: pixels per latent, each way.
+        network, scheduler: configs.
+        other_parameters: parameters of text encoders and autoencoder, by component; they lie beside the network.
+    """
+
+    model: str
+    pipeline: str
+    vae_scale_factor: int
+    network: dict[str, Any]
+    scheduler: dict[str, Any]
+    other_parameters: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Role:
+    """``layers`` (names) that a role adapts at ``rank``, and what it trains: ``sum of r (out + fan_in // 2)``."""
+
+    rank: int
+    parameters: int
+    layers: list[str]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process at the largest moment of a step; ``activations`` is all that is in none of the others."""
+
+    network: int
+    encoders: int
+    angles: int
+    optimizer: int
+    gradients: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found. ``memory`` is with and without gradient checkpointing."""
+
+    model: str
+    parameters: int
+    resolution: tuple[int, int]
+    timestep: int
+    amplification: float
+    batch: int
+    processes: int
+    dtype: str
+    gradient_checkpointing: bool
+    student: Role
+    fake: Role
+    memory: dict[str, Memory]
+
+
+def architectures() -> list[str]:
+    """Names of the architectures that come with the package: presets of the same name use them."""
+    return sorted(path.stem for path in ARCHITECTURES.glob("*.json"))
+
+
+def architecture(name: str) -> Architecture:
+    """One of `architectures`."""
+    return Architecture(**json.loads((ARCHITECTURES / f"{name}.json").read_text(encoding="utf-8")))
+
+
+def architecture_of(teacher: str) -> Architecture:
+    """What the config files of a pipeline folder or Hub id tell; no weight is read.
+
+    Raises:
+        WadiError: if it is no pipeline, no family serves it, or the Hub cannot deliver it.
+    """
+    path = resolve_teacher(teacher)
+    index = pipeline_index(path)
+    backbone = family(str(index.get("_class_name")))
+    vae = read_config(path, "vae")
+    levels = vae.get("block_out_channels") or vae["encoder_block_out_channels"]
+    others = {name for name, value in index.items() if isinstance(value, (list, tuple)) and re.match(r"text_encoder|vae", name)}
+    counts = {name: _count(path, name, index[name]) for name in sorted(others) if index[name][0] is not None}
+    return Architecture(
+        model=teacher,
+        pipeline=str(index["_class_name"]),
+        vae_scale_factor=2 ** (len(levels) - 1),
+        network=read_config(path, backbone.component),
+        scheduler=read_config(path, "scheduler"),
+        other_parameters=counts,
+    )
+
+
+def _count(path: str, component: str, place: tuple[str, str]) -> int:
+    """Parameters of a text encoder or autoencoder, built from its config on the meta device."""
+    library, name = place
+    with torch.device("meta"):
+        if library == "diffusers":
+            model = build_network({**read_config(path, component), "_class_name": name})
+        else:
+            import transformers
+
+            model_class = getattr(transformers, name)
+            model = model_class(model_class.config_class(**read_config(path, component)))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def outline(found: Architecture, config: DistillConfig) -> Backbone:
+    """The backbone of an architecture on the meta device, with both roles attached.
+
+    Raises:
+        WadiError: if targets match nothing, or the resolution is one that the model cannot draw.
+    """
+    backbone_class = family(found.pipeline)
+    with torch.device("meta"):
+        network = build_network(found.network).to(getattr(torch, config.dtype))
+    stand_in = Outline(
+        pipeline_class=found.pipeline,
+        scheduler=make_scheduler(found.scheduler),
+        vae_scale_factor=found.vae_scale_factor,
+        config={},
+        **{backbone_class.component: network},
+    )
+    backbone = backbone_class(stand_in, config.resolution)
+    with torch.device("meta"):
+        attach_roles(backbone, config)
+    return backbone
+
+
+def role_of(backbone: Backbone, role: str, rank: int) -> Role:
+    """What is attached for a role."""
+    angles = adapters.parameters(backbone.network, role)
+    layers = dict.fromkeys(name.rsplit(".lorad_", 1)[0] for name in angles)
+    return Role(rank, sum(parameter.numel() for parameter in angles.values()), list(layers))
+
+
+def plan(config: DistillConfig, found: Architecture, processes: int = 1) -> Plan:
+    """Layers, trainable parameters and memory of a run of ``config`` on an architecture.
+
+    Raises:
+        WadiError: see `outline`; or if ``processes`` is below 1.
+    """
+    if processes < 1:
+        raise WadiError(f"processes is {processes}. Expected at least 1.")
+    memory = {}
+    for name, checkpointing in (("checkpointed", True), ("plain", False)):
+        backbone = outline(found, replace(config, gradient_checkpointing=checkpointing))
+        timestep = student_timestep(backbone, config)
+        student = role_of(backbone, "student", config.student.rank)
+        fake = role_of(backbone, "fake", config.fake.rank)
+        parameters = sum(p.numel() for name, p in backbone.network.named_parameters() if "lorad_" not in name)
+        memory[name] = memory_of(backbone, config, timestep, found)
+    at = torch.tensor([timestep])
+    amplification = float(backbone.process.sigma(at) / backbone.process.alpha(at).clamp_min(1e-12))
+    return Plan(
+        model=found.model,
+        parameters=parameters,
+        resolution=backbone.resolution,
+        timestep=timestep,
+        amplification=amplification if backbone.process.prediction == "epsilon" else float(backbone.process.sigma(at)),
+        batch=config.batch,
+        processes=processes,
+        dtype=config.dtype,
+        gradient_checkpointing=config.gradient_checkpointing,
+        student=student,
+        fake=fake,
+        memory=memory,
+    )
+
+
+def memory_of(backbone: Backbone, config: DistillConfig, timestep: int, found: Architecture) -> Memory:
+    """Of one process. The network is used up by it: its parameters have no contents afterwards."""
+    width = torch.empty(0, dtype=getattr(torch, config.dtype)).element_size()
+    angles = {role: list(adapters.parameters(backbone.network, role).values()) for role in ("student", "fake")}
+    counts = {role: sum(parameter.numel() for parameter in own) for role, own in angles.items()}
+    both = FLOAT32 * sum(counts.values())
+    averaged = FLOAT32 * counts["student"] if config.student.ema else 0
+    held = [tensor for name, tensor in backbone.network.state_dict().items() if "lorad_" not in name]
+    network = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    gradients = FLOAT32 * counts["student"]
+    peak = peak_bytes(backbone, config, backbone.condition_shapes(), timestep)
+    rest = peak - network - both - averaged - MOMENTS * both - gradients
+    return Memory(
+        network=network,
+        encoders=width * sum(found.other_parameters.values()),
+        angles=both + averaged,
+        optimizer=MOMENTS * both,
+        gradients=gradients,
+        activations=rest,
+    )
+
+
+# --- telling it -------------------------------------------------------------------------------------------------------------
+
+
+def to_dict(planned: Plan) -> dict[str, Any]:
+    """Plain values for JSON; memory in bytes."""
+    values = asdict(planned)
+    values["memory"] = {name: {**asdict(memory), "total": memory.total} for name, memory in planned.memory.items()}
+    return values
+
+
+def describe(planned: Plan) -> str:
+    """The plan as lines of text."""
+    height, width = planned.resolution
+    lines = [
+        f"{planned.model}: {planned.parameters / 1e6:,.2f} M parameters, images of {height} x {width}",
+        f"student asked at t = {planned.timestep}, where an error of the network counts {planned.amplification:.1f}-fold",
+        "",
+    ]
+    for name, role in (("student", planned.student), ("fake", planned.fake)):
+        share = role.parameters / planned.parameters
+        lines.append(f"{name}: rank {role.rank}, {len(role.layers)} layers, {role.parameters:,} trainable ({share:.1%})")
+        lines += [f"  {count:4d} x {kind}" for kind, count in kinds(role.layers).items()]
+    batch = f"batch {planned.batch}, {planned.dtype}"
+    across = f", {planned.processes} processes ({planned.batch * planned.processes} images a step)"
+    lines += ["", f"memory of a step in GiB, {batch}{across if planned.processes > 1 else ''}, each process:"]
+    columns = list(planned.memory.values())
+    lines.append(f"  {'gradient checkpointing':<24}{'on':>10}{'off':>10}")
+    for part in vars(columns[0]):
+        lines.append(f"  {part:<24}" + "".join(f"{getattr(column, part) / 2**30:10.2f}" for column in columns))
+    lines.append(f"  {'total':<24}" + "".join(f"{column.total / 2**30:10.2f}" for column in columns))
+    lines += ["", "Not counted: kernels' workspaces and the CUDA context, and sample grids, which decode 16 images at once."]
+    return "\n".join(lines)
+
+
+def kinds(layers: list[str]) -> dict[str, int]:
+    """Layers counted by their name without the numbers and places of blocks: ``attn1.to_q``, ``ff.net.2``, ..."""
+    return dict(Counter(re.sub(r"^.*(blocks|attentions|resnets)\.\d+\.", "", name) for name in layers).most_common())
