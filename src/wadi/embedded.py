@@ -30,6 +30,6 @@ def resolve_teacher(name: str) -> str:
     return str(embedded("teacher")) if name == NAME else name
 
 
-def resolve_prompts(name: str) -> Path:
-    """A prompts file; 'zoo' is the embedded teacher's captions."""
-    return embedded("prompts.txt") if name == NAME else Path(name)
+def resolve_prompts(name: str) -> str:
+    """Where prompts come from; 'zoo' is the embedded teacher's captions."""
+    return str(embedded("prompts.txt")) if name == NAME else name

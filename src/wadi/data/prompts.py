@@ -1,34 +1,105 @@
-"""Prompts from a text file, in an order that depends on seed and position alone."""
+"""Prompts of any number, on disk rather than in memory, in an order that depends on seed and position alone."""
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import mmap
+import tempfile
+from array import array
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import overload
 
 import torch
 
+from wadi.data.sources import HUB, rows_of
 from wadi.errors import WadiError
 
+LONGEST = 20_000  # characters of a prompt; encoders read some hundred tokens
 
-def read_prompts(path: Path) -> list[str]:
-    """The non-empty lines of a UTF-8 text file, stripped.
 
-    Raises:
-        WadiError: if the file is missing, is not UTF-8 text, or holds no prompt.
+class Prompts(Sequence[str]):
+    """Texts in one nameless temporary file, mapped into memory, and where each begins: 8 bytes a prompt are held.
+
+    Attributes:
+        digest: hash of all texts in their order.
+        left_out: rows that held no prompt.
     """
+
+    def __init__(self, texts: Iterator[str]) -> None:
+        """Raises `OSError` if the temporary folder (``TMPDIR``) is full."""
+        self._starts, digest = array("q", [0]), hashlib.sha256()
+        self.left_out = 0
+        with tempfile.TemporaryFile() as stream:  # the file goes when the map does, however the process ends
+            for text in texts:
+                content = text.encode()
+                stream.write(content)
+                self._starts.append(self._starts[-1] + len(content))
+                digest.update(len(content).to_bytes(8, "little") + content)
+            stream.flush()
+            self._bytes = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if len(self) else b""
+        self.digest = digest.hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row = range(len(self))[int(index)]  # negative ones too; IndexError past the end
+        return self._bytes[self._starts[row] : self._starts[row + 1]].decode()
+
+
+def open_prompts(source: str | Path, field: str | None = None, limit: int | None = None) -> Prompts:
+    """The prompts of a file, a glob pattern or a data set, stripped; see `wadi.data.sources` for what is read.
+
+    Blank ones and rows without one are left out, duplicates stay: a prompt that stands there twice is drawn twice as often.
+
+    Args:
+        field: of rows that have several; dotted for nested ones.
+        limit: only so many from the start.
+    Raises:
+        WadiError: if there is none, or the source cannot be read.
+    """
+    left_out = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal left_out
+        for place, text in rows_of(str(source), field):
+            stripped = (text or "").strip()
+            if not stripped:
+                left_out += 1
+                continue
+            if "\0" in stripped:
+                raise WadiError(f"Prompts file {place} is binary (it holds NUL bytes). Expected prompts in UTF-8.")
+            if len(stripped) > LONGEST:
+                raise WadiError(
+                    f"The prompt in {place} has {len(stripped):,} characters. Expected at most {LONGEST:,}: is it one a line?"
+                )
+            yield stripped
+
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise WadiError(
-            f"Prompts file {str(path)!r} is not UTF-8 text (byte {error.start}). Expected one prompt a line."
-        ) from error
+        prompts = Prompts(itertools.islice(texts(), limit))
     except OSError as error:
-        raise WadiError(f"Prompts file {str(path)!r} cannot be read: {error.strerror}. Expected a text file.") from error
-    prompts = [line.strip() for line in lines if line.strip()]
+        raise WadiError(
+            f"Prompts {str(source)!r} cannot be copied to {tempfile.gettempdir()!r}: {error.strerror or error}. Expected room "
+            "for their text there: set TMPDIR."
+        ) from error
+    prompts.left_out = left_out
     if not prompts:
-        raise WadiError(f"Prompts file {str(path)!r} holds no prompt. Expected one prompt a line.")
-    if any("\0" in prompt for prompt in prompts):
-        raise WadiError(f"Prompts file {str(path)!r} is binary (it holds NUL bytes). Expected one prompt a line, in UTF-8.")
+        what = "Data set" if str(source).startswith(HUB) else "Prompts file"
+        raise WadiError(f"{what} {str(source)!r} holds no prompt. Expected one prompt a line, or a field of prompts.")
     return prompts
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """All of them in memory: see `open_prompts`."""
+    return list(open_prompts(path))
 
 
 class PromptOrder:
