@@ -103,7 +103,7 @@ def _settings(parser: ArgumentParser, argv: Sequence[str]) -> tuple[DistillConfi
 def _value_of(flag: str, argv: Sequence[str]) -> str | None:
     """The last value given for ``flag``, as ``--flag value`` or ``--flag=value``."""
     found = None
-    for word, following in zip(argv, [*argv[1:], None], strict=True):
+    for word, following in zip(argv, [*argv, None][1:], strict=True):
         if word == flag:
             found = following
         elif word.startswith(flag + "="):

@@ -181,9 +181,13 @@ RESOLUTIONS = {"pixart-alpha": (SIDE, SIDE), "flux": (SIDE, SIDE)}
 
 
 def make(name: str, folder: Path):
-    """A pipeline, seeded, in evaluation mode, with every zero-initialised parameter made random: zeros hide mistakes."""
+    """A pipeline by its name in `MAKERS`, seeded."""
     torch.manual_seed(0)
-    pipeline = MAKERS[name](folder)
+    return readied(MAKERS[name](folder))
+
+
+def readied(pipeline):
+    """In evaluation mode, quiet, and with every zero-initialised parameter made random: zeros hide mistakes."""
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval()

@@ -70,10 +70,30 @@ def load_pipeline(path: str | Path, dtype: torch.dtype = torch.float32, device: 
         from diffusers import DiffusionPipeline
 
         pipeline = DiffusionPipeline.from_pretrained(str(path), dtype=dtype, **without)
+    _refuse_incomplete(path, pipeline)
     if RESOLUTION in index:
         pipeline.register_to_config(**{RESOLUTION: index[RESOLUTION]})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def _refuse_incomplete(path: str | Path, pipeline: Any) -> None:
+    """Raise `WadiError` if the files lacked tensors: diffusers leaves those without contents and only remarks on it."""
+    for component, module in pipeline.components.items():
+        lost = [name for name, tensor in module.named_parameters() if tensor.is_meta] if isinstance(module, nn.Module) else []
+        if not lost:
+            continue
+        why = "Its files are incomplete. Expected all of them: fetch or save the pipeline anew."
+        for file in (Path(path) / component).glob("*.safetensors"):
+            from safetensors import safe_open
+
+            with safe_open(file, framework="pt") as stored:
+                if any(".base_layer." in name for name in stored.keys()):  # noqa: SIM118
+                    why = (
+                        "It was saved with an adapter attached, whose layers go by other names. Expected plain weights: merge "
+                        "it (pipeline.fuse_lora() and pipeline.unload_lora_weights()) and save the pipeline anew."
+                    )
+        raise WadiError(f"Teacher {str(path)!r} lacks {len(lost)} tensors of its {component} (first: {lost[0]}). {why}")
 
 
 def pipeline_index(path: str | Path) -> dict[str, Any]:

@@ -43,20 +43,22 @@ class StableDiffusion3(Backbone):
         """As ``pipeline.encode_prompt``, which needs both CLIP encoders, with zeros in place of the absent ones."""
         pipeline, config = self.pipeline, self.network.config
         place: dict[str, Any] = {"device": self.device, "dtype": self.network.dtype}
-        found: dict[int, tuple[Tensor, Tensor]] = {}
-        for index, encoder in enumerate((pipeline.text_encoder, pipeline.text_encoder_2)):
-            if encoder is not None:
-                embed, pooled = pipeline._get_clip_prompt_embeds(prompts, device=self.device, clip_model_index=index)
-                found[index] = embed, pooled
-        rest = config.pooled_projection_dim - sum(pooled.shape[-1] for _, pooled in found.values())
-        share = rest // (2 - len(found))
+        pairs = (pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2)
+        found = [self._clip(*pair, prompts) if pair[1] is not None else None for pair in pairs]
+        rest = config.pooled_projection_dim - sum(part[1].shape[-1] for part in found if part)
         tokens = pipeline.tokenizer_max_length
-        absent = torch.zeros(len(prompts), tokens, share, **place), torch.zeros(len(prompts), share, **place)
-        parts = [found.get(index, absent) for index in range(2)]
-        clip = torch.cat([embed.to(**place) for embed, _ in parts], dim=-1)
+        share = rest // max(1, found.count(None))
+        absent = torch.zeros(len(prompts), tokens, share), torch.zeros(len(prompts), share)
+        embeds, pooled = (torch.cat([part[i].to(**place) for part in (p or absent for p in found)], dim=-1) for i in range(2))
         t5 = pipeline._get_t5_prompt_embeds(prompts, device=self.device, dtype=self.network.dtype).to(**place)
-        embeds = torch.cat([pad(clip, (0, t5.shape[-1] - clip.shape[-1])), t5], dim=-2)
-        return embeds, torch.cat([pooled.to(**place) for _, pooled in parts], dim=-1)
+        return torch.cat([pad(embeds, (0, t5.shape[-1] - embeds.shape[-1])), t5], dim=-2), pooled
+
+    def _clip(self, tokenizer: Any, encoder: Any, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings of one CLIP encoder from its last layer but one, and its pooled embedding, as the pipeline takes them."""
+        length = tokenizer.model_max_length
+        ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        out = encoder(ids.to(encoder.device), output_hidden_states=True)
+        return out.hidden_states[-2], out[0]
 
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         """See `Backbone.condition_shapes`."""

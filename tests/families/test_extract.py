@@ -1,0 +1,175 @@
+"""Angles from two checkpoints, and the authors' weights."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from wadi import adapters, generate
+from wadi.authors import import_authors
+from wadi.backbones import from_pipeline, load_pipeline
+from wadi.cli import main
+from wadi.errors import WadiError
+from wadi.extract import angles_between, extract, factors, measure
+from wadi.lorad import LoRaDConfig
+from wadi.lorad.rotation import rotate
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (5, 7), (4, 3, 3, 3)])
+def test_the_angles_of_a_rotation_are_found_again(shape):
+    W = torch.randn(shape, dtype=torch.float64)
+    theta = (torch.rand(shape[0], math.prod(shape[1:]) // 2, dtype=torch.float64) - 0.5) * 6.2  # almost half a turn each way
+    S = rotate(W, theta)
+    torch.testing.assert_close(angles_between(W, S), theta)
+    torch.testing.assert_close(angles_between(W, 3 * S), theta)  # lengths do not enter
+    assert measure("", W, S, *factors(theta, 20)).rotation == pytest.approx(1)
+
+
+def test_rank_keeps_what_it_can():
+    theta = 0.1 * torch.randn(12, 3).double() @ torch.randn(3, 10).double()
+    W = torch.randn(12, 20).double()
+    S = rotate(W, theta)
+    kept = [measure("", W, S, *factors(theta, rank)).kept for rank in (1, 2, 3, 30)]
+    assert kept[0] < kept[1] < kept[2]
+    assert kept[2:] == pytest.approx([1, 1], abs=1e-9)
+    A, B = factors(theta, 30)  # more than there are singular values
+    assert A.shape == (12, 30)
+    torch.testing.assert_close(A @ B, theta.float())
+
+
+def test_norm_and_rotation_are_told_apart():
+    W = torch.randn(8, 10)
+    longer = measure("", W, 1.1 * W, *factors(torch.zeros(8, 5), 2))
+    assert longer.rotation == pytest.approx(0, abs=1e-9)
+    assert longer.norm_change == pytest.approx(0.1, rel=1e-5)
+    assert longer.direction_change == pytest.approx(0, abs=1e-9)
+    assert longer.change == pytest.approx(0.1, rel=1e-5)
+    turned = measure("", W, rotate(W, torch.full((8, 5), 0.2)), *factors(torch.full((8, 5), 0.2), 1))
+    assert turned.norm_change == pytest.approx(0, abs=1e-6)
+    assert turned.direction_change == pytest.approx(1 - math.cos(0.2), rel=1e-4)
+    assert [turned.rotation, turned.kept] == pytest.approx([1, 1], abs=1e-5)
+    same = measure("", W, W, *factors(torch.zeros(8, 5), 1))
+    assert (same.change, same.rotation, same.kept) == (0, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def students(folder_of, tmp_path_factory):
+    """``(teacher, one-step pipeline made by LoRaD of rank 3, its adapter)`` of two families, the first at t = 700."""
+    made = {}
+    for name in ("sd1", "sana"):
+        teacher, folder = folder_of(name), tmp_path_factory.mktemp(name)
+        backbone = from_pipeline(load_pipeline(teacher))
+        torch.manual_seed(3)
+        adapters.attach(backbone.network, "student", LoRaDConfig(r=3, target_modules=backbone.student_targets))
+        with torch.no_grad():
+            for parameter in adapters.parameters(backbone.network, "student").values():
+                parameter.normal_(std=0.3)
+        timestep = 700 if name == "sd1" else backbone.process.last_timestep
+        adapters.save(backbone.network, "student", folder / "adapter", extra={"timestep": timestep, "teacher": str(teacher)})
+        generate.load(adapter=folder / "adapter").save_pretrained(folder / "pipeline")
+        made[name] = teacher, folder / "pipeline", folder / "adapter", timestep
+    return made
+
+
+@pytest.mark.parametrize("name", ["sd1", "sana"])
+def test_what_lorad_made_is_found_again(students, name, tmp_path, capsys):
+    teacher, pipeline, adapter, timestep = students[name]
+    out = tmp_path / "found"
+    assert main(["extract", str(teacher), str(pipeline), "--rank", "3", "--out", str(out)]) == 0
+    assert "rank 3 keeps 100.0%" in capsys.readouterr().out
+    found, made = (adapters.read(path)[1] for path in (out, adapter))
+    assert found.keys() == made.keys()
+    for key in made:
+        if key.endswith("_A"):
+            other = key[:-1] + "B"
+            torch.testing.assert_close(found[key] @ found[other], made[key] @ made[other], rtol=0, atol=2e-5)
+    about = json.loads((out / "wadi.json").read_text())
+    assert about["timestep"] == timestep
+    report = json.loads((out / "extraction.json").read_text())
+    assert report["outside"] == []
+    again = generate.load(adapter=out)
+    network, original = from_pipeline(again).network, from_pipeline(load_pipeline(pipeline)).network
+    for key, tensor in original.state_dict().items():
+        torch.testing.assert_close(network.state_dict()[key], tensor, rtol=0, atol=1e-5)
+
+
+def test_a_file_of_weights_will_do_and_what_has_no_angles_is_named(students, tmp_path):
+    teacher, pipeline, _, _ = students["sd1"]
+    tensors = load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
+    tensors["conv_in.bias"] += 1
+    save_file({f"module.{key}": value for key, value in tensors.items()}, tmp_path / "student.safetensors")
+    found = extract(str(teacher), str(tmp_path / "student.safetensors"), 2, tmp_path / "out", timestep=800)
+    assert found.outside == ["conv_in.bias"]
+    assert found.timestep == 800
+    assert 0.3 < found.kept < 0.999
+    assert found.rotation == pytest.approx(1, abs=1e-6)
+
+
+def test_two_architectures_are_told_apart(folder_of, tmp_path):
+    with pytest.raises(
+        WadiError, match=r"another architecture than teacher.*84 unknown \(first: add_embedding.*of another shape"
+    ):
+        extract(str(folder_of("sd1")), str(folder_of("sdxl")), 2, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_weights_are_one_line(folder_of, tmp_path):
+    (tmp_path / "student.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(WadiError, match="cannot be read"):
+        extract(str(folder_of("sd1")), str(tmp_path / "student.safetensors"), 2, tmp_path / "out")
+
+
+# --- the authors' weights ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def released(folder_of, tmp_path):
+    """A state dict like the released ones: every weight another than the base's."""
+    base = folder_of("pixart-sigma")
+    network = copy.deepcopy(load_pipeline(base).transformer)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    save_file(network.state_dict(), tmp_path / "rotated_transformer.safetensors")
+    return tmp_path / "rotated_transformer.safetensors", base, network
+
+
+def test_the_authors_weights_run_at_their_constant(released, tmp_path):
+    file, base, network = released
+    assert main(["import-authors", str(file), "--base", str(base), "--out", str(tmp_path / "out")]) == 0
+    pipeline = load_pipeline(tmp_path / "out")
+    seen = {}
+
+    def look(module, args, kwargs, output):
+        seen.update(x_t=args[0], t=kwargs["timestep"], eps=output[0][:, :4])
+
+    pipeline.transformer.register_forward_hook(look, with_kwargs=True)
+    call = from_pipeline(pipeline).call
+    drawn = pipeline(
+        "red apple", generator=torch.Generator().manual_seed(1), num_inference_steps=1, output_type="latent", **call
+    )
+    assert seen["t"].tolist() == [999]
+    expected = (seen["x_t"] - math.sqrt(1 - 0.0047) * seen["eps"]) / math.sqrt(0.0047)
+    torch.testing.assert_close(drawn.images, expected, rtol=1e-4, atol=1e-4)
+    for key, tensor in network.state_dict().items():
+        assert torch.equal(pipeline.transformer.state_dict()[key], tensor)
+
+
+def test_what_does_not_fit_the_base_is_one_line(released, folder_of, tmp_path):
+    file, base, network = released
+    out = tmp_path / "out"
+    with pytest.raises(WadiError, match="another architecture"):
+        import_authors(file, str(folder_of("sd1")), out)
+    with pytest.raises(WadiError, match="predicts velocity"):
+        import_authors(file, str(folder_of("sd3")), out)
+    unmerged = {**network.state_dict(), "proj_out.theta_a": torch.zeros(2, 2)}
+    save_file(unmerged, tmp_path / "unmerged.safetensors")
+    with pytest.raises(WadiError, match="angles beside its weights"):
+        import_authors(tmp_path / "unmerged.safetensors", str(base), out)
+    with pytest.raises(WadiError, match="cannot be read"):
+        import_authors(tmp_path / "nothing.safetensors", str(base), out)
+    assert not out.exists()

@@ -1,0 +1,132 @@
+"""`wadi plan`: what it says is what a run does."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import small_pipelines
+import torch
+
+from wadi import adapters, plan
+from wadi.backbones import from_pipeline, load_pipeline
+from wadi.cli import main
+from wadi.config import DistillConfig, FakeConfig, StudentConfig
+from wadi.optimizers import initial_state
+from wadi.rehearsal import LiveBytes, peak_bytes
+from wadi.train import Batch, attach_roles, train_step
+
+CONFIG = DistillConfig(batch=4, student=StudentConfig(rank=16), fake=FakeConfig(rank=4, guidance_scale=1.0))
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "pixart-alpha", "sd3", "sana"])
+def test_a_teachers_configs_tell_what_attaching_does(folder_of, name):
+    config = replace(CONFIG, resolution=small_pipelines.RESOLUTIONS.get(name))
+    planned = plan.plan(config, plan.architecture_of(str(folder_of(name))))
+    pipeline = load_pipeline(folder_of(name))
+    backbone = from_pipeline(pipeline, config.resolution)
+    assert planned.parameters == sum(p.numel() for p in backbone.network.parameters())
+    others = [part for key, part in pipeline.components.items() if key.startswith(("text_encoder", "vae")) and part is not None]
+    assert planned.memory["plain"].encoders == 4 * sum(p.numel() for part in others for p in part.parameters())
+    attach_roles(backbone, config)
+    for role, told in (("student", planned.student), ("fake", planned.fake)):
+        angles = adapters.parameters(backbone.network, role)
+        assert told.parameters == sum(p.numel() for p in angles.values())
+        assert set(told.layers) == {key.rsplit(".lorad_", 1)[0] for key in angles}
+    encoded = backbone.encode(["red apple"]).tensors
+    shapes = backbone.condition_shapes()
+    assert shapes.keys() == encoded.keys()
+    clip = {"prompt_embeds"} if name.startswith("sd") else set()  # the small tokenizer's texts are shorter than CLIP's 77
+    for key in shapes.keys() - clip:
+        assert shapes[key] == tuple(encoded[key].shape[1:])
+
+
+def measured_peak(backbone, config):
+    """Bytes at the largest moment of a real step, from the allocations that the profiler saw; weights included."""
+    state = initial_state(backbone.network, config, torch.device("cpu"))
+    condition, null = backbone.encode(["red apple"] * config.batch), backbone.encode([""])
+
+    def step():
+        z = torch.randn(config.batch, *backbone.latent_shape)
+        train_step(backbone, Batch(condition, null, z, z[:0]), 700, config, state)
+
+    step()  # after the first one the optimisers hold their moments
+    held = [*backbone.network.state_dict().values()]
+    held += [m for o in state.optimizers.values() for s in o.state.values() for m in s.values() if m.ndim]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
+    now = peak = sum(tensor.untyped_storage().nbytes() for tensor in held)
+    for _, change in changes:
+        now += change
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["sd", "pixart"])
+def test_the_estimate_is_the_measured_peak(tmp_path, family, checkpointing):
+    if family == "sd":
+        import tiny
+
+        # attention in both levels, so that checkpointing has something to save
+        pipeline = tiny.stable_diffusion(
+            tmp_path, sample_size=32, block_out_channels=(64, 128),
+            down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        )  # fmt: skip
+    else:
+        from diffusers import PixArtSigmaPipeline
+
+        pipeline = small_pipelines._pixart(
+            PixArtSigmaPipeline,
+            sample_size=32,
+            num_layers=4,
+            attention_head_dim=32,
+            num_attention_heads=4,
+            cross_attention_dim=128,
+        )
+    config = replace(CONFIG, gradient_checkpointing=checkpointing)
+    backbone = from_pipeline(pipeline)
+    attach_roles(backbone, config)
+    shapes = {key: tuple(value.shape[1:]) for key, value in backbone.encode([""]).tensors.items()}
+    measured = measured_peak(backbone, config)
+    estimated = peak_bytes(backbone, config, shapes, 700)
+    assert 0.85 < estimated / measured < 1.15
+
+
+def test_live_bytes_are_counted_once_and_forgotten():
+    with LiveBytes() as live:
+        x = torch.ones(1000)
+        y = x[:500]  # a view
+        assert live.now == 4000
+        z = x + 1
+        assert live.now == 8000
+        del z
+        assert live.now == 4000
+        del x, y
+    assert (live.now, live.peak) == (0, 8000)
+
+
+def test_the_command_prints_the_plan_and_its_json(folder_of, capsys):
+    teacher = str(folder_of("sd1"))
+    small = ["plan", "--teacher", teacher, "--student.rank", "4", "--fake.rank", "2", "--batch", "2", "--processes", "3"]
+    assert main([*small, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    planned = plan.plan(
+        replace(DistillConfig(batch=2), student=StudentConfig(rank=4), fake=FakeConfig(rank=2)),
+        plan.architecture_of(teacher),
+        3,
+    )
+    assert told == json.loads(json.dumps(plan.to_dict(planned)))
+    for parts in told["memory"].values():
+        assert parts["total"] == sum(value for part, value in parts.items() if part != "total")
+        assert min(parts.values()) > 0
+    assert told["memory"]["checkpointed"]["activations"] < told["memory"]["plain"]["activations"]
+    text = plan.describe(planned)
+    assert f"{planned.student.parameters:,} trainable" in text
+    assert "3 processes (6 images a step)" in text
+
+
+@pytest.mark.slow
+def test_the_command_of_the_readme(capsys):
+    assert main(["plan", "--preset", "sd15", "--student.rank", "128", "--batch", "1"]) == 0
+    assert "rank 128, 182 layers, 41,897,984 trainable" in capsys.readouterr().out
