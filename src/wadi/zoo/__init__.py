@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wadi.errors import WadiError
+from wadi.embedded import embedded
 from wadi.zoo.concepts import COLOURS, CONCEPTS, STYLES
 from wadi.zoo.prompts import caption, captions, concept_of, eval_prompts, fixed_prompts, training_prompts
 from wadi.zoo.recipe import STAGES, ZooConfig, train
@@ -40,22 +40,20 @@ __all__ = [
     "training_prompts",
 ]
 
-WEIGHTS = Path(__file__).parent / "weights"
-
 
 def teacher_path() -> Path:
     """Folder of the embedded teacher, which ``DiffusionPipeline.from_pretrained`` loads."""
-    return _shipped("teacher", "model_index.json")
+    return embedded("teacher")
 
 
 def student_path() -> Path:
     """Folder of the LoRaD adapter of the embedded one-step student."""
-    return _shipped("student", "adapter_config.json")
+    return embedded("student")
 
 
 def classifier_path() -> Path:
     """Folder of the classifier."""
-    return _shipped("classifier", "config.json")
+    return embedded("classifier")
 
 
 def load_teacher(dtype: torch.dtype | None = None) -> Any:
@@ -72,13 +70,3 @@ def load_classifier() -> Classifier:
     from wadi.zoo.classifier import read_classifier
 
     return read_classifier(classifier_path())
-
-
-def _shipped(name: str, file: str) -> Path:
-    folder = WEIGHTS / name
-    if not (folder / file).is_file():
-        raise WadiError(
-            f"the embedded {name} is not in this installation ({folder} holds no {file}); install the package again, "
-            "or make it by the recipe in docs/zoo.md"
-        )
-    return folder

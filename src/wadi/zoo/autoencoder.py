@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wadi.zoo.compose import compose, random_pose
 from wadi.zoo.concepts import CANDIDATES
@@ -28,13 +28,14 @@ if TYPE_CHECKING:
 CHANNELS = 12
 NOISE = 0.04  # standard deviation of the latent noise, of each channel's own
 HOLD_OUT = 14
+FOLDED_FROM = 1024  # compositions whose latents are standardised
 
 
 def build_autoencoder() -> Any:
     """An untrained ``AutoencoderKL``, 4x down, no attention (so that it is fully convolutional), 1.4 M parameters."""
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL(
+    ae: Any = AutoencoderKL(
         in_channels=3,
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -46,7 +47,8 @@ def build_autoencoder() -> Any:
         sample_size=64,
         scaling_factor=1.0,
         mid_block_add_attention=False,
-    ).to(memory_format=torch.channels_last)
+    )
+    return ae.to(memory_format=torch.channels_last)
 
 
 def split(sprites: Sprites) -> tuple[Tensor, Tensor]:
@@ -96,7 +98,7 @@ def loss_of(ae: Any, pictures: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def fold(ae: nn.Module, latents: Tensor) -> None:
+def fold(ae: Any, latents: Tensor) -> None:
     """Make ``ae``'s latents zero-mean and unit-variance per channel, as measured on ``latents (N, C, H, W)``."""
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     quant, post = ae.quant_conv, ae.post_quant_conv
@@ -149,5 +151,5 @@ def train_autoencoder(config: ZooConfig, sprites: Sprites, out: Path) -> Any:
 
 
 def _many(sprites: Sprites, learn: Tensor, generator: torch.Generator) -> list[Tensor]:
-    index = learn[torch.randint(len(learn), (1024,), generator=generator)]
+    index = learn[torch.randint(len(learn), (FOLDED_FROM,), generator=generator)]
     return [compose(sprites.pixels[i], random_pose(len(i), generator)) for i in index.split(64)]

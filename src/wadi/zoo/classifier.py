@@ -8,6 +8,7 @@ penultimate activations are the space of the Frechet distance.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,23 +17,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wadi.errors import WadiError
+from wadi.progress import progress
 from wadi.zoo.autoencoder import decode, encode
 from wadi.zoo.compose import compose, random_pose
 from wadi.zoo.concepts import CONCEPTS, STYLES
 from wadi.zoo.icons import Sprites
-from wadi.zoo.state import Average, Budget, load_tensors, resume_run, save_run, save_tensors
+from wadi.zoo.state import Average, load_tensors, resume_run, save_run, save_tensors
 
 if TYPE_CHECKING:
     from wadi.zoo.recipe import ZooConfig
 
 FEATURES = 96
 WIDTHS = (24, 48, 80, 112)
+LR = 2e-3
+POOL = 4096  # compositions kept ready, half of them through the autoencoder
+FRESH = 8  # compositions added to the pool at every step
 
 
 def _block(fan_in: int, fan_out: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(fan_in, fan_out, 3, stride, 1, bias=False), nn.BatchNorm2d(fan_out), nn.ReLU(inplace=True)
-    )
+    return nn.Sequential(nn.Conv2d(fan_in, fan_out, 3, stride, 1, bias=False), nn.BatchNorm2d(fan_out), nn.ReLU(inplace=True))
 
 
 class Classifier(nn.Module):
@@ -67,6 +70,10 @@ class Classifier(nn.Module):
         return sum(self.concepts[i] == name for i, name in zip(best, concepts, strict=True)) / len(concepts)
 
 
+def _channels_last(classifier: Any) -> Any:
+    return classifier.to(memory_format=torch.channels_last)  # untyped: torch's stubs do not know the argument
+
+
 def save_classifier(folder: Path, classifier: Classifier) -> None:
     """``model.safetensors`` (fp16) and ``config.json``."""
     state = {k: v.half() if v.is_floating_point() else v for k, v in classifier.state_dict().items()}
@@ -83,7 +90,7 @@ def read_classifier(folder: Path) -> Classifier:
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise WadiError(f"{folder} is no classifier of the zoo ({error!r}); run `wadi zoo train` again") from None
     classifier.load_state_dict(load_tensors(folder / "model.safetensors")[0])
-    return classifier.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return _channels_last(classifier.eval().requires_grad_(False))
 
 
 def labelled(sprites: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -111,25 +118,24 @@ def spoil(pictures: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train_classifier(config: ZooConfig, ae: Any, sprites: Sprites, out: Path) -> Classifier:
-    """Train within ``config.minutes_classifier``, resuming from ``out``."""
-    from wadi.zoo.report import log
-
+    """Train for ``config.steps_classifier`` steps, resuming from ``out``."""
     torch.manual_seed(config.seed)
     art = sprites.pixels[sprites.of_concepts()]
-    model = Classifier(list(CONCEPTS)).to(memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.02)
+    model = _channels_last(Classifier(list(CONCEPTS)))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.02)
     average, path = Average(model, 0.995), out / "classifier.safetensors"
-    note = resume_run(path, model, optimiser, average) or {"elapsed": 0.0, "step": 0}
-    generator = torch.Generator().manual_seed(config.seed + 1 + note["step"])
-    budget, step = Budget(config.minutes_classifier, note["elapsed"]), note["step"]
-    pool, labels = labelled(art, 6144, generator)
-    pool[::2] = torch.cat([through(ae, part, generator) for part in pool[::2].split(64)])
-    with log(out / "classifier.jsonl", "classifier", budget) as lines:
-        while budget.fraction < 1:
+    step = (resume_run(path, model, optimiser, average) or {"step": 0})["step"]
+    generator = torch.Generator().manual_seed(config.seed + 1 + step)
+    last = config.steps_classifier
+    if step < last:
+        pool, labels = labelled(art, POOL, generator)
+        pool[::2] = torch.cat([through(ae, part, generator) for part in pool[::2].split(64)])
+    with progress("classifier", last, step) as bar:
+        while step < last:
             for group in optimiser.param_groups:
-                group["lr"] = 2e-3 * budget.rate(0.03)
-            where = (step * 16 + torch.arange(16)) % len(pool)
-            pictures, labels[where] = labelled(art, 16, generator)
+                group["lr"] = LR * min(1.0, (step + 1) / 60) * 0.5 * (1 + math.cos(math.pi * step / last))
+            where = (step * FRESH + torch.arange(FRESH)) % len(pool)
+            pictures, labels[where] = labelled(art, FRESH, generator)
             pictures[::2] = through(ae, pictures[::2], generator)
             pool[where] = pictures
             index = torch.randint(len(pool), (96,), generator=generator)
@@ -139,9 +145,9 @@ def train_classifier(config: ZooConfig, ae: Any, sprites: Sprites, out: Path) ->
             optimiser.zero_grad()
             average.update(model)
             step += 1
-            lines.step(loss.item(), len(index))
-            if step % 500 == 0 or budget.fraction >= 1:
-                save_run(path, model, optimiser, average, elapsed=budget.elapsed, step=step)
+            bar.advance({"loss": loss.item()})
+            if step % 200 == 0 or step == last:
+                save_run(path, model, optimiser, average, step=step)
     average.copy_to(model)
     return settle(model, art, generator)
 

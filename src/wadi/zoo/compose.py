@@ -23,18 +23,18 @@ class Pose:
     theta: Tensor
 
 
-def random_pose(count: int, generator: torch.Generator) -> Pose:
-    """Sides of 55 to 92 % of the picture, mirrored half of the time, anywhere the sprite stays inside."""
+def random_pose(count: int, generator: torch.Generator, smallest: float = 0.55, mirror: bool = True) -> Pose:
+    """Sides of ``smallest`` to 0.92 of the picture, anywhere the sprite stays inside, half of them mirrored if asked."""
     colour = torch.randint(len(COLOURS), (count,), generator=generator)
     rgb = torch.tensor(list(COLOURS.values()))[colour] / 255
     rgb = (rgb + JITTER * torch.randn(count, 3, generator=generator)).clamp(0, 1)
-    size = 0.55 + 0.37 * torch.rand(count, generator=generator).sqrt()
+    size = smallest + (0.92 - smallest) * torch.rand(count, generator=generator).sqrt()
     shift = (2 * torch.rand(count, 2, generator=generator) - 1) * (0.6 * (0.96 - size).clamp(min=0))[:, None]
-    mirror = 1.0 - 2.0 * torch.randint(2, (count,), generator=generator)
+    flip = 1.0 - 2.0 * torch.randint(2, (count,), generator=generator) if mirror else torch.ones(count)
     theta = torch.zeros(count, 2, 3)
     # grid_sample maps picture coordinates to sprite coordinates: u = (x - shift) / size.
-    theta[:, 0, 0], theta[:, 1, 1] = mirror / size, 1 / size
-    theta[:, 0, 2], theta[:, 1, 2] = -mirror * shift[:, 0] / size, -shift[:, 1] / size
+    theta[:, 0, 0], theta[:, 1, 1] = flip / size, 1 / size
+    theta[:, 0, 2], theta[:, 1, 2] = -flip * shift[:, 0] / size, -shift[:, 1] / size
     return Pose(colour, rgb, theta)
 
 

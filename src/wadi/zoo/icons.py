@@ -57,9 +57,9 @@ def fetch(icon_set: str, folder: Path) -> Path:
     command = ["npm", "pack", f"@iconify-json/{icon_set}", "--silent", "--pack-destination", str(folder)]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
-    except FileNotFoundError:
+    except OSError:
         raise WadiError(
-            f"npm is not installed and {folder} holds no iconify-json-{icon_set}-*.tgz; install Node.js, "
+            f"npm cannot be run and {folder} holds no iconify-json-{icon_set}-*.tgz; install Node.js, "
             f"or put the tarball of @iconify-json/{icon_set} there"
         ) from None
     except subprocess.CalledProcessError as error:
@@ -121,10 +121,10 @@ def rasterise(svg: str) -> np.ndarray | None:
         return None
     picture = picture.crop(box)
     scale = SIDE / max(picture.size)
-    size = tuple(max(1, round(length * scale)) for length in picture.size)
-    small = picture.resize(size, Image.Resampling.BOX)
+    width, height = (max(1, round(length * scale)) for length in picture.size)
+    small = picture.resize((width, height), Image.Resampling.BOX)
     square = Image.new("RGBa", (SIDE, SIDE))
-    square.paste(small, tuple((SIDE - length) // 2 for length in size))
+    square.paste(small, ((SIDE - width) // 2, (SIDE - height) // 2))
     return np.asarray(square).transpose(2, 0, 1).copy()
 
 

@@ -17,25 +17,27 @@ from torch import Tensor, nn
 def orthogonalise(m: Tensor, steps: int = 5) -> Tensor:
     """Approximate ``U V^T`` of each ``m = U S V^T``, ``(count, rows, columns)``, by the quintic Newton-Schulz iteration.
 
-    ``X <- (a + b G + c G^2) X`` with ``G = X X^T`` on the shorter side. The factors depend on ``G`` alone, so they are
-    multiplied up on the small square side and meet ``X`` once.
+    ``X <- (a + b G + c G^2) X`` with ``G = X X^T`` on the shorter side, in the dtype of ``m``; bfloat16 is enough.
     """
     x = m.mT if m.shape[1] > m.shape[2] else m
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    eye = torch.eye(x.shape[1], dtype=x.dtype)
-    gram, product = x @ x.mT, eye.expand(len(x), -1, -1)
     for _ in range(steps):
-        factor = 3.4445 * eye - 4.7750 * gram + 2.0315 * gram @ gram
-        product = factor @ product
-        gram = factor @ gram @ factor
-    x = product @ x
+        gram = x @ x.mT
+        factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, factor, x, beta=3.4445)
     return x.mT if m.shape[1] > m.shape[2] else x
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for groups with ``muon=True``, Adam (``betas``) for the others; see ``groups_of``."""
+    """Muon for groups with ``muon=True``, Adam (``betas``) for the others; see ``groups_of``.
 
-    def __init__(self, groups: Iterable[dict[str, Any]], lr: float, momentum: float = 0.95) -> None:
+    ``dtype`` is what directions are orthogonalised in; parameters and moments keep their own.
+    """
+
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], lr: float, momentum: float = 0.95, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.dtype = dtype
         super().__init__(groups, {"lr": lr, "muon": False, "momentum": momentum, "betas": (0.9, 0.99)})
 
     @torch.no_grad()
@@ -57,9 +59,9 @@ class Muon(torch.optim.Optimizer):
         directions = []
         for p in alike:
             velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
-            velocity.lerp_(p.grad, 1 - group["momentum"])  # type: ignore[arg-type]
+            velocity.lerp_(p.grad, 1 - group["momentum"])
             directions.append(p.grad.lerp(velocity, group["momentum"]).reshape(len(p), -1))  # type: ignore[union-attr]
-        updates = orthogonalise(torch.stack(directions))
+        updates = orthogonalise(torch.stack(directions).to(self.dtype)).float()
         rows, columns = updates.shape[1:]
         for p, update in zip(alike, updates, strict=True):
             p.add_(update.reshape(p.shape), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
@@ -67,7 +69,7 @@ class Muon(torch.optim.Optimizer):
     def _adam(self, p: Tensor, group: dict[str, Any]) -> None:
         state, (b1, b2) = self.state[p], group["betas"]
         step = state["step"] = state.get("step", torch.zeros(())) + 1
-        m = state.setdefault("m", torch.zeros_like(p)).lerp_(p.grad, 1 - b1)  # type: ignore[arg-type]
+        m = state.setdefault("m", torch.zeros_like(p)).lerp_(p.grad, 1 - b1)
         v = state.setdefault("v", torch.zeros_like(p)).lerp_(p.grad.square(), 1 - b2)  # type: ignore[union-attr]
         n = float(step)
         p.addcdiv_(m, (v / (1 - b2**n)).sqrt() + 1e-8, value=-group["lr"] / (1 - b1**n))

@@ -1,8 +1,8 @@
 """The recipe of the embedded teacher, stage by stage; every stage reads and writes files of one folder.
 
-``data`` draws the sprites, ``autoencoder``, ``teacher`` and ``classifier`` train within a budget of minutes each and go
-on where they were interrupted when run again, ``export`` writes the folders that are shipped, measures them and writes
-their card.
+``data`` draws the sprites; ``autoencoder`` and ``teacher`` train within a budget of minutes each, ``classifier`` for a
+number of steps, and each goes on where it was interrupted when run again; ``export`` writes the folders that are
+shipped, measures them and writes their card.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ZooConfig:
     batch_autoencoder: int = 8
     lr_autoencoder: float = 0.01  # of Muon; Adam's part has 1e-3
 
-    minutes_teacher: float = 72.0
+    minutes_teacher: float = 67.0
     batch_teacher: int = 48
     lr_teacher: float = 0.01  # of Muon; Adam's part has 2e-3
     pool: int = 50_000  # latents kept ready, the oldest replaced
@@ -42,21 +42,24 @@ class ZooConfig:
     fresh_per_step: int = 6  # compositions added at every step
     minutes_grid: float = 10.0  # between grids, each with a checkpoint
 
-    minutes_classifier: float = 6.0
+    steps_classifier: int = 1200
 
     def __post_init__(self) -> None:
         if self.stage not in (*STAGES, "all"):
             raise WadiError(f"stage {self.stage!r} was asked for; give one of {', '.join(STAGES)} or all")
-        for name in ("batch_autoencoder", "batch_teacher", "pool", "first_fill", "fresh_per_step"):
+        for name in ("batch_autoencoder", "batch_teacher", "pool", "first_fill", "fresh_per_step", "steps_classifier"):
             if getattr(self, name) < 1:
                 raise WadiError(f"{name} is {getattr(self, name)}; give 1 or more")
+        for name in ("minutes_autoencoder", "minutes_teacher", "minutes_grid", "lr_autoencoder", "lr_teacher"):
+            if not getattr(self, name) > 0:
+                raise WadiError(f"{name} is {getattr(self, name)}; give a positive number")
 
 
 def train(config: ZooConfig) -> Path:
     """Run ``config.stage`` (or all); the folder of shipped weights. Run again to go on after an interruption."""
     import torch
 
-    from wadi.zoo.memory import keep_freed_memory
+    from wadi.device import keep_freed_memory
 
     keep_freed_memory()
     if config.threads:

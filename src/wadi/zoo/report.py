@@ -60,6 +60,7 @@ def save_grid(path: Path, pictures: Tensor, columns: int) -> None:
     from wadi.images import save_png
 
     count, channels, height, width = pictures.shape
+    columns = min(columns, count)
     rows = count // columns
     tiled = pictures[: rows * columns].reshape(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
     pixels = (tiled.clamp(0, 1) * 255).round().byte().reshape(rows * height, columns * width, channels)

@@ -92,9 +92,7 @@ def save_run(path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, av
     save_tensors(path, tensors, {"average_steps": average.steps, **note})
 
 
-def resume_run(
-    path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, average: Average
-) -> dict[str, Any] | None:
+def resume_run(path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, average: Average) -> dict[str, Any] | None:
     """Load what ``save_run`` wrote into the three; its note, or None where there is nothing to resume."""
     if not path.is_file():
         return None

@@ -9,12 +9,15 @@ without which prompts are obeyed badly at this size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wadi.zoo.autoencoder import CHANNELS, encode
 from wadi.zoo.compose import compose, random_pose
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 
 SIDE = 16
 GAMMA = 5.0
+SMALLEST = 0.66  # side of the smallest sprite, of the picture's
+FOCUS = 0.5  # how much more often timesteps in the middle are drawn than those at either end: (1 + FOCUS) / (1 - FOCUS)
 DROP = 0.1  # captions replaced by the empty prompt
 GUIDANCE, STEPS = 2.5, 25
 
@@ -38,7 +43,7 @@ def build_unet(channels: tuple[int, ...] = (80, 128, 192)) -> Any:
     """An untrained ``UNet2DConditionModel`` on ``(12, 16, 16)`` latents."""
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel(
+    unet: Any = UNet2DConditionModel(
         sample_size=SIDE,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
@@ -53,7 +58,8 @@ def build_unet(channels: tuple[int, ...] = (80, 128, 192)) -> Any:
         resnet_time_scale_shift="scale_shift",
         addition_embed_type="text",
         addition_embed_type_num_heads=6,
-    ).to(memory_format=torch.channels_last)
+    )
+    return unet.to(memory_format=torch.channels_last)
 
 
 def build_scheduler() -> Any:
@@ -68,6 +74,7 @@ def build_scheduler() -> Any:
         prediction_type="v_prediction",
         clip_sample=False,
         set_alpha_to_one=False,
+        steps_offset=1,  # not used by trailing spacing; diffusers warns of any other value
         timestep_spacing="trailing",
     )
 
@@ -76,7 +83,7 @@ def assemble(ae: Any, text_encoder: Any, tokenizer: Any, unet: Any) -> Any:
     """The ``StableDiffusionPipeline`` of these parts, without safety checker (nothing drawn here needs one)."""
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline(
+    pipe: Any = StableDiffusionPipeline(
         vae=ae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
@@ -124,11 +131,9 @@ class Pool:
 
 
 @torch.no_grad()
-def fresh(
-    ae: Any, sprites: Tensor, concept: Tensor, style: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def fresh(ae: Any, sprites: Tensor, concept: Tensor, style: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Latents and labels of new compositions; ``sprites (concepts, styles, 4, S, S)``."""
-    pose = random_pose(len(concept), generator)
+    pose = random_pose(len(concept), generator, SMALLEST, mirror=False)
     return encode(ae, compose(sprites[concept, style], pose)), torch.stack([concept, style, pose.colour], 1)
 
 
@@ -142,25 +147,45 @@ def draw_captions(labels: Tensor, generator: torch.Generator) -> list[str]:
     ]
 
 
-def v_loss(unet: Any, states: Tensor, x0: Tensor, alphas_cumprod: Tensor, generator: torch.Generator) -> Tensor:
-    """Weighted error of the predicted velocity at timesteps spread evenly over the batch."""
-    count = len(x0)
+@contextmanager
+def fast() -> Iterator[None]:
+    """bfloat16 products, 1.8 times as fast where the processor has them, and attention written out.
+
+    The fused attention's backward pass in bfloat16 took a quarter of a training step here, for 64 tokens at most.
+    """
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def timesteps(count: int, total: int, generator: torch.Generator) -> Tensor:
+    """``count`` timesteps below ``total``, ascending and spread over all of them, denser in the middle.
+
+    ``t = total (u + FOCUS sin(2 pi u) / 2 pi)``, whose density is ``1 / (1 + FOCUS cos(2 pi u))``: near either end a
+    picture is either settled or cannot be guessed, and the loss there is mostly noise.
+    """
     u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    t = (u * len(alphas_cumprod)).long()
+    warped = u + FOCUS * torch.sin(2 * torch.pi * u) / (2 * torch.pi)
+    return (total * warped).long().clamp(0, total - 1)
+
+
+def v_loss(unet: Any, states: Tensor, x0: Tensor, alphas_cumprod: Tensor, generator: torch.Generator) -> Tensor:
+    """Weighted error of the predicted velocity of ``x0 (B, 12, 16, 16)`` at random timesteps."""
+    t = timesteps(len(x0), len(alphas_cumprod), generator)
     noise = torch.randn(x0.shape, generator=generator)
     alpha, sigma = alphas_cumprod[t].sqrt(), (1 - alphas_cumprod[t]).sqrt()
     a, s = alpha[:, None, None, None], sigma[:, None, None, None]
     x_t = (a * x0 + s * noise).contiguous(memory_format=torch.channels_last)
-    v = unet(x_t, t, encoder_hidden_states=states).sample
+    with fast():
+        v = unet(x_t, t, encoder_hidden_states=states).sample.float()
     weight = ((1 + GAMMA) * sigma.square()).clamp(max=1.0)  # 1 / (1 + snr) is sigma^2
     return (weight * (v - (a * noise - s * x0)).square().flatten(1).mean(1)).mean()
 
 
 def load_trained(ae: Any, out: Path) -> tuple[Any, dict[str, Any]]:
     """The pipeline of the averaged weights in ``out``'s checkpoint, and the checkpoint's note."""
+    tensors, note = load_tensors(out / "teacher.safetensors")
     tokenizer = load_tokenizer(out / "tokenizer")
     unet, text_encoder = build_unet().eval(), build_text_encoder(tokenizer).eval()
-    tensors, note = load_tensors(out / "teacher.safetensors")
     for name, module in (("unet", unet), ("text_encoder", text_encoder)):
         prefix = f"average.{name}."
         module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
@@ -176,7 +201,7 @@ def train_teacher(config: ZooConfig, ae: Any, sprites: Sprites, out: Path) -> No
         write_tokenizer(out / "tokenizer")
     tokenizer = load_tokenizer(out / "tokenizer")
     model = nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)})
-    optimiser = Muon(groups_of(model, config.lr_teacher, 2e-3), lr=config.lr_teacher)
+    optimiser = Muon(groups_of(model, config.lr_teacher, 2e-3), lr=config.lr_teacher, dtype=torch.bfloat16)
     average, path = Average(model, 0.9985), out / "teacher.safetensors"
     note = resume_run(path, model, optimiser, average) or {"elapsed": 0.0, "step": 0}
     if note["elapsed"] >= 60 * config.minutes_teacher:
@@ -196,7 +221,8 @@ def train_teacher(config: ZooConfig, ae: Any, sprites: Sprites, out: Path) -> No
             pool.add(*fresh(ae, art, new // len(STYLES), new % len(STYLES), generator))
             index = torch.randint(pool.filled, (config.batch_teacher,), generator=generator)
             texts = draw_captions(pool.labels[index], generator)
-            states = model["text_encoder"](torch.stack([ids[text] for text in texts]))[0]
+            with fast():
+                states = model["text_encoder"](torch.stack([ids[text] for text in texts]))[0].float()
             loss = v_loss(model["unet"], states, pool.latents[index].float(), alphas_cumprod, generator)
             loss.backward()
             optimiser.step()

@@ -47,9 +47,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 def tokenize(tokenizer: Any, prompts: list[str]) -> Any:
     """Token ids ``(B, LENGTH)``, padded as ``StableDiffusionPipeline`` pads them."""
-    return tokenizer(
-        prompts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
-    ).input_ids
+    return tokenizer(prompts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
 
 
 def build_text_encoder(tokenizer: Any) -> Any:
