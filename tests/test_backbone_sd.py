@@ -127,7 +127,6 @@ def linears_of_the_blocks(network):
 def test_default_targets_are_the_papers_layers(backbone, tmp_path, prompts_path):
     """Every Linear of the blocks for the student; for the fake model not the projections and not the time embeddings'."""
     import tiny
-
     from wadi.train import attach_roles
 
     wanted = linears_of_the_blocks(backbone.network)

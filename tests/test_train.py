@@ -124,6 +124,25 @@ def test_at_the_first_step_teacher_and_fake_model_agree(finished_run):
     assert stats_of(finished_run)[-1]["loss_student"] > 0
 
 
+def test_the_student_is_asked_at_its_own_timestep(sd_folder, prompts_path, tmp_path, monkeypatch):
+    """What is trained is what is drawn later: at the start, the network's answer at ``t*`` to the step's noise and prompts."""
+    seen, plain = [], train.train_step
+
+    @torch.no_grad()
+    def train_step(backbone, batch, timestep, config, state):
+        with adapters.active(backbone.network, None):
+            prediction = backbone.predict(batch.z, torch.tensor([800] * 2), batch.condition)
+        seen.append(backbone.process.x0(prediction, batch.z, torch.tensor([800] * 2)))
+        with torch.enable_grad():
+            return plain(backbone, batch, timestep, config, state)
+
+    gradient = train.vsd_gradient
+    monkeypatch.setattr(train, "train_step", train_step)
+    monkeypatch.setattr(train, "vsd_gradient", lambda x0, *rest: seen.append(x0.detach()) or gradient(x0, *rest))
+    distill(tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=1, student={"timestep": 800}))
+    assert_close(seen[1], seen[0])
+
+
 def test_gradient_checkpointing_and_recomputing_change_memory_only(sd_folder, prompts_path, tmp_path):
     runs = [
         distill(tiny.settings(sd_folder, prompts_path, tmp_path / name, **changes))
