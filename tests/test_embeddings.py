@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import tiny
+from test_train import assert_same_run
 from wadi import embed as embedding
 from wadi.backbones import Condition, from_pipeline, load_pipeline
 from wadi.data import embeddings
@@ -152,7 +153,7 @@ def test_damaged_shards_are_told_and_made_again(backbone, prompts, cache, tmp_pa
     good = {path: path.read_bytes() for path in cache.iterdir()}
     shard_path(cache, 0).write_bytes(good[shard_path(cache, 0)][:-10])
     shard_path(cache, 1).write_bytes(good[shard_path(cache, 2)])
-    with pytest.raises(WadiError, match="shard-00000.* damaged"):
+    with pytest.raises(WadiError, match=r"shard-00000.* damaged"):
         Embeddings(cache)
     embed(backbone, prompts, cache, batch=2, shard_rows=2)
     assert same(cache, whole)
@@ -216,3 +217,36 @@ def test_the_encoder_is_asked_for_batches(backbone, prompts, tmp_path, monkeypat
     manifest = json.loads((embed(backbone, prompts, tmp_path / "c", batch=3) / "cache.json").read_text())
     assert sizes == [4, 1, 3, 2]
     assert manifest["count"] == 5
+
+
+def test_training_from_a_cache_is_training_without_to_the_bit(sd_folder, prompts_path, tmp_path, monkeypatch):
+    """And the encoder is gone by the first step."""
+    from wadi import train
+    from wadi.cli import main
+
+    command = ["embed", "--teacher", str(sd_folder), "--prompts", str(prompts_path), "--out", str(tmp_path / "cache")]
+    assert main([*command, "--batch", "2", "--device", "cpu"]) == 0
+    plain, encoders = train.train_step, []
+
+    def train_step(backbone, *arguments):
+        encoders.append(backbone.pipeline.text_encoder)
+        return plain(backbone, *arguments)
+
+    monkeypatch.setattr(train, "train_step", train_step)
+    sources = {"encoded": prompts_path, "cached": tmp_path / "cache"}
+    runs = [train.distill(tiny.settings(sd_folder, source, tmp_path / name)) for name, source in sources.items()]
+    assert_same_run(*runs)
+    assert [encoder is None for encoder in encoders] == [False] * 3 + [True] * 3
+
+
+def test_a_run_does_not_go_on_with_other_prompts(sd_folder, tmp_path):
+    from wadi.train import distill
+
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("red apple\nblue car\n")
+    config = tiny.settings(sd_folder, prompts, tmp_path / "run", steps=2, checkpoint_every=1)
+    distill(config)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-0000002")
+    prompts.write_text("red apple\nblue cat\n")
+    with pytest.raises(WadiError, match="other prompts"):
+        distill(config)

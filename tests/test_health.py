@@ -13,10 +13,13 @@ from wadi.lorad import LoRaDConfig
 def test_distance_by_quarter_of_the_schedule():
     real, fake = torch.zeros(4, 3, 2, 2), torch.zeros(4, 3, 2, 2)
     fake[0], fake[1], fake[2], fake[3] = 1.0, 3.0, -2.0, 5.0
-    found = health.distance_by_timestep(real, fake, torch.tensor([0, 249, 250, 999]), 1000)
+    sums = health.distance_sums(real, fake, torch.tensor([0, 249, 250, 999]), 1000)
+    found = health.distance_by_timestep(sums)
     assert found == pytest.approx(
         {"teacher_fake_distance_q1": 2.0, "teacher_fake_distance_q2": 2.0, "teacher_fake_distance_q4": 5.0}
     )
+    halves = zip(real.split(2), fake.split(2), torch.tensor([0, 249, 250, 999]).split(2), strict=True)
+    assert health.distance_by_timestep(sum(health.distance_sums(*half, 1000) for half in halves)) == found  # they add up
 
 
 def test_diversity_is_the_mean_distance_within_a_prompt():
@@ -68,6 +71,20 @@ def test_angle_stats_are_those_of_theta():
 def test_what_is_wrong_is_said_with_what_to_try(stats, words):
     (line,) = health.warnings(stats, [])
     assert all(word in line for word in words)
+
+
+def test_divergence_and_lost_steps_are_seen():
+    near, far = ([{"teacher_fake_distance_q1": value, "skipped": 0}] * 100 for value in (0.1, 0.5))
+    assert health.warnings(near[0], near + near) == []
+    assert "times as far apart" in health.warnings(far[0], near + far)[0]
+    assert health.warnings({"skipped": 5}, near) == []
+    assert "12 of the last steps" in health.warnings({"skipped": 12}, near)[0]
+
+
+def test_peak_memory_is_counted():
+    before = health.peak_memory(torch.device("cpu"))
+    kept = torch.ones(2**25)  # 128 MiB
+    assert health.peak_memory(torch.device("cpu")) >= max(before, kept.nbytes / 2**20)
 
 
 def test_a_fake_model_that_loses_track_is_seen():

@@ -21,7 +21,7 @@ from wadi.config import load as load_config
 from wadi.errors import WadiError
 from wadi.train import Interrupted, distill
 
-TIMES = {"seconds", "images_per_second", "student_ms_per_image", "teacher_ms_per_image"}
+TIMES = {"seconds", "images_per_second", "peak_memory_mib", "student_ms_per_image", "teacher_ms_per_image"}
 WARM = {"pairs": 3, "sampler_steps": 2, "steps": 2, "fake_steps": 1, "weight": 0.5}
 
 

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from wadi import adapters
 from wadi.errors import WadiError
 from wadi.files import sha256, whole_folder
+from wadi.ranks import Ranks
 
 
 @dataclass
@@ -38,6 +39,9 @@ class TrainState:
     skipped: int = 0  # steps with a non-finite gradient, in all
     skipped_in_a_row: dict[str, int] = field(default_factory=dict)  # by role
     seconds: float = 0.0  # wall-clock time in the loop
+    prompts: str = ""  # hash of the prompts that ``drawn`` counts
+    images: int = 0  # per step, of all processes
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 COUNTERS = ("step", "drawn", "skipped", "skipped_in_a_row", "seconds")
@@ -63,17 +67,18 @@ def _training_tensors(state: TrainState) -> dict[str, Tensor]:
     return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
 
 
-def save(folder: Path, state: TrainState, teacher: str, keep: int) -> Path:
+def save(folder: Path, state: TrainState, teacher: str, keep: int, keep_every: int = 0) -> Path:
     """Write ``folder/step-N`` and then remove all but the newest ``keep``.
 
     Args:
         teacher: fingerprint of the frozen weights.
+        keep_every: checkpoints of steps that this divides are never removed; 0 = none.
     Raises:
         WadiError: if the disk is full or the folder is not writable; earlier checkpoints stay.
     """
     from safetensors.torch import save_file
 
-    target = folder / f"step-{state.step:07d}"
+    target = place(folder, state.step)
     with whole_folder(target) as temporary:
         for role in state.optimizers:
             (temporary / role).mkdir()
@@ -81,20 +86,38 @@ def save(folder: Path, state: TrainState, teacher: str, keep: int) -> Path:
         save_file(_training_tensors(state), temporary / "training.safetensors")
         plain = {name: getattr(state, name) for name in COUNTERS}
         plain["scalers"] = {role: scaler.state_dict() for role, scaler in state.scalers.items()}
-        plain["teacher"] = teacher
+        plain |= {"teacher": teacher, "prompts": state.prompts, "images": state.images}
         (temporary / "state.json").write_text(json.dumps(plain, indent=2))
         files = sorted(file for file in temporary.rglob("*") if file.is_file())
         manifest = {file.relative_to(temporary).as_posix(): sha256(file) for file in files}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
     for old in _all(folder)[:-keep]:
-        shutil.rmtree(old)
+        if keep_every == 0 or step_of(old) % keep_every:
+            _remove(old)
     return target
+
+
+def place(folder: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` lies."""
+    return folder / f"step-{step:07d}"
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint folder."""
+    return int(path.name.removeprefix("step-"))
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; renamed first, so that a process killed meanwhile leaves no half of one under its name."""
+    doomed = path.with_name(f".{path.name}.doomed")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _all(folder: Path) -> list[Path]:
     """Checkpoint folders, oldest first; temporary names and copies under other names are not among them."""
     numbered = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
-    return sorted(numbered, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(numbered, key=step_of)
 
 
 def damage(path: Path) -> str | None:
@@ -144,6 +167,16 @@ def load(path: Path, state: TrainState, teacher: str) -> None:
         raise WadiError(
             f"Checkpoint {str(path)!r} was made on a teacher with fingerprint {plain['teacher']}; this teacher has {teacher}. "
             "Expected the same weights: give the original teacher, or another --out."
+        )
+    if state.prompts and plain.get("prompts", state.prompts) != state.prompts:
+        raise WadiError(
+            f"Checkpoint {str(path)!r} was made with other prompts than there are now. Expected the same, as it stands amid "
+            "them: restore the prompts, or choose another --out."
+        )
+    if state.images and plain.get("images", state.images) != state.images:
+        raise WadiError(
+            f"Checkpoint {str(path)!r} was made with {plain['images']} images a step; now there are {state.images} ("
+            f"{state.ranks.count} processes x batch x accumulate). Expected the same number: set --batch and --accumulate."
         )
     tensors = load_file(path / "training.safetensors")
     for role, optimizer in state.optimizers.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -128,6 +129,8 @@ def _distill(argv: Sequence[str]) -> int:
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signal
+    if os.environ.get("RANK", "0") != "0":  # one of several processes; the first one tells
+        return 0
     report = write_report(folder)
     newest = max((folder / "samples").glob("step-*.png"))
     print(f"picture  {newest}\nreport   {report}\nstudent  {folder / 'student'}")
@@ -292,6 +295,12 @@ def _import_authors(argv: Sequence[str]) -> int:
     return 0
 
 
+def _embed(argv: Sequence[str]) -> int:
+    from wadi.cli_embed import run
+
+    return run(argv, _parse, _parser)
+
+
 def _report(argv: Sequence[str]) -> int:
     parser = _parser("report")
     parser.add_argument("run", help="folder of a run")
@@ -314,6 +323,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
         _distill,
     ),
     "plan": ("what a run would adapt, train and hold in memory, without weights", _plan),
+    "embed": ("encode prompts once, into a cache that distill trains from", _embed),
     "generate": ("draw pictures in one step", _generate),
     "export": ("write a one-step pipeline that loads without this package", _export),
     "extract": ("an adapter from two checkpoints, and what changed between them", _extract),

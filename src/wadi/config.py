@@ -91,10 +91,15 @@ class DistillConfig:
 
     Args:
         teacher: diffusers pipeline folder, Hub id, or 'zoo' for the embedded teacher.
-        prompts: text file with one prompt a line, or 'zoo' for the embedded teacher's captions.
+        prompts: file of prompts (.txt, .jsonl, .csv, .parquet), a pattern of such ('data/*.jsonl'), a data set by name
+            ('hf://OWNER/NAME?split=train'), a folder that `wadi embed` wrote, or 'zoo' for the embedded teacher's captions.
+        prompts_field: of files and data sets with fields, the one that holds the prompt (dotted if nested); null = the first of
+            the usual ones that is there.
         out: folder of the run.
         steps: length of the run in updates of the student.
-        batch: images per step and process.
+        batch: images that a process evaluates at once.
+        accumulate: batches per step and process: a step has batch x accumulate x processes images, on which alone its result
+            depends.
         seed: of initial angles, prompts, noise and timesteps.
         resolution: height and width of the images in pixels; null = the model's own.
         dtype: of the frozen weights; angles, their optimisers and the schedule are float32 always.
@@ -109,6 +114,10 @@ class DistillConfig:
         max_skipped: the run stops after this many steps in a row with a non-finite gradient.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         recompute: rebuild rotated weights in the backward pass instead of keeping them.
+        shard: spread the frozen weights over the processes (FSDP2) instead of holding them whole on each.
+        compile: run the network through torch.compile.
+        tf32: let matrix products on NVIDIA GPUs round their float32 inputs to 10 bits of mantissa.
+        optimizer: 'adamw8bit' keeps AdamW's moments in 8 bits (bitsandbytes).
         sample_every: steps between sample grids; 0 = at start and end only.
         sample_prompts: prompts of the grids; empty = the first of the prompts file.
         sample_seeds: images per prompt in the grids, and in the measure of diversity.
@@ -116,14 +125,17 @@ class DistillConfig:
         teacher_guidance_scale: guidance of the teacher in the grids.
         checkpoint_every: steps between checkpoints; 0 = at the end only.
         keep_checkpoints: how many to keep.
+        keep_every: checkpoints of steps that this divides are kept beside those; 0 = none.
         tracker: an accelerate tracker to report to beside stats.jsonl ('tensorboard', 'wandb', ...); null = none.
     """
 
     teacher: str = ""
     prompts: str = ""
+    prompts_field: str | None = None
     out: str = ""
     steps: int = 10_000
     batch: int = 16
+    accumulate: int = 1
     seed: int = 0
     resolution: tuple[int, int] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -141,6 +153,10 @@ class DistillConfig:
     max_skipped: int = 20
     gradient_checkpointing: bool = False
     recompute: bool = False
+    shard: bool = False
+    compile: bool = False
+    tf32: bool = False
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     sample_every: int = 500
     sample_prompts: tuple[str, ...] = ()
     sample_seeds: int = 4
@@ -148,6 +164,7 @@ class DistillConfig:
     teacher_guidance_scale: float = 3.0
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    keep_every: int = 0
     tracker: str | None = None
 
     def __post_init__(self) -> None:
@@ -155,7 +172,11 @@ class DistillConfig:
 
 
 # Settings that may differ when a run is resumed: none of them enters the mathematics.
-BOOKKEEPING = frozenset({"out", "sample_every", "checkpoint_every", "keep_checkpoints", "tracker", "device"})
+# Of batch and accumulate their product with the number of processes does; the checkpoint holds it.
+BOOKKEEPING = frozenset(
+    {"out", "sample_every", "checkpoint_every", "keep_checkpoints", "keep_every", "tracker", "device", "batch", "accumulate",
+     "shard"}
+)  # fmt: skip
 
 
 def _check(config: DistillConfig) -> None:
@@ -177,6 +198,8 @@ def _check(config: DistillConfig) -> None:
         ("fake.null_probability", fake.null_probability, 0 <= fake.null_probability <= 1, "in [0, 1]"),
         ("steps", config.steps, config.steps >= 1, "at least 1"),
         ("batch", config.batch, config.batch >= 1, "at least 1"),
+        ("accumulate", config.accumulate, config.accumulate >= 1, "at least 1"),
+        ("keep_every", config.keep_every, config.keep_every >= 0, "at least 0"),
         ("t_range", config.t_range, 0 <= config.t_range[0] < config.t_range[1] <= 1, "0 <= low < high <= 1"),
         ("seed", config.seed, 0 <= config.seed < 2**32, "in [0, 2^32)"),
         ("betas", config.betas, all(0 <= beta < 1 for beta in config.betas), "both in [0, 1)"),

@@ -5,6 +5,7 @@ Pure functions on what a step computed, and the warnings drawn from them, each w
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,16 +15,22 @@ from wadi import adapters
 
 BUCKETS = 4  # of timesteps, in quarters of the schedule
 LOW_DIVERSITY = 0.5  # same-prompt diversity below this share of the teacher's is called a collapse
+WINDOW = 100  # steps that make up "the last ones"
+FAR = 3  # teacher and fake model that many times as far apart as in the window before are called a divergence
 LOW_CONTRAST = 0.6  # likewise for the standard deviation over an image's pixels
 
 
-def distance_by_timestep(x0_real: Tensor, x0_fake: Tensor, t: Tensor, num_timesteps: int) -> dict[str, float]:
-    """RMS distance of the two predicted images, ``(B, ...)``, by quarter of the schedule; empty quarters are left out."""
+def distance_sums(x0_real: Tensor, x0_fake: Tensor, t: Tensor, num_timesteps: int) -> Tensor:
+    """RMS distances of the two predicted images, ``(B, ...)``: their sum and number by quarter of the schedule, ``(2, 4)``."""
     distance = (x0_real - x0_fake).flatten(1).square().mean(1).sqrt()
     bucket = (t.float() * BUCKETS / num_timesteps).long().clamp(0, BUCKETS - 1)
-    sums, counts = torch.zeros(2, BUCKETS, device=distance.device).unbind()
-    sums, counts = sums.index_add(0, bucket, distance), counts.index_add(0, bucket, torch.ones_like(distance))
-    pairs = zip(sums.tolist(), counts.tolist(), strict=True)
+    both = torch.stack([distance, torch.ones_like(distance)])
+    return torch.zeros(2, BUCKETS, device=distance.device).index_add(1, bucket, both)
+
+
+def distance_by_timestep(sums: Tensor) -> dict[str, float]:
+    """Mean distance by quarter of the schedule from `distance_sums`, added up as one likes; empty quarters are left out."""
+    pairs = zip(*sums.tolist(), strict=True)
     return {f"teacher_fake_distance_q{i + 1}": total / count for i, (total, count) in enumerate(pairs) if count}
 
 
@@ -43,6 +50,17 @@ def angle_stats(network: nn.Module, role: str) -> dict[str, float]:
     }
 
 
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has held, in MiB: torch's on an accelerator, all of it on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # a system that does not count it
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 def diversity(images: Tensor) -> float:
     """Mean pairwise RMS distance among images of one prompt, averaged over prompts. ``(prompts, seeds, 3, h, w)`` in [0, 1]."""
     seeds = images.shape[1]
@@ -56,6 +74,11 @@ def diversity(images: Tensor) -> float:
 def contrast(images: Tensor) -> float:
     """Standard deviation over the pixels and channels of an image, averaged over images ``(..., 3, h, w)``."""
     return float(images.flatten(-3).std(-1).mean())
+
+
+def _mean_distance(line: Mapping[str, float]) -> float | None:
+    found = [value for name, value in line.items() if name.startswith("teacher_fake_distance")]
+    return sum(found) / len(found) if found else None
 
 
 def warnings(stats: Mapping[str, float], history: Sequence[Mapping[str, float]]) -> list[str]:
@@ -84,6 +107,21 @@ def warnings(stats: Mapping[str, float], history: Sequence[Mapping[str, float]])
         found.append(
             f"The student's largest angle is {stats['student_angle_max']:.1f} rad, past half a turn: rotations wrap around. "
             "Try a lower student.lr."
+        )
+    before = history[-WINDOW].get("skipped", 0) if len(history) >= WINDOW else 0
+    lost = stats.get("skipped", 0) - before
+    if lost > WINDOW / 10:
+        found.append(
+            f"{lost:.0f} of the last steps were left out: a gradient was not finite. Try dtype bfloat16 or float32, a lower "
+            "student.lr or fake.lr, or an earlier student.timestep."
+        )
+    distances = [_mean_distance(line) for line in (*history[-2 * WINDOW :], stats)]
+    far = [value for value in distances[-WINDOW:] if value is not None]
+    near = [value for value in distances[:-WINDOW] if value is not None]
+    if len(far) >= WINDOW // 2 and len(near) >= WINDOW // 2 and sum(far) / len(far) > FAR * sum(near) / len(near):
+        found.append(
+            f"Teacher and fake model are {FAR} times as far apart as before: the student is diverging. Try a lower student.lr, "
+            "more fake.updates, or a lower guidance_scale."
         )
     recent = [line["loss_fake"] for line in history[-100:] if "loss_fake" in line]
     older = [line["loss_fake"] for line in history[-400:-200] if "loss_fake" in line]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,14 +19,27 @@ from wadi.errors import WadiError
 def initial_state(network: nn.Module, config: DistillConfig, device: torch.device) -> TrainState:
     """Optimisers, scalers, generator and moving average at step 0."""
 
-    def adamw(role: str, lr: float) -> torch.optim.AdamW:
+    def adamw(role: str, lr: float) -> Any:
         angles = list(adapters.parameters(network, role).values())
-        return torch.optim.AdamW(angles, lr=lr, betas=config.betas, weight_decay=config.weight_decay)
+        return kind(angles, lr=lr, betas=config.betas, weight_decay=config.weight_decay)
+
+    kind = _adamw8bit() if config.optimizer == "adamw8bit" else torch.optim.AdamW
 
     optimizers = {"student": adamw("student", config.student.lr), "fake": adamw("fake", config.fake.lr)}
     scalers = {role: torch.amp.GradScaler(device.type, enabled=config.dtype == "float16") for role in optimizers}
     ema = {k: v.clone() for k, v in adapters.state_dict(network, "student").items()} if config.student.ema else {}
     return TrainState(network, dict(optimizers), scalers, torch.Generator().manual_seed(config.seed), ema)
+
+
+def _adamw8bit() -> Any:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise WadiError(
+            "optimizer is 'adamw8bit', and bitsandbytes is not installed. Expected it, or 'adamw': "
+            "pip install 'wadi-onestep[8bit]'."
+        ) from error
+    return AdamW8bit
 
 
 def update(state: TrainState, role: str, config: DistillConfig) -> float:
@@ -35,8 +49,10 @@ def update(state: TrainState, role: str, config: DistillConfig) -> float:
         WadiError: after ``config.max_skipped`` steps in a row without a finite gradient.
     """
     optimizer, scaler = state.optimizers[role], state.scalers[role]
+    angles = optimizer.param_groups[0]["params"]
+    state.ranks.average([angle.grad for angle in angles if angle.grad is not None])
     scaler.unscale_(optimizer)
-    norm = float(nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.clip))
+    norm = float(nn.utils.clip_grad_norm_(angles, config.clip))
     if math.isfinite(norm):
         scaler.step(optimizer)
         in_a_row = 0

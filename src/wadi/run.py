@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -16,6 +18,9 @@ from wadi import config as configs
 from wadi.config import DistillConfig
 from wadi.errors import WadiError
 from wadi.files import unwritable, write_whole
+from wadi.ranks import Ranks
+
+LOCK = ".lock"
 
 
 class Run:
@@ -25,8 +30,9 @@ class Run:
         WadiError: if the folder holds a run of another config (the difference is shown), or something else.
     """
 
-    def __init__(self, config: DistillConfig) -> None:
+    def __init__(self, config: DistillConfig, ranks: Ranks | None = None) -> None:
         self.config = config
+        self.ranks = ranks or Ranks()
         self.folder = Path(config.out)
         self.checkpoints = self.folder / "checkpoints"
         self.samples = self.folder / "samples"
@@ -39,7 +45,7 @@ class Run:
                     f"{str(self.folder)!r} holds a run of another config. Different: {'; '.join(changed)}. Expected the same "
                     "command as before, or another --out."
                 )
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        elif self.folder.exists() and (not self.folder.is_dir() or {path.name for path in self.folder.iterdir()} - {LOCK}):
             raise WadiError(
                 f"--out {str(self.folder)!r} exists and is no run (it holds no config.yaml). Expected a new or empty folder: "
                 "choose another --out."
@@ -56,6 +62,37 @@ class Run:
         except OSError as error:
             raise unwritable(self.folder, error) from error
         configs.save(self.config, self.config_file)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within the block no other run writes into the folder. The lock goes with the process that holds it.
+
+        Raises:
+            WadiError: if another process holds it; if the folder cannot be written.
+        """
+        path, held = self.folder / LOCK, list[int]()
+
+        def take() -> None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                held.extend(_locked(path))
+            except OSError as error:
+                raise unwritable(self.folder, error) from error
+            if not held:
+                holder = path.read_text(encoding="utf-8").strip() if path.exists() else "just ended"
+                raise WadiError(
+                    f"Another run is writing into {str(self.folder)!r} ({holder}). Expected one at a time: wait for it or stop "
+                    "it, or choose another --out."
+                )
+
+        self.ranks.first(take)
+        try:
+            yield
+        finally:
+            for stream in held:
+                with suppress(OSError):  # the folder may have been removed
+                    path.unlink()
+                os.close(stream)
 
     def rewind(self, step: int) -> list[dict[str, float]]:
         """Drop statistics after ``step``, which a resumed run will write again; return those that stay."""
@@ -81,23 +118,48 @@ class Run:
             raise unwritable(self.stats_file, error) from error
 
 
+def _locked(path: Path) -> list[int]:
+    """A descriptor of the file that holds its lock; none if another process does."""
+    try:
+        import fcntl
+    except ImportError:  # a system without: two runs in one folder go unnoticed there
+        return [os.open(path, os.O_RDWR | os.O_CREAT)]
+    while True:
+        stream = os.open(path, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(stream), path.stat()):  # not one that its holder just removed
+                os.truncate(stream, 0)
+                os.write(stream, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                return [stream]
+        except BlockingIOError:
+            os.close(stream)
+            return []
+        except BaseException:
+            os.close(stream)
+            raise
+        os.close(stream)
+
+
 @dataclass
 class Stop:
-    """Set by SIGINT and SIGTERM; the loop looks at it between two steps."""
+    """Set by SIGINT and SIGTERM; the loop looks at it between two steps. All processes see the same."""
 
     signal: int | None = None
+    ranks: Ranks = field(default_factory=Ranks)
 
     def __bool__(self) -> bool:
+        self.signal = self.ranks.largest(self.signal or 0) or None
         return self.signal is not None
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[Stop]:
+def stop_on_signals(ranks: Ranks | None = None) -> Iterator[Stop]:
     """Within the block SIGINT and SIGTERM ask for a stop instead of making one; a second SIGINT interrupts at once."""
-    stop = Stop()
+    stop = Stop(ranks=ranks or Ranks())
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if stop and number == signal.SIGINT:
+        if stop.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.signal = number
 

@@ -10,35 +10,39 @@ model (score of the student's own images). One step of the loop:
     fake:     denoise stopgrad(x0) at a fresh t ~ U[0, T)                   objectives/denoise.py
 
 Only prompts go in; no real image is used. Shapes: latents ``(B, C, H, W)``, timesteps ``(B,)``. Everything but the frozen
-network's own arithmetic is float32.
+network's own arithmetic is float32. Several processes share a step's images (ranks.py); each runs this file on its own rows.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from wadi import adapters, checkpoint, health, validation
-from wadi.backbones import Backbone, Condition, from_pipeline, load_pipeline, refuse_distilled
+from wadi.backbones import Backbone, from_pipeline, load_pipeline, refuse_distilled
 from wadi.checkpoint import TrainState
 from wadi.config import DistillConfig
-from wadi.data.prompts import PromptOrder, read_prompts
+from wadi.data.embeddings import Embeddings
+from wadi.data.prompts import PromptOrder
 from wadi.device import find_device, keep_freed_memory
+from wadi.draws import Batch, chance, draw, gaussian_like, images_per_step, replace_rows, timesteps, warm_start_pairs
+from wadi.embed import Conditions, conditions_of, free_encoders, open_source
 from wadi.embedded import resolve_prompts, resolve_teacher
 from wadi.errors import WadiError
+from wadi.images import save_png
 from wadi.objectives.denoise import denoising_loss
 from wadi.objectives.regression import regression_loss
 from wadi.objectives.vsd import vsd_gradient, vsd_loss
 from wadi.optimizers import averaged, initial_state, set_learning_rates, update, update_average
 from wadi.progress import console, progress
-from wadi.run import Run, Stop, stop_on_signals
+from wadi.ranks import Ranks, make_accelerator, shard_frozen
+from wadi.run import Run, stop_on_signals
 from wadi.sampling import one_step, predict_guided
-from wadi.warm_start import Pairs, load_pairs, make_pairs, save_pairs
 
 WARN_EVERY = 100  # steps between looks at the run's health, besides every sample grid
 
@@ -53,16 +57,6 @@ class Interrupted(Exception):
         self.signal = signal
 
 
-@dataclass
-class Batch:
-    """One step's conditions and noise; in the first ``len(target)`` rows noise and prompt come from warm-start pairs."""
-
-    condition: Condition
-    null: Condition  # one row
-    z: Tensor
-    target: Tensor  # (pairs in the batch, C, H, W)
-
-
 def distill(config: DistillConfig) -> Path:
     """Run the distillation of ``config``, or continue it where its folder left it; returns the folder.
 
@@ -72,12 +66,17 @@ def distill(config: DistillConfig) -> Path:
     """
     from accelerate.utils import set_seed
 
-    run = Run(config)
-    prompts = read_prompts(resolve_prompts(config.prompts))
     device = find_device(config.device)
+    accelerator = make_accelerator(device, config.tracker, Path(config.out))
+    ranks = Ranks()
+    run = Run(config, ranks)
+    console.quiet = ranks.index > 0
+    prompts = open_source(resolve_prompts(config.prompts), config.prompts_field)
+    if ranks.count > 1:
+        device = accelerator.device
     if device.type == "cpu":
         keep_freed_memory()
-    accelerator = make_accelerator(config, device, run)
+    torch.backends.cuda.matmul.allow_tf32 = config.tf32
     set_seed(config.seed)  # initial angles; everything later draws from the state's own generator
 
     # One frozen network, two sets of angles.
@@ -87,21 +86,15 @@ def distill(config: DistillConfig) -> Path:
     network, timestep = backbone.network, student_timestep(backbone, config)
     attach_roles(backbone, config)
     state = initial_state(network, config, device)
+    state.prompts, state.images = prompts.digest, images_per_step(config, state)
     teacher = checkpoint.fingerprint(network)
-    null = backbone.encode([""])
+    conditions, null = conditions_of(backbone, prompts), backbone.encode([""])
     order = PromptOrder(len(prompts), config.seed)
-
-    run.open()
-    found, complaints = checkpoint.latest(run.checkpoints)
-    for line in complaints:
-        console.print(f"[yellow]{line}[/]", soft_wrap=True)
-    if found is not None:
-        checkpoint.load(found, state, teacher)
-        console.print(f"Continuing {run.folder} from step {state.step} of {config.steps}.", soft_wrap=True)
-    history = run.rewind(state.step)
-    if state.step >= config.steps:
-        return run.folder
-    accelerator.init_trackers(run.folder.name)
+    if config.shard:
+        shard_frozen(network, [p for role in state.optimizers for p in adapters.parameters(network, role).values()])
+    if config.compile:
+        network.compile()
+    ranks.first(lambda: None)  # nobody writes before everybody has looked at the folder
 
     def save() -> None:
         with averaged(state):
@@ -114,23 +107,29 @@ def distill(config: DistillConfig) -> Path:
             }
             for role in state.optimizers:
                 adapters.save(network, role, run.folder / role, extra=extra)
-        checkpoint.save(run.checkpoints, state, teacher, config.keep_checkpoints)
+        checkpoint.save(run.checkpoints, state, teacher, config.keep_checkpoints, config.keep_every)
 
-    with stop_on_signals() as stop:
-        pairs = warm_start_pairs(backbone, prompts, config, run, order, stop)
-        sampled = prepare_validation(backbone, prompts, config, timestep)
-        check = Validator(backbone, sampled, run, state, timestep)
+    with run.locked(), stop_on_signals(ranks) as stop:
+        history = resume(run, state, teacher)
+        if state.step >= config.steps:
+            return run.folder
+        accelerator.init_trackers(run.folder.name)
+        pairs = warm_start_pairs(conditions, config, run, order, stop)
+        check = Validator(prepare_validation(conditions, config, timestep), backbone, run, state, timestep)
+        if isinstance(prompts, Embeddings):
+            free_encoders(backbone)
         if state.step == 0:
             check()
         with progress("distilling", config.steps, state.step) as bar:
             while state.step < config.steps and not stop:
                 start = time.perf_counter()
-                batch = draw(backbone, prompts, order, null, pairs, config, state)
+                batch = draw(conditions, order, null, pairs, config, state)
                 stats = train_step(backbone, batch, timestep, config, state)
                 state.step += 1
-                state.seconds += time.perf_counter() - start
+                elapsed = time.perf_counter() - start
+                state.seconds += elapsed
                 stats |= {"step": state.step, "seconds": state.seconds, "skipped": state.skipped}
-                stats["images_per_second"] = config.batch / (time.perf_counter() - start)
+                stats |= {"images_per_second": state.images / elapsed, "peak_memory_mib": health.peak_memory(device)}
 
                 # once in a while: look at the student, save
                 last = state.step == config.steps
@@ -138,17 +137,20 @@ def distill(config: DistillConfig) -> Path:
                     stats |= check()
                 for line in health.warnings(stats, history) if look or due(state.step, WARN_EVERY) else ():
                     console.print(f"[yellow]step {state.step}: {line}[/]", soft_wrap=True)
-                run.log(stats)
+                ranks.first(partial(run.log, stats))
                 history = [*history[-500:], stats]
                 accelerator.log(stats, step=state.step)
                 if last or due(state.step, config.checkpoint_every):
-                    save()
+                    ranks.first(save)
                 shown = ("loss_fake", "student_angle_rms", "images_per_second")
                 bar.advance({name.replace("_", " "): stats[name] for name in shown if name in stats})
+        if stop.signal is not None and state.step < config.steps:
+            ranks.first(save)
+            accelerator.end_training()
+            raise Interrupted(
+                stop.signal, f"Stopped at step {state.step} of {config.steps}, saved. The same command continues."
+            )
     accelerator.end_training()
-    if stop.signal is not None and state.step < config.steps:
-        save()
-        raise Interrupted(stop.signal, f"Stopped at step {state.step} of {config.steps}, saved. The same command continues.")
     return run.folder
 
 
@@ -156,87 +158,90 @@ def distill(config: DistillConfig) -> Path:
 
 
 def train_step(backbone: Backbone, batch: Batch, timestep: int, config: DistillConfig, state: TrainState) -> dict[str, float]:
-    """One update of the student, then ``fake.updates`` of the fake model on the same images. Statistics of both."""
-    warm = config.warm_start
+    """One update of the student, then ``fake.updates`` of the fake model on the same images. Statistics of both.
+
+    Each process passes its own rows, in ``config.accumulate`` micro-batches; gradients and figures are means over all of them.
+    """
+    warm, network, process, parts = config.warm_start, backbone.network, backbone.process, config.accumulate
     regressing = state.step < warm.steps
     waiting = warm.steps <= state.step < warm.steps + warm.fake_steps  # for the fake model to know the warmed student
     set_learning_rates(state, config)
+    totals: dict[str, Tensor] = {}
     stats: dict[str, float] = {}
-    if waiting:
-        with torch.no_grad(), adapters.active(backbone.network, "student"):
-            x0 = one_step(backbone, batch.condition, batch.z, timestep)
-    else:
+    low, high = (round(fraction * process.num_timesteps) for fraction in config.t_range)
+    x0s = torch.empty_like(batch.z)
+    if not (regressing or waiting):
+        t = timesteps(low, high, batch.z, state)
+        eps = gaussian_like(batch.z, state)
+    for rows, part in batch.split(parts):
         # backward() stays inside the context: checkpointed layers are recomputed with the adapter active by then
-        with adapters.active(backbone.network, "student"):
-            x0 = one_step(backbone, batch.condition, batch.z, timestep)
+        with torch.set_grad_enabled(not waiting), adapters.active(network, "student"):
+            x0 = one_step(backbone, part.condition, part.z, timestep)
+            x0s[rows] = x0.detach()
+            if waiting:
+                continue
             if regressing:
-                loss = regression_loss(x0, batch.target)
+                loss = regression_loss(x0, part.target)
             else:
-                loss, seen = distillation_loss(backbone, x0, batch, config, state)
-                stats |= seen
-            state.scalers["student"].scale(loss).backward()
-        stats |= {"loss_student": loss.item(), "student_grad_norm": update(state, "student", config)}
+                loss, distances = distillation_loss(backbone, x0, t[rows], eps[rows], part, config, state)
+                add(totals, "distances", distances)
+            state.scalers["student"].scale(loss / parts).backward()
+        add(totals, "loss_student", loss.detach() / parts)
+    if not waiting:
+        stats["student_grad_norm"] = update(state, "student", config)
         update_average(state, config.student.ema)
-    if not regressing:
-        for _ in range(config.fake.updates):
-            with adapters.active(backbone.network, "fake"):
-                loss = fake_loss(backbone, x0.detach(), batch, config, state)
-                state.scalers["fake"].scale(loss).backward()
-            stats |= {"loss_fake": loss.item(), "fake_grad_norm": update(state, "fake", config)}
-    return stats | health.angle_stats(backbone.network, "student") | health.angle_stats(backbone.network, "fake")
+    for _ in range(0 if regressing else config.fake.updates):
+        totals.pop("loss_fake", None)  # the last update's is told
+        t = timesteps(0, process.num_timesteps, batch.z, state)
+        dropped = chance(config.fake.null_probability, batch.z, state)
+        eps = gaussian_like(batch.z, state)
+        condition = replace_rows(batch.condition, dropped, batch.null)
+        for rows, _ in batch.split(parts):
+            with adapters.active(network, "fake"):
+                x_t = process.add_noise(x0s[rows], eps[rows], t[rows])
+                predicted = backbone.predict(x_t, t[rows], condition[rows])
+                loss = denoising_loss(predicted, x0s[rows], eps[rows], x_t, t[rows], process, config.fake.weighting)
+                state.scalers["fake"].scale(loss / parts).backward()
+            add(totals, "loss_fake", loss.detach() / parts)
+        stats["fake_grad_norm"] = update(state, "fake", config)
+    state.ranks.average(list(totals.values()))
+    if "distances" in totals:
+        stats |= health.distance_by_timestep(totals.pop("distances"))
+    stats |= {name: float(value) for name, value in totals.items()}
+    return stats | health.angle_stats(network, "student") | health.angle_stats(network, "fake")
 
 
 def distillation_loss(
-    backbone: Backbone, x0: Tensor, batch: Batch, config: DistillConfig, state: TrainState
-) -> tuple[Tensor, dict[str, float]]:
-    """The student's loss on its images ``x0``, with the regression kept beside it if there was a warm start."""
+    backbone: Backbone, x0: Tensor, t: Tensor, eps: Tensor, batch: Batch, config: DistillConfig, state: TrainState
+) -> tuple[Tensor, Tensor]:
+    """The student's loss on its images ``x0``, with the regression kept beside it if there was a warm start.
+
+    Also returned: `health.distance_sums` of what teacher and fake model see in the images noised by ``eps`` at ``t``.
+    """
     process, network = backbone.process, backbone.network
-    low, high = (round(fraction * process.num_timesteps) for fraction in config.t_range)
-    t = torch.randint(low, max(high, low + 1), (len(x0),), generator=state.generator).to(x0.device)
     with torch.no_grad():
-        x_t = process.add_noise(x0.detach(), gaussian_like(x0, state), t)
+        x_t = process.add_noise(x0.detach(), eps, t)
         with adapters.active(network, None):
             real = predict_guided(backbone, x_t, t, batch.condition, batch.null, config.guidance_scale)
         with adapters.active(network, "fake"):
             fake = predict_guided(backbone, x_t, t, batch.condition, batch.null, config.fake.guidance_scale)
         gradient = vsd_gradient(x0, x_t, t, real, fake, process, config.student.weighting)
         x0_real, x0_fake = process.x0(real, x_t, t), process.x0(fake, x_t, t)
-        stats = health.distance_by_timestep(x0_real, x0_fake, t, process.num_timesteps)
+        distances = health.distance_sums(x0_real, x0_fake, t, process.num_timesteps)
     loss = vsd_loss(x0, gradient)
-    if len(batch.target):
-        loss = loss + config.warm_start.weight * regression_loss(x0[: len(batch.target)], batch.target)
-    return loss, stats
+    if count := len(batch.target):
+        # a mean over the pairs of the whole step, of which this micro-batch has some
+        share = count * config.accumulate * state.ranks.count / batch.paired
+        loss = loss + config.warm_start.weight * share * regression_loss(x0[:count], batch.target)
+    return loss, distances
 
 
-def fake_loss(backbone: Backbone, x0: Tensor, batch: Batch, config: DistillConfig, state: TrainState) -> Tensor:
-    """The denoising loss on the student's images, some of them under the null prompt."""
-    process = backbone.process
-    t = torch.randint(0, process.num_timesteps, (len(x0),), generator=state.generator).to(x0.device)
-    dropped = torch.rand(len(x0), generator=state.generator) < config.fake.null_probability
-    eps = gaussian_like(x0, state)
-    x_t = process.add_noise(x0, eps, t)
-    condition = replace_rows(batch.condition, dropped.to(x0.device), batch.null)
-    return denoising_loss(backbone.predict(x_t, t, condition), x0, eps, x_t, t, process, config.fake.weighting)
+def add(totals: dict[str, Tensor], name: str, value: Tensor) -> None:
+    """Add ``value`` to the sum of that name."""
+    totals[name] = totals[name] + value if name in totals else value
 
 
 # --- what the loop is made of -----------------------------------------------------------------------------------------------
-
-
-def make_accelerator(config: DistillConfig, device: torch.device, run: Run) -> Any:
-    """Accelerate's accelerator, with the tracker that the config names.
-
-    Raises:
-        WadiError: if accelerate does not know the tracker, or it is not installed.
-    """
-    from accelerate import Accelerator
-
-    try:
-        accelerator = Accelerator(cpu=device.type == "cpu", log_with=config.tracker, project_dir=run.folder)
-    except ValueError as error:
-        raise WadiError(f"tracker is {config.tracker!r}. Expected one that accelerate knows: {error}") from error
-    if config.tracker and not accelerator.log_with:
-        raise WadiError(f"tracker is {config.tracker!r}, which is not installed. Expected it, or null: install {config.tracker}.")
-    return accelerator
 
 
 def student_timestep(backbone: Backbone, config: DistillConfig) -> int:
@@ -269,93 +274,67 @@ def attach_roles(backbone: Backbone, config: DistillConfig) -> None:
             role,
             LoRaDConfig(r=settings.rank, target_modules=targets, recompute=config.recompute),
         )
+        full = adapters.full_rank(backbone.network, role)
+        if settings.rank > full:
+            raise WadiError(
+                f"{role}.rank is {settings.rank}. Expected at most {full}, the rank that the angles of its largest layer can "
+                f"have: set --{role}.rank."
+            )
     backbone.network.eval()
     if config.gradient_checkpointing:
-        backbone.network.enable_gradient_checkpointing()  # type: ignore[operator]
+        backbone.network.enable_gradient_checkpointing()
         backbone.network.train()  # diffusers checkpoints in training mode only ...
         for module in backbone.network.modules():
             if isinstance(module, nn.Dropout):
                 module.eval()  # ... and there dropout would make three different teachers of one
 
 
-def draw(
-    backbone: Backbone, prompts: list[str], order: PromptOrder, null: Condition, pairs: Pairs | None, config: DistillConfig,
-    state: TrainState,
-) -> Batch:  # fmt: skip
-    """The next prompts and their noise; while pairs matter, the first rows are pairs: all in the warm start, half later."""
-    warm = config.warm_start
-    count = 0
-    if pairs is not None:
-        count = config.batch if state.step < warm.steps else config.batch // 2 if warm.weight > 0 else 0
-    rows = order.rows(state.drawn, config.batch - count)
-    state.drawn += config.batch - count
-    z = torch.randn((len(rows), *backbone.latent_shape), generator=state.generator).to(_device(backbone))
-    target = z[:0]
-    if pairs is not None and count:
-        chosen = torch.randint(0, len(pairs.rows), (count,), generator=state.generator)
-        rows = torch.cat([pairs.rows[chosen], rows])
-        z, target = torch.cat([pairs.z[chosen.to(z.device)], z]), pairs.x0[chosen.to(z.device)]
-    return Batch(backbone.encode([prompts[i] for i in rows]), null, z, target)
+def resume(run: Run, state: TrainState, teacher: str) -> list[dict[str, float]]:
+    """Open the run's folder and put ``state`` where its last intact checkpoint left it; the statistics up to there."""
+    history: list[dict[str, float]] = []
+
+    def newest() -> int:
+        run.open()
+        found, complaints = checkpoint.latest(run.checkpoints)
+        for line in complaints:
+            console.print(f"[yellow]{line}[/]", soft_wrap=True)
+        return 0 if found is None else checkpoint.step_of(found)
+
+    def rewind() -> None:
+        history.extend(run.rewind(state.step))
+
+    step = run.ranks.first(newest)
+    if step:
+        checkpoint.load(checkpoint.place(run.checkpoints, step), state, teacher)
+        console.print(f"Continuing {run.folder} from step {step} of {run.config.steps}.", soft_wrap=True)
+    run.ranks.first(rewind)
+    return history
 
 
-def warm_start_pairs(
-    backbone: Backbone, prompts: list[str], config: DistillConfig, run: Run, order: PromptOrder, stop: Stop
-) -> Pairs | None:
-    """The run's pairs, made once and kept in its folder."""
-    if config.warm_start.pairs == 0:
-        return None
-    path = run.folder / "warm_start.safetensors"
-    if not path.exists():
-        rows = order.rows(0, config.warm_start.pairs)
-        pairs = make_pairs(backbone, prompts, rows, config.warm_start, config.seed * 1_000_003, stop)
-        if pairs is None:
-            return None
-        save_pairs(pairs, path)
-    return load_pairs(path, _device(backbone))
-
-
-def prepare_validation(backbone: Backbone, prompts: list[str], config: DistillConfig, timestep: int) -> validation.Validation:
+def prepare_validation(conditions: Conditions, config: DistillConfig, timestep: int) -> validation.Validation:
     """The teacher's side of the sample grids."""
-    shown = config.sample_prompts or tuple(prompts[:8])
+    shown = config.sample_prompts or tuple(conditions.prompts[:8])
     steps, guidance_scale = config.teacher_steps, config.teacher_guidance_scale
-    return validation.prepare(backbone, shown, config.sample_seeds, steps, guidance_scale, timestep)
+    return validation.prepare(conditions.backbone, shown, config.sample_seeds, steps, guidance_scale, timestep)
 
 
 @dataclass
 class Validator:
-    """Draws the student's grid of the current step, with the moving average if there is one."""
+    """Draws the student's grid of the current step, with the moving average if there is one; the first process writes it."""
 
-    backbone: Backbone
     sampled: validation.Validation
+    backbone: Backbone
     run: Run
     state: TrainState
     timestep: int
 
     def __call__(self) -> dict[str, float]:
-        picture = self.run.samples / f"step-{self.state.step:07d}.png"
         with averaged(self.state):
-            return validation.validate(self.backbone, self.sampled, self.timestep, picture)
-
-
-def gaussian_like(x: Tensor, state: TrainState) -> Tensor:
-    """``N(0, I)`` of the shape of ``x``, from the state's generator: the same on any device."""
-    return torch.randn(x.shape, generator=state.generator).to(x.device)
-
-
-def replace_rows(condition: Condition, rows: Tensor, null: Condition) -> Condition:
-    """``condition`` with the null prompt in the rows where the mask ``rows`` ``(B,)`` is true."""
-
-    def mixed(name: str, value: Tensor) -> Tensor:
-        mask = rows.reshape(-1, *([1] * (value.ndim - 1)))
-        return torch.where(mask, null.tensors[name].expand_as(value), value)
-
-    return Condition({name: mixed(name, value) for name, value in condition.tensors.items()})
+            stats, picture = validation.validate(self.backbone, self.sampled, self.timestep)
+        self.run.ranks.first(lambda: save_png(picture, self.run.samples / f"step-{self.state.step:07d}.png"))
+        return stats
 
 
 def due(step: int, every: int) -> bool:
     """Whether something done every so many steps (0 = never) is done at ``step``."""
     return every > 0 and step % every == 0
-
-
-def _device(backbone: Backbone) -> Any:
-    return next(backbone.network.parameters()).device

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -83,11 +82,10 @@ def draw_one_step(backbone: Backbone, role: str | None, condition: Condition, z:
     return torch.cat(drawn), 1000 * (time.perf_counter() - start) / len(z)
 
 
-def validate(backbone: Backbone, validation: Validation, timestep: int, picture: Path) -> dict[str, float]:
-    """Draw the student's grid to ``picture``; its diversity and contrast beside the teacher's, and its time per image."""
+def validate(backbone: Backbone, validation: Validation, timestep: int) -> tuple[dict[str, float], images.Image.Image]:
+    """The student's grid; before it its diversity and contrast beside the teacher's, and its time per image."""
     drawn, student_ms = draw_one_step(backbone, "student", validation.condition, validation.z, timestep)
     student = drawn.unflatten(0, validation.teacher.shape[:2])
-    images.save_png(grid(validation, student), picture)
     stats = {
         "diversity": health.diversity(student),
         "diversity_teacher": health.diversity(validation.teacher),
@@ -96,7 +94,8 @@ def validate(backbone: Backbone, validation: Validation, timestep: int, picture:
         "teacher_ms_per_image": validation.teacher_ms,
     }
     stats["diversity_ratio"] = _share(stats["diversity"], stats["diversity_teacher"])
-    return {name: value for name, value in stats.items() if value == value}  # one seed has no diversity
+    told = {name: value for name, value in stats.items() if value == value}  # one seed has no diversity
+    return told, grid(validation, student)
 
 
 def _share(student: float, teacher: float) -> float:

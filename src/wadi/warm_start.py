@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wadi import adapters
-from wadi.backbones import Backbone
+from wadi.backbones import Backbone, Condition
 from wadi.config import WarmStartConfig
 from wadi.errors import WadiError
 from wadi.files import write_whole
@@ -31,14 +32,14 @@ class Pairs:
 
 def make_pairs(
     backbone: Backbone,
-    prompts: list[str],
+    conditions: Callable[[Tensor], Condition],
     rows: Tensor,
     config: WarmStartConfig,
     seed: int,
     stop: Stop,
     quiet: bool = False,
 ) -> Pairs | None:
-    """The teacher's samples for ``prompts[rows]`` from noise of seeds ``seed, seed + 1, ...``; None if stopped meanwhile."""
+    """The teacher's samples for prompts ``rows`` from noise of seeds ``seed, seed + 1, ...``; None if stopped meanwhile."""
     device = next(backbone.network.parameters()).device
     z = noise(backbone.latent_shape, range(seed, seed + len(rows))).to(device)
     null, made = backbone.encode([""]), []
@@ -46,7 +47,7 @@ def make_pairs(
         for part in torch.arange(len(rows)).split(BATCH):
             if stop:
                 return None
-            condition = backbone.encode([prompts[i] for i in rows[part]])
+            condition = conditions(rows[part])
             made.append(many_steps(backbone, condition, null, z[part], config.sampler_steps, config.guidance_scale))
             bar.advance(by=len(part))
     return Pairs(z, torch.cat(made), rows)

@@ -1,6 +1,6 @@
 """Prompts out of the files that people have: every reader yields ``(place, text or None)`` row by row, and holds one row.
 
-``place`` names file and line (or row) for a message; None stands for a row without a prompt: its field is missing, null or blank.
+``place`` names file and line (or row) for a message; None stands for a row without a prompt: its field is missing or null.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def dataset_rows(source: str, field: str | None) -> Rows:
         rows = datasets.load_dataset(
             name, wanted.get("config"), split=wanted["split"], revision=wanted.get("revision"), streaming=True
         )
-        first = next(iter(rows), {})
+        first: dict[str, Any] = next(iter(rows), {})
         get = Field(field or next((usual for usual in USUAL_FIELDS if Field(usual)(first) is not None), None))
         get.seen.update(first)
         if column := (get.name or "").partition(".")[0]:

@@ -1,0 +1,118 @@
+"""A run survives being killed at any moment, being started twice, and a clock that goes backwards."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+
+import tiny
+from processes import distilled, finish, start
+from test_train import assert_same_run
+from wadi import checkpoint
+from wadi.errors import WadiError
+from wadi.run import LOCK, Run
+from wadi.train import distill
+
+KILLS = 20
+
+
+@pytest.mark.slow
+def test_killed_at_20_random_moments_it_is_the_uninterrupted_run_to_the_bit(sd_folder, prompts_path, tmp_path):
+    """It saves at every step, so that many of the moments lie within a save, and never finds a checkpoint that is not whole."""
+    long = {"steps": 400, "checkpoint_every": 1, "sample_seeds": 1, "keep_checkpoints": 2, "keep_every": 50}
+    config = tiny.settings(sd_folder, prompts_path, tmp_path / "killed", **long)
+    moments, kills, midst, steps = random.Random(0), 0, 0, []
+    while kills < KILLS:
+        before = steps[-1] if steps else 0
+        (process,) = start(1, distilled, config, log=tmp_path / "log")
+        until = time.monotonic() + 120
+        while newest(tmp_path / "killed") <= before and process.is_alive() and time.monotonic() < until:
+            time.sleep(0.01)  # it got somewhere
+        time.sleep(moments.uniform(0, 0.4))
+        assert process.is_alive(), (tmp_path / "log-0").read_text()
+        process.kill()
+        process.join()
+        kills += 1
+        found, complaints = checkpoint.latest(tmp_path / "killed" / "checkpoints")
+        assert complaints == []
+        steps.append(checkpoint.step_of(found))
+        midst += bool(list((tmp_path / "killed").glob("**/.*.tmp")))
+    assert steps == sorted(set(steps))  # no kill lost a saved step
+    assert midst > 0  # some hit a save
+    end = newest(tmp_path / "killed") + 2
+    short = {**long, "steps": end}
+    settings = tmp_path / "killed" / "config.yaml"
+    settings.write_text(settings.read_text().replace("steps: 400", f"steps: {end}"))
+    ends = [tiny.settings(sd_folder, prompts_path, tmp_path / name, **short) for name in ("killed", "straight")]
+    assert [finish(start(1, distilled, config, log=tmp_path / "end")) for config in ends] == [[0], [0]]
+    assert_same_run(tmp_path / "straight", tmp_path / "killed")
+    assert not list((tmp_path / "killed").glob("**/.*.tmp"))
+
+
+def newest(run):
+    """The newest checkpoint's step."""
+    found = [int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*")]
+    return max(found, default=0)
+
+
+def test_the_last_and_every_so_many_th_checkpoints_stay(sd_folder, prompts_path, tmp_path):
+    changes = {"steps": 7, "checkpoint_every": 1, "keep_checkpoints": 2, "keep_every": 3}
+    run = distill(tiny.settings(sd_folder, prompts_path, tmp_path / "run", **changes))
+    assert sorted(checkpoint.step_of(path) for path in (run / "checkpoints").iterdir()) == [3, 6, 7]
+
+
+def holding(config, index):
+    with Run(config).locked():
+        print("held", flush=True)
+        time.sleep(600)
+
+
+def test_two_runs_on_one_folder(sd_folder, prompts_path, tmp_path):
+    """The second is refused with the first one's process; a lock that a dead process left is taken over."""
+    config = tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=1)
+    (process,) = start(1, holding, config, log=tmp_path / "log")
+    try:
+        until = time.monotonic() + 60
+        while "held" not in (tmp_path / "log-0").read_text() if (tmp_path / "log-0").exists() else True:
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        with pytest.raises(WadiError, match=rf"Another run is writing into .*process {process.pid} on"):
+            distill(config)
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {LOCK}
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    assert (tmp_path / "run" / LOCK).exists()
+    distill(config)
+    assert not (tmp_path / "run" / LOCK).exists()
+
+
+def test_a_lock_is_given_back_whatever_happens(sd_folder, prompts_path, tmp_path):
+    run = Run(tiny.settings(sd_folder, prompts_path, tmp_path / "run"))
+    with pytest.raises(KeyError), run.locked():
+        raise KeyError
+    with run.locked(), pytest.raises(WadiError, match="Another run"), run.locked():
+        pass
+    with run.locked():
+        pass
+
+
+def test_a_clock_that_goes_backwards(sd_folder, prompts_path, tmp_path, monkeypatch):
+    """Nothing that is kept, found or told depends on the time of day."""
+    configs = [tiny.settings(sd_folder, prompts_path, tmp_path / name, checkpoint_every=1) for name in ("plain", "odd")]
+    distill(configs[0])
+    hours, plain = iter(range(10**6, 0, -1)), os.replace
+
+    def replace(source, target):
+        plain(source, target)
+        then = next(hours) * 3600
+        os.utime(target, (then, then))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: next(hours) * 3600.0)
+        patch.setattr(os, "replace", replace)
+        distill(configs[1])
+    assert checkpoint.latest(tmp_path / "odd" / "checkpoints")[0].name == "step-0000003"
+    assert_same_run(tmp_path / "plain", tmp_path / "odd")
