@@ -53,13 +53,14 @@ class Rig:
     def __init__(self, args: argparse.Namespace) -> None:
         from diffusers import DDIMScheduler, UNet2DConditionModel
 
-        from wadi.backbones.base import Condition
+        from wadi.backbones.base import Condition, Outline
         from wadi.backbones.sd import StableDiffusion
 
         torch.manual_seed(0)
         shape = UNETS[args.size]
         unet = UNet2DConditionModel(**shape).to(args.device, getattr(torch, args.dtype)).eval().requires_grad_(False)
-        parts = type("Parts", (), {"unet": unet, "scheduler": DDIMScheduler(beta_schedule="scaled_linear")})
+        scheduler = DDIMScheduler(beta_schedule="scaled_linear")
+        parts = Outline(pipeline_class="StableDiffusionPipeline", unet=unet, scheduler=scheduler, vae_scale_factor=8, config={})
         self.backbone = StableDiffusion(parts)
         width = (TOKENS[args.size], shape["cross_attention_dim"])
         self.condition = Condition({"prompt_embeds": torch.randn(args.batch, *width, device=args.device)})
