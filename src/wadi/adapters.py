@@ -93,6 +93,12 @@ def parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     return found
 
 
+def full_rank(model: nn.Module, name: str) -> int:
+    """The largest rank that the angles of any layer of adapter ``name`` can have, ``min(out, fan_in // 2)``."""
+    found = parameters(model, name)
+    return max(min(len(A), found[key[:-1] + "B"].shape[1]) for key, A in found.items() if key.endswith("lorad_A"))
+
+
 @contextmanager
 def active(model: nn.Module, role: str | None) -> Iterator[None]:
     """Within the block ``model`` speaks in ``role``: an adapter's name, or None for the teacher.
