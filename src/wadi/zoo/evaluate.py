@@ -85,8 +85,8 @@ def evaluate(
                     diversity(features(classifier, of_one_prompt), DIVERSITY_SEEDS),
                 )
             )
-        numbers = [value for column in zip(*measured, strict=True) for value in mean_and_spread(column)]
-        scores.append(Score(name, *numbers, *latency(draw, prompts)))
+        frechet, top1, variety = (mean_and_spread(column) for column in zip(*measured, strict=True))
+        scores.append(Score(name, *frechet, *top1, *variety, *latency(draw, prompts)))
     return scores
 
 
