@@ -43,4 +43,5 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     wanted = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 * 2**20))
-    return all([mallopt(option, value) == 1 for option, value in wanted])
+    done = [mallopt(option, value) == 1 for option, value in wanted]  # each is set, whatever became of the others
+    return all(done)
