@@ -7,6 +7,16 @@ from dataclasses import replace
 from wadi.config import DistillConfig, FakeConfig, StudentConfig, WarmStartConfig
 from wadi.errors import WadiError
 
+ZOO_PROMPTS = (
+    "red apple",
+    "penguin, on a pink background",
+    "hamburger, on a yellow background",
+    "fox, noto style, on a purple background",
+    "sunflower, twemoji style, on a green background",
+    "strawberry, fluent style, on a white background",
+    "sailboat, twemoji style",
+    "pizza, noto style, on a blue background",
+)
 UNET_LINEAR_AND_CONV = (
     r"(down_blocks|mid_block|up_blocks)\..*"
     r"(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out|time_emb_proj|conv|conv1|conv2|conv_shortcut)"
@@ -39,6 +49,7 @@ DEMO = DistillConfig(
     fake=FakeConfig(rank=16, lr=3e-3, guidance_scale=1.0, updates=2, weighting="none"),
     warm_start=WarmStartConfig(pairs=320, sampler_steps=10, guidance_scale=2.5, steps=130, fake_steps=20, weight=0.5),
     sample_every=65,
+    sample_prompts=ZOO_PROMPTS,
     checkpoint_every=100,
     teacher_guidance_scale=2.5,
 )
@@ -106,6 +117,7 @@ PRESETS: dict[str, DistillConfig] = {
         student=replace(PAPER.student, rank=64, target_modules=UNET_LINEAR_AND_CONV, lr=1e-3),
         fake=replace(PAPER.fake, rank=16),
         sample_every=65,
+        sample_prompts=ZOO_PROMPTS,
         teacher_guidance_scale=2.5,
     ),
     **PAPERS,
