@@ -144,17 +144,22 @@ def test_each_process_has_its_own_prompts_and_noise_and_all_of_them_the_step_s(s
     assert len(set(whole[0].z.flatten().tolist())) > 30  # no row drawn twice
 
 
+LAUNCHERS = {
+    # its --cpu starts one process, whatever --num_processes says; the config's device is what keeps this on the CPU
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes 2 --mixed_precision no "
+    "--dynamo_backend no --main_process_port",
+    "torchrun": "torch.distributed.run --nproc_per_node 2 --master_port",
+}
+
+
 @pytest.mark.slow
-def test_accelerate_launch_needs_no_launcher_of_ours(alone, sd_folder, prompts_path, tmp_path):
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_no_launcher_of_ours_is_needed(launcher, alone, sd_folder, prompts_path, tmp_path):
     from wadi import config as configs
 
     configs.save(settings(sd_folder, prompts_path, tmp_path / "run", batch=3), tmp_path / "c.yaml")
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-        "--main_process_port", str(free_port()), "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "wadi", "distill",
-        "--config", str(tmp_path / "c.yaml"),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, "-m", *LAUNCHERS[launcher].split(), str(free_port()), "-m", "wadi", "distill"]
+    done = subprocess.run([*command, "--config", str(tmp_path / "c.yaml")], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("report.html") == 1  # the first process tells
     assert_close_runs(alone, tmp_path / "run")

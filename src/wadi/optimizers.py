@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wadi import adapters
 from wadi.checkpoint import TrainState
@@ -42,8 +42,10 @@ def _adamw8bit() -> Any:
     return AdamW8bit
 
 
-def update(state: TrainState, role: str, config: DistillConfig) -> float:
-    """Clip, step and clear one role's optimiser; a non-finite gradient is counted and its step left out.
+def update(state: TrainState, role: str, config: DistillConfig) -> Tensor:
+    """Average over processes, clip, step and clear one role's optimiser; the gradient's norm before clipping.
+
+    A non-finite gradient is counted and its step left out.
 
     Raises:
         WadiError: after ``config.max_skipped`` steps in a row without a finite gradient.
@@ -52,8 +54,8 @@ def update(state: TrainState, role: str, config: DistillConfig) -> float:
     angles = optimizer.param_groups[0]["params"]
     state.ranks.average([angle.grad for angle in angles if angle.grad is not None])
     scaler.unscale_(optimizer)
-    norm = float(nn.utils.clip_grad_norm_(angles, config.clip))
-    if math.isfinite(norm):
+    norm = nn.utils.clip_grad_norm_(angles, config.clip)
+    if norm.isfinite():
         scaler.step(optimizer)
         in_a_row = 0
     else:

@@ -141,6 +141,14 @@ def _locked(path: Path) -> list[int]:
         os.close(stream)
 
 
+class Interrupted(Exception):
+    """A signal asked for a stop; everything is saved. ``signal`` is its number."""
+
+    def __init__(self, signal: int, message: str) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
 @dataclass
 class Stop:
     """Set by SIGINT and SIGTERM; the loop looks at it between two steps. All processes see the same."""

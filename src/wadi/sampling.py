@@ -12,7 +12,26 @@ import torch
 from torch import Tensor
 
 from wadi.backbones import Backbone, Condition
+from wadi.config import DistillConfig
+from wadi.errors import WadiError
 from wadi.objectives.vsd import guided
+
+MIN_ALPHA = 1e-3  # below it an epsilon-prediction's error is multiplied by more than a thousand
+
+
+def student_timestep(backbone: Backbone, config: DistillConfig) -> int:
+    """``t*``, the timestep at which the student is asked."""
+    last = backbone.process.last_timestep
+    timestep = config.student.timestep if config.student.timestep is not None else last
+    if timestep > last:
+        raise WadiError(f"student.timestep is {timestep}. Expected at most {last}, the last of the teacher's schedule.")
+    alpha = float(backbone.process.alpha(torch.tensor([timestep])))
+    if backbone.process.prediction == "epsilon" and alpha < MIN_ALPHA:
+        raise WadiError(
+            f"At timestep {timestep} the teacher's schedule has alpha = {alpha:.1e} (zero terminal SNR), and the network "
+            "predicts noise, from which no image can be told there. Expected an earlier student.timestep: try 800."
+        )
+    return timestep
 
 
 def noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:

@@ -41,20 +41,10 @@ from wadi.objectives.vsd import vsd_gradient, vsd_loss
 from wadi.optimizers import averaged, initial_state, set_learning_rates, update, update_average
 from wadi.progress import console, progress
 from wadi.ranks import Ranks, make_accelerator, shard_frozen
-from wadi.run import Run, stop_on_signals
-from wadi.sampling import one_step, predict_guided
+from wadi.run import Interrupted, Run, stop_on_signals
+from wadi.sampling import one_step, predict_guided, student_timestep
 
 WARN_EVERY = 100  # steps between looks at the run's health, besides every sample grid
-
-MIN_ALPHA = 1e-3  # below it an epsilon-prediction's error is multiplied by more than a thousand
-
-
-class Interrupted(Exception):
-    """A signal asked for a stop; everything is saved. ``signal`` is its number."""
-
-    def __init__(self, signal: int, message: str) -> None:
-        super().__init__(message)
-        self.signal = signal
 
 
 def distill(config: DistillConfig) -> Path:
@@ -76,7 +66,7 @@ def distill(config: DistillConfig) -> Path:
         device = accelerator.device
     if device.type == "cpu":
         keep_freed_memory()
-    torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     set_seed(config.seed)  # initial angles; everything later draws from the state's own generator
 
     # One frozen network, two sets of angles.
@@ -162,53 +152,66 @@ def train_step(backbone: Backbone, batch: Batch, timestep: int, config: DistillC
 
     Each process passes its own rows, in ``config.accumulate`` micro-batches; gradients and figures are means over all of them.
     """
-    warm, network, process, parts = config.warm_start, backbone.network, backbone.process, config.accumulate
+    warm, network = config.warm_start, backbone.network
     regressing = state.step < warm.steps
     waiting = warm.steps <= state.step < warm.steps + warm.fake_steps  # for the fake model to know the warmed student
     set_learning_rates(state, config)
-    totals: dict[str, Tensor] = {}
-    stats: dict[str, float] = {}
-    low, high = (round(fraction * process.num_timesteps) for fraction in config.t_range)
-    x0s = torch.empty_like(batch.z)
-    if not (regressing or waiting):
-        t = timesteps(low, high, batch.z, state)
-        eps = gaussian_like(batch.z, state)
-    for rows, part in batch.split(parts):
+    seen: dict[str, Tensor] = {}
+    if waiting:
+        with torch.no_grad(), adapters.active(network, "student"):
+            parts = batch.split(config.accumulate)
+            x0 = torch.cat([one_step(backbone, part.condition, part.z, timestep) for _, part in parts])
+    else:
+        x0, seen = student_update(backbone, batch, timestep, regressing, config, state)
+    if not regressing:
+        for _ in range(config.fake.updates):
+            seen |= fake_update(backbone, x0, batch, config, state)
+    state.ranks.average(list(seen.values()))
+    stats = health.distance_by_timestep(seen.pop("distances")) if "distances" in seen else {}
+    stats |= {name: float(value) for name, value in seen.items()}
+    return stats | health.angle_stats(network, "student") | health.angle_stats(network, "fake")
+
+
+def student_update(
+    backbone: Backbone, batch: Batch, timestep: int, regressing: bool, config: DistillConfig, state: TrainState
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One update by the distillation loss, or in a warm start by regression. The images before it, and figures."""
+    made, losses, distances = [], [], []
+    if not regressing:
+        low, high = (round(fraction * backbone.process.num_timesteps) for fraction in config.t_range)
+        t, eps = timesteps(low, high, batch.z, state), gaussian_like(batch.z, state)
+    for rows, part in batch.split(config.accumulate):
         # backward() stays inside the context: checkpointed layers are recomputed with the adapter active by then
-        with torch.set_grad_enabled(not waiting), adapters.active(network, "student"):
+        with adapters.active(backbone.network, "student"):
             x0 = one_step(backbone, part.condition, part.z, timestep)
-            x0s[rows] = x0.detach()
-            if waiting:
-                continue
             if regressing:
                 loss = regression_loss(x0, part.target)
             else:
-                loss, distances = distillation_loss(backbone, x0, t[rows], eps[rows], part, config, state)
-                add(totals, "distances", distances)
-            state.scalers["student"].scale(loss / parts).backward()
-        add(totals, "loss_student", loss.detach() / parts)
-    if not waiting:
-        stats["student_grad_norm"] = update(state, "student", config)
-        update_average(state, config.student.ema)
-    for _ in range(0 if regressing else config.fake.updates):
-        totals.pop("loss_fake", None)  # the last update's is told
-        t = timesteps(0, process.num_timesteps, batch.z, state)
-        dropped = chance(config.fake.null_probability, batch.z, state)
-        eps = gaussian_like(batch.z, state)
-        condition = replace_rows(batch.condition, dropped, batch.null)
-        for rows, _ in batch.split(parts):
-            with adapters.active(network, "fake"):
-                x_t = process.add_noise(x0s[rows], eps[rows], t[rows])
-                predicted = backbone.predict(x_t, t[rows], condition[rows])
-                loss = denoising_loss(predicted, x0s[rows], eps[rows], x_t, t[rows], process, config.fake.weighting)
-                state.scalers["fake"].scale(loss / parts).backward()
-            add(totals, "loss_fake", loss.detach() / parts)
-        stats["fake_grad_norm"] = update(state, "fake", config)
-    state.ranks.average(list(totals.values()))
-    if "distances" in totals:
-        stats |= health.distance_by_timestep(totals.pop("distances"))
-    stats |= {name: float(value) for name, value in totals.items()}
-    return stats | health.angle_stats(network, "student") | health.angle_stats(network, "fake")
+                loss, distance = distillation_loss(backbone, x0, t[rows], eps[rows], part, config, state)
+                distances.append(distance)
+            state.scalers["student"].scale(loss / config.accumulate).backward()
+        made.append(x0.detach())
+        losses.append(loss.detach())
+    seen = {"loss_student": torch.stack(losses).mean(), "student_grad_norm": update(state, "student", config)}
+    update_average(state, config.student.ema)
+    return torch.cat(made), seen | ({"distances": torch.stack(distances).sum(0)} if distances else {})
+
+
+def fake_update(backbone: Backbone, x0: Tensor, batch: Batch, config: DistillConfig, state: TrainState) -> dict[str, Tensor]:
+    """One update by the denoising loss on the student's images ``x0``, some of them under the null prompt. Figures."""
+    process, losses = backbone.process, []
+    t = timesteps(0, process.num_timesteps, x0, state)
+    condition = replace_rows(batch.condition, chance(config.fake.null_probability, x0, state), batch.null)
+    eps = gaussian_like(x0, state)
+    x_t = process.add_noise(x0, eps, t)
+    for rows, _ in batch.split(config.accumulate):
+        with adapters.active(backbone.network, "fake"):
+            predicted = backbone.predict(x_t[rows], t[rows], condition[rows])
+            seen = (x0[rows], eps[rows], x_t[rows], t[rows])
+            loss = denoising_loss(predicted, *seen, process, config.fake.weighting)
+            state.scalers["fake"].scale(loss / config.accumulate).backward()
+        losses.append(loss.detach())
+    return {"loss_fake": torch.stack(losses).mean(), "fake_grad_norm": update(state, "fake", config)}
 
 
 def distillation_loss(
@@ -236,27 +239,7 @@ def distillation_loss(
     return loss, distances
 
 
-def add(totals: dict[str, Tensor], name: str, value: Tensor) -> None:
-    """Add ``value`` to the sum of that name."""
-    totals[name] = totals[name] + value if name in totals else value
-
-
 # --- what the loop is made of -----------------------------------------------------------------------------------------------
-
-
-def student_timestep(backbone: Backbone, config: DistillConfig) -> int:
-    """``t*``, the timestep at which the student is asked."""
-    last = backbone.process.last_timestep
-    timestep = config.student.timestep if config.student.timestep is not None else last
-    if timestep > last:
-        raise WadiError(f"student.timestep is {timestep}. Expected at most {last}, the last of the teacher's schedule.")
-    alpha = float(backbone.process.alpha(torch.tensor([timestep])))
-    if backbone.process.prediction == "epsilon" and alpha < MIN_ALPHA:
-        raise WadiError(
-            f"At timestep {timestep} the teacher's schedule has alpha = {alpha:.1e} (zero terminal SNR), and the network "
-            "predicts noise, from which no image can be told there. Expected an earlier student.timestep: try 800."
-        )
-    return timestep
 
 
 def attach_roles(backbone: Backbone, config: DistillConfig) -> None:
@@ -283,6 +266,8 @@ def attach_roles(backbone: Backbone, config: DistillConfig) -> None:
     backbone.network.eval()
     if config.gradient_checkpointing:
         backbone.network.enable_gradient_checkpointing()
+        if not backbone.network.is_gradient_checkpointing:
+            raise WadiError(f"{type(backbone.network).__name__} does not recompute activations. Expected it: set it to false.")
         backbone.network.train()  # diffusers checkpoints in training mode only ...
         for module in backbone.network.modules():
             if isinstance(module, nn.Dropout):

@@ -1,0 +1,90 @@
+"""Settings that change speed and memory, not the run."""
+
+import dataclasses
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import tiny
+from test_train import state_of
+from wadi import adapters, checkpoint
+from wadi.backbones import from_pipeline, load_pipeline
+from wadi.draws import Batch
+from wadi.errors import WadiError
+from wadi.optimizers import initial_state
+from wadi.train import attach_roles, distill, train_step
+
+
+def test_checkpointed_blocks_are_computed_again_and_nothing_frozen_has_a_gradient(sd_folder, prompts_path):
+    """Each block of the student's pass once more in the backward pass; without, only once."""
+    passes = {}
+    for on in (False, True):
+        config = tiny.settings(sd_folder, prompts_path, "o", gradient_checkpointing=on)
+        backbone = from_pipeline(load_pipeline(sd_folder))
+        attach_roles(backbone, config)
+        state, calls = initial_state(backbone.network, config, torch.device("cpu")), []
+        backbone.network.mid_block.attentions[0].transformer_blocks[0].register_forward_pre_hook(
+            lambda *_, calls=calls: calls.append(torch.is_grad_enabled())
+        )
+        z = torch.randn(2, *backbone.latent_shape)
+        batch = Batch(backbone.encode(["red apple", "blue car"]), backbone.encode([""]), z, z[:0])
+        train_step(backbone, batch, 700, config, state)
+        passes[on] = len(calls)
+        own = {id(p) for role in ("student", "fake") for p in adapters.parameters(backbone.network, role).values()}
+        assert all(p.grad is None and not p.requires_grad for p in backbone.network.parameters() if id(p) not in own)
+    assert passes[False] == 4  # student, teacher, fake model, and the fake model's own loss
+    assert passes[True] == 4 + 2
+
+
+def test_8_bit_moments_need_their_library(sd_folder, prompts_path, tmp_path, monkeypatch):
+    config = tiny.settings(sd_folder, prompts_path, tmp_path / "run", optimizer="adamw8bit", steps=1)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(WadiError, match=r"wadi-onestep\[8bit\]"):
+        distill(config)
+    assert not (tmp_path / "run").exists()
+    made = []
+
+    class AdamW8bit(torch.optim.AdamW):
+        def __init__(self, *arguments, **settings):
+            made.append(settings)
+            super().__init__(*arguments, **settings)
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", SimpleNamespace(AdamW8bit=AdamW8bit))
+    distill(config)
+    assert [settings["lr"] for settings in made] == [config.student.lr, config.fake.lr]
+
+
+def test_sharding_takes_several_processes(sd_folder, prompts_path, tmp_path):
+    with pytest.raises(WadiError, match="accelerate launch"):
+        distill(tiny.settings(sd_folder, prompts_path, tmp_path / "run", shard=True))
+    assert not (tmp_path / "run").exists()
+
+
+def test_tf32_is_off_unless_asked_for(sd_folder, prompts_path, tmp_path):
+    config = tiny.settings(sd_folder, prompts_path, tmp_path / "on", steps=1, tf32=True)
+    distill(config)
+    assert torch.get_float32_matmul_precision() == "high"
+    distill(dataclasses.replace(config, out=str(tmp_path / "off"), tf32=False))
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_more_images_than_prompts(sd_folder, tmp_path):
+    (tmp_path / "p.txt").write_text("red apple\n")
+    run = distill(tiny.settings(sd_folder, tmp_path / "p.txt", tmp_path / "run", steps=1, batch=3, accumulate=2))
+    assert state_of(run)[1]["drawn"] == 6
+
+
+@pytest.mark.slow
+def test_compiled_is_the_same_run(sd_folder, prompts_path, tmp_path):
+    runs = []
+    for compiled in (False, True):
+        config = tiny.settings(sd_folder, prompts_path, tmp_path / str(compiled), steps=3, compile=compiled)
+        runs.append(distill(config))
+    assert checkpoint.latest(runs[1] / "checkpoints")[0].name == "step-0000003"
+    (plain, _), (other, _) = map(state_of, runs)
+    for name, value in plain.items():
+        if "lorad" in name:
+            assert_close(other[name], value, rtol=1e-2, atol=1e-4)
