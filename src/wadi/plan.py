@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from wadi import adapters
 from wadi.backbones import Backbone, family
@@ -29,6 +30,7 @@ from wadi.train import attach_roles, student_timestep
 ARCHITECTURES = Path(__file__).parent / "architectures"
 FLOAT32 = 4  # bytes
 MOMENTS = 2  # of AdamW, per parameter
+MOMENT_BYTES = {"adamw": FLOAT32, "adamw8bit": 1}
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Plan:
     timestep: int
     amplification: float
     batch: int
+    images: int
     processes: int
     dtype: str
     gradient_checkpointing: bool
@@ -186,7 +189,7 @@ def plan(config: DistillConfig, found: Architecture, processes: int = 1) -> Plan
         student = role_of(backbone, "student", config.student.rank)
         fake = role_of(backbone, "fake", config.fake.rank)
         parameters = sum(p.numel() for name, p in backbone.network.named_parameters() if "lorad_" not in name)
-        memory[name] = memory_of(backbone, config, timestep, found)
+        memory[name] = memory_of(backbone, config, timestep, found, processes)
     at = torch.tensor([timestep])
     amplification = float(backbone.process.sigma(at) / backbone.process.alpha(at).clamp_min(1e-12))
     return Plan(
@@ -196,6 +199,7 @@ def plan(config: DistillConfig, found: Architecture, processes: int = 1) -> Plan
         timestep=timestep,
         amplification=amplification if backbone.process.prediction == "epsilon" else float(backbone.process.sigma(at)),
         batch=config.batch,
+        images=config.batch * config.accumulate * processes,
         processes=processes,
         dtype=config.dtype,
         gradient_checkpointing=config.gradient_checkpointing,
@@ -205,26 +209,38 @@ def plan(config: DistillConfig, found: Architecture, processes: int = 1) -> Plan
     )
 
 
-def memory_of(backbone: Backbone, config: DistillConfig, timestep: int, found: Architecture) -> Memory:
+def memory_of(backbone: Backbone, config: DistillConfig, timestep: int, found: Architecture, processes: int = 1) -> Memory:
     """Of one process. The network is used up by it: its parameters have no contents afterwards."""
     width = torch.empty(0, dtype=getattr(torch, config.dtype)).element_size()
     angles = {role: list(adapters.parameters(backbone.network, role).values()) for role in ("student", "fake")}
     counts = {role: sum(parameter.numel() for parameter in own) for role, own in angles.items()}
     both = FLOAT32 * sum(counts.values())
     averaged = FLOAT32 * counts["student"] if config.student.ema else 0
-    held = [tensor for name, tensor in backbone.network.state_dict().items() if "lorad_" not in name]
-    network = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    network = _bytes(backbone.network)
     gradients = FLOAT32 * counts["student"]
     peak = peak_bytes(backbone, config, backbone.condition_shapes(), timestep)
     rest = peak - network - both - averaged - MOMENTS * both - gradients
+    if config.shard:  # a share of everything, and the block at work whole
+        network = network // processes + max((_bytes(block) for block in _blocks(backbone.network)), default=network)
     return Memory(
         network=network,
         encoders=width * sum(found.other_parameters.values()),
         angles=both + averaged,
-        optimizer=MOMENTS * both,
+        optimizer=MOMENTS * MOMENT_BYTES[config.optimizer] * sum(counts.values()),
         gradients=gradients,
         activations=rest,
     )
+
+
+def _bytes(module: nn.Module) -> int:
+    """Of parameters and buffers, angles left out."""
+    own = [tensor for name, tensor in module.state_dict().items() if "lorad_" not in name]
+    return sum(tensor.numel() * tensor.element_size() for tensor in own)
+
+
+def _blocks(network: nn.Module) -> list[nn.Module]:
+    """What is gathered at once of a sharded network."""
+    return [block for child in network.children() if isinstance(child, nn.ModuleList) for block in child]
 
 
 # --- telling it -------------------------------------------------------------------------------------------------------------
@@ -249,15 +265,18 @@ def describe(planned: Plan) -> str:
         share = role.parameters / planned.parameters
         lines.append(f"{name}: rank {role.rank}, {len(role.layers)} layers, {role.parameters:,} trainable ({share:.1%})")
         lines += [f"  {count:4d} x {kind}" for kind, count in kinds(role.layers).items()]
-    batch = f"batch {planned.batch}, {planned.dtype}"
-    across = f", {planned.processes} processes ({planned.batch * planned.processes} images a step)"
-    lines += ["", f"memory of a step in GiB, {batch}{across if planned.processes > 1 else ''}, each process:"]
+    batch = f"batch {planned.batch}, {planned.dtype}, {planned.processes} process(es), {planned.images} images a step"
+    lines += ["", f"memory of a step in GiB, {batch}; of each process:"]
     columns = list(planned.memory.values())
     lines.append(f"  {'gradient checkpointing':<24}{'on':>10}{'off':>10}")
     for part in vars(columns[0]):
         lines.append(f"  {part:<24}" + "".join(f"{getattr(column, part) / 2**30:10.2f}" for column in columns))
     lines.append(f"  {'total':<24}" + "".join(f"{column.total / 2**30:10.2f}" for column in columns))
-    lines += ["", "Not counted: kernels' workspaces and the CUDA context, and sample grids, which decode 16 images at once."]
+    lines += [
+        "",
+        "Not counted: kernels' workspaces and the CUDA context, and sample grids, which decode 16 images at once.",
+        "Text encoders need not be there when prompts come from a folder of `wadi embed`.",
+    ]
     return "\n".join(lines)
 
 

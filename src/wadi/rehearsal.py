@@ -75,6 +75,9 @@ def peak_bytes(backbone: Backbone, config: DistillConfig, shapes: dict[str, tupl
             roles = ("student", "fake") if not config.student.ema else ("student", "fake", "student")  # the last: its average
             held = [p.new_empty(p.shape) for role in roles for p in adapters.parameters(backbone.network, role).values()]
             held += [p.new_empty(p.shape) for role in roles[:2] for p in adapters.parameters(backbone.network, role).values()]
+            if config.accumulate > 1:  # those of the batches before
+                for parameter in adapters.parameters(backbone.network, "student").values():
+                    parameter.grad = torch.empty_like(parameter)
             condition = _condition(shapes, config.batch)
             _step(backbone, config, condition, timestep)
             del held

@@ -21,14 +21,18 @@ CONFIG = DistillConfig(batch=4, student=StudentConfig(rank=16), fake=FakeConfig(
 @pytest.mark.parametrize("name", ["sd1", "sdxl", "pixart-alpha", "sd3", "sana"])
 def test_a_teachers_configs_tell_what_attaching_does(folder_of, name):
     config = replace(CONFIG, resolution=small_pipelines.RESOLUTIONS.get(name))
-    planned = plan.plan(config, plan.architecture_of(str(folder_of(name))))
+    found = plan.architecture_of(str(folder_of(name)))
+    outlined = plan.outline(found, config)
     pipeline = load_pipeline(folder_of(name))
     backbone = from_pipeline(pipeline, config.resolution)
-    assert planned.parameters == sum(p.numel() for p in backbone.network.parameters())
     others = [part for key, part in pipeline.components.items() if key.startswith(("text_encoder", "vae")) and part is not None]
-    assert planned.memory["plain"].encoders == 4 * sum(p.numel() for part in others for p in part.parameters())
+    assert sum(found.other_parameters.values()) == sum(p.numel() for part in others for p in part.parameters())
     attach_roles(backbone, config)
-    for role, told in (("student", planned.student), ("fake", planned.fake)):
+    assert {key: v.shape for key, v in outlined.network.state_dict().items()} == {
+        key: value.shape for key, value in backbone.network.state_dict().items()
+    }
+    for role in ("student", "fake"):
+        told = plan.role_of(outlined, role, 1)
         angles = adapters.parameters(backbone.network, role)
         assert told.parameters == sum(p.numel() for p in angles.values())
         assert set(told.layers) == {key.rsplit(".lorad_", 1)[0] for key in angles}
@@ -123,7 +127,26 @@ def test_the_command_prints_the_plan_and_its_json(folder_of, capsys):
     assert told["memory"]["checkpointed"]["activations"] < told["memory"]["plain"]["activations"]
     text = plan.describe(planned)
     assert f"{planned.student.parameters:,} trainable" in text
-    assert "3 processes (6 images a step)" in text
+    assert "3 process(es), 6 images a step" in text
+
+
+def test_what_settings_change_of_the_memory(folder_of):
+    found = plan.architecture_of(str(folder_of("sd3")))
+    plain, accumulated, eight_bit, sharded, averaged = (
+        plan.plan(replace(CONFIG, **changes), found, processes=4).memory["plain"]
+        for changes in (
+            {},
+            {"accumulate": 3},
+            {"optimizer": "adamw8bit"},
+            {"shard": True},
+            {"student": StudentConfig(16, ema=0.9)},
+        )
+    )
+    assert accumulated.gradients == plain.gradients
+    assert accumulated.activations > plain.activations  # gradients of the batches before lie beside them
+    assert eight_bit.optimizer * 4 == plain.optimizer
+    assert plain.network / 4 < sharded.network < plain.network
+    assert averaged.angles - plain.angles == plain.gradients  # a copy of the student's angles, as large as their gradients
 
 
 @pytest.mark.slow
