@@ -106,7 +106,7 @@ OURS = {
 
 PRESETS: dict[str, DistillConfig] = {
     "demo": DEMO,
-    "zoo": replace(DEMO, steps=800, warm_start=replace(DEMO.warm_start, pairs=1024, steps=400), sample_every=100),
+    "zoo": replace(DEMO, steps=560, warm_start=replace(DEMO.warm_start, pairs=768, steps=300), sample_every=70),
     "zoo-paper": replace(
         PAPER,
         teacher="zoo",
