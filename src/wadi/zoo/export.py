@@ -24,6 +24,8 @@ def export_pipeline(pipe: Any, folder: Path) -> int:
     with whole_folder(folder) as temporary:
         half.save_pretrained(temporary, safe_serialization=True)
         _ask_for_float32(temporary / "text_encoder" / "config.json")
+        # transformers 4's CLIPTokenizer reads vocab.json and merges.txt, transformers 5's tokenizer.json.
+        half.tokenizer.backend_tokenizer.model.save(str(temporary / "tokenizer"))
     return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
 
 
