@@ -26,6 +26,15 @@ def test_what_it_is_read_from_the_pipeline(backbone):
     assert backbone.network is backbone.pipeline.unet
 
 
+def test_noise_is_each_seeds_own_and_diffusers():
+    from diffusers.utils.torch_utils import randn_tensor
+
+    seeds = [3, 11, 3]
+    theirs = randn_tensor((3, 4, 8, 8), generator=[torch.Generator().manual_seed(seed) for seed in seeds])
+    assert torch.equal(noise((4, 8, 8), seeds), theirs)
+    assert torch.equal(noise((4, 8, 8), [11])[0], theirs[1])
+
+
 def test_encode_is_the_pipelines_own(backbone):
     encoded = backbone.encode(PROMPTS).tensors["prompt_embeds"]
     for row, prompt in zip(encoded, PROMPTS, strict=True):
