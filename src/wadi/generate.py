@@ -192,7 +192,7 @@ def generate(
     elif len(wanted) == 1:
         paths = [out]
     else:
-        paths = [out.with_name(f"{out.stem}-{number}{out.suffix or '.png'}") for _, number in wanted]
+        paths = [out.with_name(f"{out.stem}-{number}{out.suffix}") for _, number in wanted]
         images.save_png(images.grid([drawn.pictures], [""], scale=enlargement(drawn.pictures[0])), out)
     for picture, path in zip(drawn.pictures, paths, strict=True):
         images.save_png(picture, path)

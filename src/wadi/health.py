@@ -36,16 +36,17 @@ def distance_by_timestep(sums: Tensor) -> dict[str, float]:
 
 def angle_stats(network: nn.Module, role: str) -> dict[str, float]:
     """RMS and largest absolute angle over all layers of a role, in radians, and the share above 1e-3."""
-    square = count = above = largest = 0.0
+    count, sums, largest = 0, [], []
     for _, theta in adapters.angles(network, role):
         magnitude = theta.abs()
-        square += float(magnitude.square().sum())
-        above += float((magnitude > 1e-3).sum())
-        largest = max(largest, float(magnitude.max()))
+        sums.append(torch.stack([magnitude.square().sum(), (magnitude > 1e-3).sum()]))
+        largest.append(magnitude.max())
         count += theta.numel()
+    total, highest = torch.stack(sums).double().sum(0), torch.stack(largest).max()
+    square, above, most = torch.cat([total, highest.double()[None]]).tolist()  # one transfer for all layers
     return {
         f"{role}_angle_rms": (square / count) ** 0.5,
-        f"{role}_angle_max": largest,
+        f"{role}_angle_max": most,
         f"{role}_angle_share_above_1e-3": above / count,
     }
 

@@ -30,7 +30,13 @@ def png(picture: Image.Image) -> bytes:
 
 
 def save_png(picture: Image.Image, path: Path) -> None:
-    """Write a PNG whole or not at all."""
+    """Write a PNG whole or not at all.
+
+    Raises:
+        WadiError: if the name says that it is something else, or the place cannot be written.
+    """
+    if path.suffix.lower() != ".png":
+        raise WadiError(f"{str(path)!r} is to be a picture. Expected a name that ends in .png: pictures are written as PNG.")
     write_whole(path, png(picture))
 
 
