@@ -55,12 +55,13 @@ def _eval(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[
     parser.add_argument("--steps", type=int, default=25, help="steps of the teacher")
     parser.add_argument("--guidance_scale", type=float, default=2.5, help="guidance of the teacher")
     parser.add_argument("--sets", type=int, default=3, help="repetitions with other seeds, which give the spread")
+    parser.add_argument("--teacher_sets", type=int, default=1, help="the same for the teacher, which takes 50 times as long")
     parser.add_argument("--count", type=int, default=None, help="prompts per set; default: all 512")
     parser.add_argument("--threads", type=int, default=None, help="of torch")
     parser.add_argument("--json", type=str, default=None, help="file to write the numbers to")
     args = parse(parser, argv)
-    if args.sets < 1 or args.steps < 1 or (args.count is not None and args.count < 2):
-        raise WadiError("Expected --sets and --steps of at least 1 and --count of at least 2.")
+    if min(args.sets, args.teacher_sets, args.steps) < 1 or (args.count is not None and args.count < 2):
+        raise WadiError("Expected --sets, --teacher_sets and --steps of at least 1 and --count of at least 2.")
     import torch
 
     from wadi.device import keep_freed_memory
@@ -72,7 +73,7 @@ def _eval(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     drawers = generators(args.runs, args.steps, args.guidance_scale)
-    scores = evaluate(drawers, next(iter(drawers.values())), load_classifier(), args.sets, args.count)
+    scores = evaluate(drawers, next(iter(drawers.values())), load_classifier(), args.sets, args.count, args.teacher_sets)
     print(table(scores))
     if args.json is not None:
         write_whole(Path(args.json), (json.dumps(as_json(scores), indent=1) + "\n").encode())

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Drawer = Callable[[Sequence[str], Sequence[int]], Tensor]
 
 SEED_STEP = 10_000  # between sets of seeds; set 0 is the reference
-DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 24, 8
+DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 12, 8
 TIMED = 20  # pictures per generator
 
 
@@ -60,13 +60,19 @@ def diversity(rows: Tensor, seeds: int) -> float:
 
 
 def evaluate(
-    drawers: Mapping[str, Drawer], reference: Drawer, classifier: Classifier, sets: int = 3, count: int | None = None
+    drawers: Mapping[str, Drawer],
+    reference: Drawer,
+    classifier: Classifier,
+    sets: int = 3,
+    count: int | None = None,
+    reference_sets: int = 1,
 ) -> list[Score]:
     """Score each generator; ``reference`` is the many-step teacher.
 
     Args:
         sets: sets of seeds, each a repetition of the whole measurement.
         count: pictures per set; None = all fixed prompts.
+        reference_sets: sets for ``reference`` itself, which takes many times as long.
     """
     rows = eval_prompts()[:count]
     prompts, concepts, seeds = (list(column) for column in zip(*rows, strict=True))
@@ -75,7 +81,8 @@ def evaluate(
     scores = []
     for name, draw in drawers.items():
         measured = []
-        for offset in range(SEED_STEP, SEED_STEP * (sets + 1), SEED_STEP):
+        repeats = reference_sets if draw is reference else sets
+        for offset in range(SEED_STEP, SEED_STEP * (repeats + 1), SEED_STEP):
             pictures = draw(prompts, [offset + seed for seed in seeds])
             of_one_prompt = draw(varied, [offset + i for i in range(len(varied))])
             measured.append(
