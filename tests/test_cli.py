@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
@@ -272,3 +273,14 @@ def test_a_fresh_process_says_one_line(sd_folder, prompts_path, tmp_path):
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("wadi: Teacher ")
+
+
+def test_the_embedded_student_answers_at_once_in_a_fresh_process(tmp_path):
+    picture = tmp_path / "apple.png"
+    command = [sys.executable, "-m", "wadi", "generate", "red apple", "--out", str(picture), "--seed", "7", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(picture).size == (64, 64)
+    assert main(["generate", "red apple", "--out", str(tmp_path / "again.png"), "--seed", "7", "--device", "cpu"]) == 0
+    first, again = (np.asarray(Image.open(path)).astype(int) for path in (picture, tmp_path / "again.png"))
+    assert abs(first - again).max() <= 1  # threads may round otherwise

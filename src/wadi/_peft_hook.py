@@ -26,6 +26,7 @@ class _RegisterAfter(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _PeftFinder)]
         self.loader.exec_module(module)
         importlib.import_module("wadi.lorad")
 
@@ -34,13 +35,21 @@ class _RegisterAfter(Loader):
 
 
 class _PeftFinder(MetaPathFinder):
+    """Stays until PEFT is executed: libraries also look for its spec just to know whether it is installed."""
+
+    def __init__(self) -> None:
+        self.searching = False
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != "peft":
+        if fullname != "peft" or self.searching:
             return None
-        sys.meta_path.remove(self)  # so that the search below, and any later one, meets the usual finders
-        spec = importlib.util.find_spec("peft")
+        self.searching = True  # the search below meets the usual finders
+        try:
+            spec = importlib.util.find_spec("peft")
+        finally:
+            self.searching = False
         if spec is not None and spec.loader is not None:
             spec.loader = _RegisterAfter(spec.loader)
         return spec

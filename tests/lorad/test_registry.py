@@ -18,7 +18,12 @@ READS_A_CONFIG = "c = peft.get_peft_config({'peft_type': 'LORAD', 'r': 3}); asse
 
 @pytest.mark.parametrize(
     "imports",
-    ["import wadi, peft", "import peft, wadi", "import wadi.lorad, peft"],
+    [
+        "import wadi, peft",
+        "import peft, wadi",
+        "import wadi.lorad, peft",
+        "import wadi, importlib.util; importlib.util.find_spec('peft'); import peft",  # as libraries probe for it
+    ],
 )
 def test_either_order_of_import_registers(imports):
     subprocess.run([sys.executable, "-c", f"{imports}; {READS_A_CONFIG}"], check=True, timeout=300)
