@@ -236,8 +236,6 @@ def load(model: nn.Module, folder: Path, name: str) -> None:
     """
     from peft import PeftConfig
 
-    import wadi.lorad  # noqa: F401  PEFT reads the config only if it knows the method
-
     _, tensors = read(folder)
     layers = {key.removeprefix(_PREFIX).rsplit(".lorad_", 1)[0] for key in tensors}
     if lost := sorted(layers - {layer for layer, _ in model.named_modules()}):
