@@ -240,8 +240,8 @@ def test_numbers_out_of_range(finished_run, tmp_path, refused):
 def test_places_that_take_no_files(finished_run, sd_folder, prompts_path, tmp_path, refused):
     (tmp_path / "taken").write_text("mine")
     (tmp_path / "folder").mkdir()
-    for out in ("taken/apple.png", "folder"):
-        assert "Cannot write" in refused("generate", "apple", "--run", finished_run, "--out", tmp_path / out)
+    for out, told in (("taken/apple.png", "Cannot write"), ("folder", "ends in .png")):
+        assert told in refused("generate", "apple", "--run", finished_run, "--out", tmp_path / out)
     assert "Cannot write" in refused("export", "--run", finished_run, "--out", tmp_path / "taken" / "export")
     assert "Cannot write" in refused(*short(sd_folder, prompts_path, tmp_path / "taken" / "run"))
     assert "no run" in refused(*short(sd_folder, prompts_path, tmp_path / "taken"))

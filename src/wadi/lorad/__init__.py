@@ -5,7 +5,6 @@ Importing this package registers the method: ``peft.get_peft_model(model, LoRaDC
 rest of PEFT then work as for its own methods. It knows nothing of diffusion.
 """
 
-from wadi.lorad.cache import cached_rotation
 from wadi.lorad.config import LoRaDConfig
 from wadi.lorad.layer import LoRaDLayer
 from wadi.lorad.model import LoRaDModel
@@ -18,7 +17,6 @@ __all__ = [
     "LoRaDConfig",
     "LoRaDLayer",
     "LoRaDModel",
-    "cached_rotation",
     "pair_angles",
     "rotate",
     "rotated_weight",

@@ -17,7 +17,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from wadi.errors import WadiError
-from wadi.lorad.cache import RotationCache, reusable
 from wadi.lorad.config import LoRaDConfig
 from wadi.lorad.rotation import (
     Convolution,
@@ -76,7 +75,6 @@ class LoRaDLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._merged_scaling: dict[str, float] = {}
         self.cast_input_dtype_enabled = True
-        self.rotation_cache: RotationCache | None = None
         self.in_features, self.out_features, self.fan_in = self._features()
 
     def _features(self) -> tuple[int, int, int]:
@@ -233,14 +231,7 @@ class LoRaDLayer(BaseTunerLayer):
         x, conv = self._convolution(x)
         if any(self.recompute[name] for name in names) and torch.is_grad_enabled():
             return recomputed_product(x, W, bias, conv, factors)
-        return product(x, self._rotated(W, names, factors, dtype), bias, conv)
-
-    def _rotated(self, W: Tensor, names: list[str], factors: list[Factor], dtype: torch.dtype) -> Tensor:
-        sources = (W, *(tensor for factor in factors for tensor in factor[:2]))
-        if self.rotation_cache is None or not reusable(sources):
-            return rotated_weight(W, factors, dtype)
-        key = (*names, *(factor.scale for factor in factors), dtype)
-        return self.rotation_cache.get(key, sources, lambda: rotated_weight(W, factors, dtype))
+        return product(x, rotated_weight(W, factors, dtype), bias, conv)
 
     def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """Sample ``k`` of the batch through adapter ``adapter_names[k]`` (``"__base__"``: through none)."""
