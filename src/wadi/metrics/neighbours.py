@@ -1,0 +1,97 @@
+"""Precision, recall, density and coverage by k-nearest neighbours of features.
+
+``B(x)`` is the open ball around ``x`` that reaches to its k-th nearest neighbour among its own set:
+
+    precision = share of fakes in some B(real)       recall   = share of reals in some B(fake)
+    density   = mean number of B(real) around a fake, over k
+    coverage  = share of B(real) that hold a fake
+
+Kynkäänniemi et al., NeurIPS 2019, and Naeem et al., ICML 2020. Distances are taken in blocks: memory is ``block`` rows of the
+table of distances, never the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wadi.errors import WadiError
+from wadi.metrics.checks import pair
+
+NAME = "k-nearest-neighbour metric"
+BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The four numbers, and the ``k`` they were taken with. All but density lie in [0, 1]."""
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+    k: int
+
+
+@dataclass(frozen=True)
+class Membership:
+    """What the four are means of: ``precision`` and ``density`` per fake, ``recall`` and ``coverage`` per real image."""
+
+    precision: Tensor
+    recall: Tensor
+    density: Tensor
+    coverage: Tensor
+
+
+def prdc(real: Tensor, fake: Tensor, k: int = 3, block: int = BLOCK) -> Neighbours:
+    """The four numbers of features ``real (n, d)`` and ``fake (m, d)``.
+
+    Args:
+        block: rows of distances held at a time; it does not change the result.
+    Raises:
+        WadiError: on fewer than ``k + 1`` images in a set, features that are not finite, or different dimensions.
+    """
+    found = membership(real, fake, k, block)
+    means = (float(part.double().mean()) for part in (found.precision, found.recall, found.density, found.coverage))
+    return Neighbours(*means, k)
+
+
+def membership(real: Tensor, fake: Tensor, k: int = 3, block: int = BLOCK) -> Membership:
+    """Per image, what `prdc` averages; arguments and errors as there."""
+    if k < 1 or block < 1:
+        raise WadiError(f"k is {k} and block is {block}. Expected both at least 1.")
+    real, fake = pair(real, fake, k + 1, f"{NAME} with k = {k}")
+    real_radius, fake_radius = radii(real, k, block), radii(fake, k, block)
+    within = torch.zeros(len(fake), dtype=torch.int64, device=fake.device)  # B(real) around each fake
+    recalled, covered = [], []
+    for start, distance in _blocks(real, fake, block):  # (block, m)
+        inside = distance < real_radius[start : start + len(distance), None]
+        within += inside.sum(0)
+        covered.append(inside.any(1))
+        recalled.append((distance < fake_radius).any(1))
+    return Membership(within > 0, torch.cat(recalled), within.double() / k, torch.cat(covered))
+
+
+def radii(features: Tensor, k: int, block: int = BLOCK) -> Tensor:
+    """Distance ``(n,)`` of each to its k-th nearest other."""
+    found = []
+    for start, distance in _blocks(features, features, block):
+        own = torch.arange(len(distance), device=distance.device)
+        distance[own, start + own] = torch.inf
+        found.append(distance.kthvalue(k, dim=1).values)
+    return torch.cat(found)
+
+
+def _blocks(x: Tensor, y: Tensor, block: int) -> Iterator[tuple[int, Tensor]]:
+    """``(first row, distances (block, m))`` down the table of Euclidean distances."""
+    y_square = y.square().sum(1)
+    for start in range(0, len(x), block):
+        part = x[start : start + block]
+        sums = part.square().sum(1)[:, None] + y_square
+        square = sums - 2 * (part @ y.T)
+        # What is below rounding is a duplicate: its distance is 0, in whatever order the sums were taken.
+        square[square < 64 * torch.finfo(square.dtype).eps * sums] = 0
+        yield start, square.sqrt_()

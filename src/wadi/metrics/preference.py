@@ -1,0 +1,204 @@
+"""Scores learnt from people's choices: PickScore, HPSv2, ImageReward and LAION's aesthetic score, all through transformers.
+
+None of their packages is needed, nor the old versions these pin. Each is a `Preference`: images and prompts in, a score per
+image out, higher is better; scores of different kinds are on different scales.
+
+    PickScore    exp(logit scale) cos(image, prompt)          CLIP ViT-H/14, Kirstain et al., NeurIPS 2023
+    HPSv2        cos(image, prompt)                           CLIP ViT-H/14, Wu et al., 2023
+    ImageReward  (head(BLIP(image, prompt)[CLS]) - m) / s     BLIP ViT-L/16, Xu et al., NeurIPS 2023
+    aesthetic    head(CLIP image embedding)                   CLIP ViT-L/14, Schuhmann, 2022; prompts do not enter
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wadi.errors import WadiError
+from wadi.metrics import foreign, hub
+from wadi.metrics.checks import Images, as_bytes, rows
+from wadi.metrics.clip import MEAN, STD, VIT_L_14, Clip, check_pairs, cosines, crop, load_clip, load_tokenizer
+
+CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # whose tokenizer PickScore and HPSv2 share
+PICKSCORE = "yuvalkirstain/PickScore_v1"
+HPSV2, HPSV2_FILES = "xswu/HPSv2", {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
+IMAGE_REWARD, IMAGE_REWARD_FILE = "THUDM/ImageReward", "ImageReward.pt"
+BERT = "google-bert/bert-base-uncased"  # whose tokenizer ImageReward uses
+AESTHETIC_FILE = "sac+logos+ava1-l14-linearMSE.pth"
+AESTHETIC_URL = (
+    "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac%2Blogos%2Bava1-l14-linearMSE.pth"
+)
+REWARD_MEAN, REWARD_STD = 0.16717362830052426, 1.0333394966054072  # of ImageReward's raw scores, from its code
+REWARD_TOKENS = 35
+
+
+@dataclass(frozen=True)
+class Preference:
+    """``preference(images, prompts)`` gives a score ``(n,)`` per image, float64 on the CPU.
+
+    Raises:
+        WadiError: if there is not one prompt for each image, or a score is not finite.
+    """
+
+    name: str
+    digest: str  # sha256 of all weights
+    score: Callable[[Images, Sequence[str]], Tensor]
+
+    @torch.no_grad()
+    def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
+        check_pairs(images, prompts)
+        return rows(self.score(images, prompts).double().cpu()[:, None], 1, self.name)[:, 0]
+
+    def protocol(self) -> dict[str, Any]:
+        """What two numbers must share to be comparable, for a result file."""
+        return {"network": self.name, "digest": self.digest}
+
+
+def pickscore(name_or_path: str | Path = PICKSCORE, tokenizer: str | Path = CLIP_H, device: str = "cpu") -> Preference:
+    """PickScore of a CLIP of transformers; errors as `load_clip`."""
+    clip = load_clip(name_or_path, device, tokenizer)
+    scale = float(clip.model.logit_scale.exp())
+    return Preference("PickScore", clip.digest, lambda i, p: scale * cosines(clip.images(i), clip.texts(p)))
+
+
+def hpsv2(
+    weights: str | Path | None = None,
+    version: str = "2.1",
+    tokenizer: str | Path = CLIP_H,
+    device: str = "cpu",
+    config: Any = None,
+) -> Preference:
+    """HPSv2, from the checkpoint of open_clip that its authors publish.
+
+    Args:
+        weights: that file; None = from the Hub.
+        version: '2.0' or '2.1', two networks whose scores are not comparable.
+        config: a ``CLIPConfig``; None = ViT-H/14.
+    Raises:
+        WadiError: if the weights or the tokenizer are not on this machine and cannot be fetched, or are something else.
+    """
+    from transformers import CLIPModel
+
+    if version not in HPSV2_FILES:
+        raise WadiError(f"HPSv2 version is {version!r}. Expected one of {', '.join(HPSV2_FILES)}.")
+    file = Path(weights) if weights is not None else hub.hub_file(HPSV2, HPSV2_FILES[version])
+    model = CLIPModel(config or _vit_h_14())
+    hub.load_into(model, foreign.openclip(hub.read_weights(file)), str(file))
+    model = model.eval().requires_grad_(False).to(device)
+    clip = Clip(f"HPSv{version}", hub.digest(file), model, load_tokenizer(tokenizer), fit="pad", device=device)
+    return Preference(clip.name, clip.digest, lambda i, p: cosines(clip.images(i), clip.texts(p)))
+
+
+def _vit_h_14() -> Any:
+    from transformers import CLIPConfig
+
+    text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    vision = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
+    shared = {"hidden_act": "gelu", "projection_dim": 1024}
+    return CLIPConfig(
+        text_config=text | shared | {"eos_token_id": 49407},
+        vision_config=vision | shared | {"patch_size": 14},
+        projection_dim=1024,
+    )
+
+
+def image_reward(
+    weights: str | Path | None = None,
+    tokenizer: str | Path = BERT,
+    device: str = "cpu",
+    vision: Any = None,
+    text: Any = None,
+) -> Preference:
+    """ImageReward, from the checkpoint that its authors publish.
+
+    Args:
+        weights: that file; None = from the Hub.
+        vision, text: a ``BlipVisionConfig`` and a ``BlipTextConfig``; None = ViT-L/16 at 224 pixels and BERT base.
+    Raises:
+        WadiError: as `hpsv2`.
+    """
+    from transformers import BlipTextModel, BlipVisionModel
+
+    file = Path(weights) if weights is not None else hub.hub_file(IMAGE_REWARD, IMAGE_REWARD_FILE)
+    states = foreign.image_reward(hub.read_weights(file))
+    eye = BlipVisionModel(vision or _blip_vision())
+    reader = BlipTextModel(text or _blip_text(eye.config.hidden_size), add_pooling_layer=False)
+    head = LinearHead(reader.config.hidden_size)
+    for module, state in zip((eye, reader, head), states, strict=True):
+        hub.load_into(module, state, str(file))
+        module.eval().requires_grad_(False).to(device)
+    words, mean, std = load_tokenizer(tokenizer), *(torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+
+    def score(images: Images, prompts: Sequence[str]) -> Tensor:
+        pixels = torch.stack([crop(picture, eye.config.image_size) for picture in as_bytes(images)])
+        seen = eye(pixel_values=((pixels - mean) / std).to(device)).last_hidden_state
+        tokens = words(list(prompts), padding="max_length", truncation=True, max_length=REWARD_TOKENS, return_tensors="pt")
+        read = reader(
+            input_ids=tokens.input_ids.to(device),
+            attention_mask=tokens.attention_mask.to(device),
+            encoder_hidden_states=seen,
+            encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=device),
+        )
+        return (head(read.last_hidden_state[:, 0])[:, 0] - REWARD_MEAN) / REWARD_STD
+
+    return Preference("ImageReward", hub.digest(file), score)
+
+
+def _blip_vision() -> Any:
+    from transformers import BlipVisionConfig
+
+    return BlipVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=224,
+        patch_size=16,
+        layer_norm_eps=1e-6,  # of the published network; transformers' default is another
+    )
+
+
+def _blip_text(seen: int) -> Any:
+    from transformers import BlipTextConfig
+
+    return BlipTextConfig(num_attention_heads=12, encoder_hidden_size=seen)  # BERT base; transformers' default has 8 heads
+
+
+def aesthetic(weights: str | Path | None = None, clip: str | Path = VIT_L_14, device: str = "cpu") -> Preference:
+    """LAION's aesthetic score, about 1 to 10: a linear head on the unit image embedding.
+
+    Args:
+        weights: the head's file, as published or as safetensors; None = in `hub.cache_folder`.
+        clip: the CLIP it was trained on, or a folder with it.
+    Raises:
+        WadiError: as `hpsv2`, and if the head belongs to another CLIP.
+    """
+    file = hub.weights_file(weights, AESTHETIC_FILE, AESTHETIC_URL)
+    eye = load_clip(clip, device)
+    head = LinearHead(eye.model.config.projection_dim)
+    hub.load_into(head, hub.read_weights(file), str(file))
+    head.eval().requires_grad_(False)
+    both = hashlib.sha256(f"{eye.digest} {hub.digest(file)}".encode()).hexdigest()
+    return Preference("aesthetic", both, lambda images, prompts: head(eye.images(images))[:, 0])
+
+
+class LinearHead(nn.Module):
+    """The head of both ImageReward and the aesthetic score: five linear layers without activations, named as theirs."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        sizes = (width, 1024, 128, 64, 16, 1)
+        linear = [nn.Linear(a, b) for a, b in pairwise(sizes)]
+        dropout = [nn.Dropout(p) for p in (0.2, 0.2, 0.1)]
+        self.layers = nn.Sequential(linear[0], dropout[0], linear[1], dropout[1], linear[2], dropout[2], *linear[3:])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embeddings ``(n, width)`` to scores ``(n, 1)``."""
+        return self.layers(x)
