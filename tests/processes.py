@@ -69,6 +69,14 @@ def distilled(config, index):
     return 0
 
 
+def distilled_on_a_full_disk(config, size, index):
+    """`distilled`, where no file grows beyond ``size`` bytes."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    return distilled(config, index)
+
+
 def stopped_at(config, step, who, number, index):
     """`distilled`, with signal ``number`` sent at the start of ``step`` to process ``who`` alone."""
     from wadi import train

@@ -77,8 +77,8 @@ def test_preset_then_file_then_flags(tmp_path):
     first, second = tmp_path / "1.yaml", tmp_path / "2.yaml"
     first.write_text("steps: 11\nbatch: 7\nstudent: {rank: 9, lr: 1e-5}\n")
     second.write_text(yaml.safe_dump({"batch": 5}))
-    argv = ["--config", str(first), "--config", str(second), "--preset=demo", "--out", "runs/x", "--student.ema", "0.5"]
-    config, dry_run = distill_config([*argv, "--steps", "3"])
+    argv = ["--config", str(first), "--steps", "3", "--preset=demo", "--out", "runs/x", "--student.ema", "0.5"]
+    config, dry_run = distill_config([*argv, "--config", str(second)])  # flags win, also over a file named after them
     demo = preset("demo")
     student = dataclasses.replace(demo.student, rank=9, lr=1e-5, ema=0.5)
     assert not dry_run

@@ -1,15 +1,19 @@
 """A run survives being killed at any moment, being started twice, and a clock that goes backwards."""
 
+import dataclasses
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
+import torch
 
 import tiny
-from processes import distilled, finish, start
-from test_train import assert_same_run
+from processes import distilled, distilled_on_a_full_disk, finish, free_port, start
+from test_train import assert_same_run, state_of
 from wadi import checkpoint
 from wadi.errors import WadiError
 from wadi.run import LOCK, Run
@@ -116,3 +120,68 @@ def test_a_clock_that_goes_backwards(sd_folder, prompts_path, tmp_path, monkeypa
         distill(configs[1])
     assert checkpoint.latest(tmp_path / "odd" / "checkpoints")[0].name == "step-0000003"
     assert_same_run(tmp_path / "plain", tmp_path / "odd")
+
+
+def test_a_run_of_constant_rate_may_be_lengthened(sd_folder, prompts_path, tmp_path):
+    short = tiny.settings(sd_folder, prompts_path, tmp_path / "grown", steps=2)
+    distill(short)
+    distill(dataclasses.replace(short, steps=4))
+    distill(tiny.settings(sd_folder, prompts_path, tmp_path / "whole", steps=4))
+    (angles, plain), (others, other_plain) = state_of(tmp_path / "grown"), state_of(tmp_path / "whole")
+    assert plain == other_plain
+    assert all(torch.equal(value, others[name]) for name, value in angles.items())
+    cosine = dataclasses.replace(short, out=str(tmp_path / "cosine"), lr_schedule="cosine")
+    distill(cosine)
+    with pytest.raises(WadiError, match="steps: 2 -> 4"):
+        distill(dataclasses.replace(cosine, steps=4))
+
+
+def test_a_run_is_used_and_continued_from_any_folder(sd_folder, prompts_path, tmp_path, monkeypatch):
+    from wadi.generate import load
+
+    config = tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=1)
+    monkeypatch.chdir(sd_folder.parent)
+    distill(dataclasses.replace(config, teacher=sd_folder.name))
+    monkeypatch.chdir(tmp_path)
+    load(tmp_path / "run")
+    distill(config)  # the same teacher by its whole path: not another config
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_full_disk_while_a_grid_is_written(world, sd_folder, prompts_path, tmp_path):
+    """Every process ends with a line, the checkpoint before stays, and with room again the run goes on from it."""
+    config = tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=2)
+    distill(config)
+    grid = min((tmp_path / "run" / "samples").iterdir())
+    longer = dataclasses.replace(config, steps=3, batch=config.batch // world)
+    size = grid.stat().st_size - 1
+    assert size > max((tmp_path / "run" / name).stat().st_size for name in ("config.yaml", "stats.jsonl"))
+    assert finish(start(world, distilled_on_a_full_disk, longer, size, log=tmp_path / "log")) == [2] * world
+    told = [(tmp_path / f"log-{index}").read_text() for index in range(world)]
+    assert "Cannot write" in told[0]
+    assert "samples" in told[0]
+    assert all("Traceback" not in text for text in told), told
+    last, complaints = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    assert (last.name, complaints) == ("step-0000002", [])
+    assert finish(start(world, distilled, longer, log=tmp_path / "again")) == [0] * world
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints")[0].name == "step-0000003"
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_told_to_end_lets_the_run_save(sd_folder, prompts_path, tmp_path):
+    from wadi import config as configs
+
+    config = tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=100_000, batch=1)
+    configs.save(config, tmp_path / "c.yaml")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    launched = subprocess.Popen([*command, "-m", "wadi", "distill", "--config", str(tmp_path / "c.yaml")])
+    stats, until = tmp_path / "run" / "stats.jsonl", time.monotonic() + 300
+    while not (stats.exists() and len(stats.read_text().splitlines()) >= 2):
+        assert launched.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    launched.send_signal(signal.SIGTERM)
+    assert launched.wait(120) != 0
+    found, complaints = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    assert complaints == []
+    assert checkpoint.step_of(found) == len(stats.read_text().splitlines()) > 1

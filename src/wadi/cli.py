@@ -96,9 +96,22 @@ def _settings(parser: ArgumentParser, argv: Sequence[str]) -> tuple[DistillConfi
     first = _value_of("--preset", argv)
     if first is not None:
         parser.set_defaults(flatten(to_dict(preset(first))))
-    values = _parse(parser, argv).as_dict()
+    values = _parse(parser, _files_first(argv)).as_dict()
     known = to_dict(DistillConfig())
     return from_dict({name: values[name] for name in known}), {name: values[name] for name in values.keys() - known.keys()}
+
+
+def _files_first(argv: Sequence[str]) -> list[str]:
+    """The arguments with every ``--config FILE`` before the others, which then win over it wherever it stood."""
+    files: list[str] = []
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word == "--config":
+            files += [word, *([value] if (value := next(words, None)) is not None else [])]
+        else:
+            (files if word.startswith("--config=") else rest).append(word)
+    return files + rest
 
 
 def _value_of(flag: str, argv: Sequence[str]) -> str | None:
@@ -317,6 +330,18 @@ def _zoo(argv: Sequence[str]) -> int:
     return run(argv, _parse, _parser)
 
 
+def _analyze(argv: Sequence[str]) -> int:
+    from wadi.cli_analysis import analyze
+
+    return analyze(argv, _parse, _parser)
+
+
+def _swap(argv: Sequence[str]) -> int:
+    from wadi.cli_analysis import swap
+
+    return swap(argv, _parse, _parser)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "distill": (
         "train a one-step student of a teacher; the same command continues an interrupted run",
@@ -328,6 +353,8 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "export": ("write a one-step pipeline that loads without this package", _export),
     "extract": ("an adapter from two checkpoints, and what changed between them", _extract),
     "import-authors": ("the authors' released weights as a one-step pipeline", _import_authors),
+    "analyze": ("what distillation changed in the weights: norms, directions, ranks, angles", _analyze),
+    "swap": ("a student with the teacher's norms or directions put back, as a pipeline", _swap),
     "report": ("write a run's report.html", _report),
     "zoo": ("the embedded teacher: train, measure", _zoo),
 }

@@ -172,7 +172,8 @@ class DistillConfig:
 
 
 # Settings that may differ when a run is resumed: none of them enters the mathematics.
-# Of batch and accumulate their product with the number of processes does; the checkpoint holds it.
+# Of batch and accumulate their product with the number of processes does; the checkpoint holds it. Nor does the length of a run
+# whose learning rate is constant: it may be lengthened.
 BOOKKEEPING = frozenset(
     {"out", "sample_every", "checkpoint_every", "keep_checkpoints", "keep_every", "tracker", "device", "batch", "accumulate",
      "shard"}
@@ -311,7 +312,8 @@ def load(path: Path) -> DistillConfig:
 def differences(old: DistillConfig, new: DistillConfig) -> list[str]:
     """Settings in which two configs differ and that matter to a run's result, as ``name: old -> new`` lines."""
     before, after = flatten(to_dict(old)), flatten(to_dict(new))
-    return [f"{k}: {before[k]!r} -> {after[k]!r}" for k in after if k not in BOOKKEEPING and before[k] != after[k]]
+    free = BOOKKEEPING | ({"steps"} if old.lr_schedule == new.lr_schedule == "constant" else set())
+    return [f"{k}: {before[k]!r} -> {after[k]!r}" for k in after if k not in free and before[k] != after[k]]
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -30,6 +30,11 @@ def resolve_teacher(name: str) -> str:
     return str(embedded("teacher")) if name == NAME else name
 
 
+def lasting(teacher: str) -> str:
+    """The same teacher as a name that holds from any folder: of a folder its absolute path, of all else itself."""
+    return str(Path(teacher).resolve()) if teacher and Path(teacher).is_dir() and teacher != NAME else teacher
+
+
 def resolve_prompts(name: str) -> str:
     """Where prompts come from; 'zoo' is the embedded teacher's captions."""
     return str(embedded("prompts.txt")) if name == NAME else name

@@ -16,7 +16,7 @@ network's own arithmetic is float32. Several processes share a step's images (ra
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from wadi.data.prompts import PromptOrder
 from wadi.device import find_device, keep_freed_memory
 from wadi.draws import Batch, chance, draw, gaussian_like, images_per_step, replace_rows, timesteps, warm_start_pairs
 from wadi.embed import Conditions, conditions_of, free_encoders, open_source
-from wadi.embedded import resolve_prompts, resolve_teacher
+from wadi.embedded import lasting, resolve_prompts, resolve_teacher
 from wadi.errors import WadiError
 from wadi.images import save_png
 from wadi.objectives.denoise import denoising_loss
@@ -56,6 +56,7 @@ def distill(config: DistillConfig) -> Path:
     """
     from accelerate.utils import set_seed
 
+    config = replace(config, teacher=lasting(config.teacher))
     device = find_device(config.device)
     accelerator = make_accelerator(device, config.tracker, Path(config.out))
     ranks = Ranks()
