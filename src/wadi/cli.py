@@ -314,6 +314,12 @@ def _embed(argv: Sequence[str]) -> int:
     return run(argv, _parse, _parser)
 
 
+def _eval(argv: Sequence[str]) -> int:
+    from wadi.cli_eval import run
+
+    return run(argv, _parse, _parser)
+
+
 def _report(argv: Sequence[str]) -> int:
     parser = _parser("report")
     parser.add_argument("run", help="folder of a run")
@@ -355,6 +361,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "import-authors": ("the authors' released weights as a one-step pipeline", _import_authors),
     "analyze": ("what distillation changed in the weights: norms, directions, ranks, angles", _analyze),
     "swap": ("a student with the teacher's norms or directions put back, as a pipeline", _swap),
+    "eval": ("measure pictures, or those that a run draws by a protocol; compare results", _eval),
     "report": ("write a run's report.html", _report),
     "zoo": ("the embedded teacher: train, measure", _zoo),
 }

@@ -1,0 +1,240 @@
+"""``wadi eval``: how good are these pictures, or those that this run draws?"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wadi.errors import WadiError
+
+if TYPE_CHECKING:
+    from wadi.evaluate.generators import Generator, Source
+    from wadi.evaluate.protocols import Protocol
+    from wadi.evaluate.run import Evaluation, Reference
+
+TEACHER = "teacher"  # as --reference: the teacher behind the first source draws it
+
+
+def run(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[str], Any]) -> int:
+    """The command; the same again draws only what is missing and takes features it has seen from the cache."""
+    args = parse(_options(make_parser("eval")), argv)
+    if args.compare is not None:
+        from wadi.evaluate.result import compare
+
+        print(compare(*args.compare))
+        return 0
+    import torch
+
+    from wadi.device import find_device, keep_freed_memory
+    from wadi.ranks import Ranks, make_accelerator
+
+    keep_freed_memory()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    device = find_device(args.device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        device = make_accelerator(device, None, Path(args.pictures)).device
+    return _evaluate(args, argv, device, Ranks())
+
+
+def _evaluate(args: Any, argv: Sequence[str], device: Any, ranks: Any) -> int:
+    protocol = _protocol(args)
+    generators, folders = _entrants(args, protocol, device)
+    evaluation = _evaluation(args, protocol, _reference(args, protocol, device), device, ranks)
+    if generators:
+        evaluation.draw(generators)
+    if ranks.index > 0:  # the first process measures
+        return 0
+    rows = [evaluation.drawn_row(generator) for generator in generators] + [evaluation.folder_row(path) for path in folders]
+    if args.speed and generators:
+        from wadi.evaluate.run import time_generators
+
+        prompts = protocol.prompts if protocol is not None else []
+        speeds = time_generators(generators, prompts, args.speed, args.draw_batch, str(device))
+        rows = [replace(row, speed=speeds.get(row.name)) for row in rows]
+    command = shlex.join(["wadi", "eval", *argv])
+    result = evaluation.result(rows, command)
+    _tell(args, result)
+    return 0
+
+
+def _options(parser: Any) -> Any:
+    add = parser.add_argument
+    add("what", nargs="*", default=[], help="folders of pictures; or runs, adapters, pipelines (folder or Hub id), zoo")
+    add("--compare", nargs=2, default=None, help="two result files: print both if they were measured alike")
+    add("--protocol", type=str, default=None, help="zoo, coco2014-30k, coco2017-5k, or a file of prompts")
+    add("--reference", type=str, default=None, help="folder of pictures; a COCO folder for coco*; 'teacher': it draws them")
+    add(
+        "--metrics",
+        type=str,
+        default=None,
+        help="comma-separated: fid kid fd kd pr clip diversity ...; default: the protocol's",
+    )
+    add("--features", type=str, default=None, help="network of fd, kd, pr, diversity: embedded, inception, dinov2[:NAME], zoo")
+    add("--prompts", type=str, default=None, help="file with the prompt of each picture of a folder")
+    add(
+        "--size",
+        type=int,
+        default=None,
+        help="crop to the central square and resize to so many pixels; default: the protocol's",
+    )
+    add("--count", type=int, default=None, help="only so many prompts of the protocol")
+    add("--set", type=int, default=1, help="which seeds: set s has s * 1000000 + index; 0 is the reference's")
+    add("--ids", type=str, default=None, help="file of COCO annotation ids in place of the documented choice")
+    add("--coco_seed", type=int, default=0, help="of the documented choice of captions")
+    add("--teacher", type=str, default=None, help="pipeline in place of the one that an adapter names")
+    add("--steps", type=int, default=1, help="of a pipeline with its own scheduler")
+    add("--guidance_scale", type=float, default=None, help="of --steps; default: none in one step, 3 in several")
+    add("--beside_teacher", action="store_true", help="measure the teacher too, in many steps and, undistilled, in one")
+    add("--teacher_steps", type=int, default=25, help="of the teacher")
+    add("--teacher_guidance_scale", type=float, default=None, help="of the teacher; default: 3, for the zoo 2.5")
+    add("--speed", type=int, default=0, help="time so many calls of each generator, in turns; 0: none")
+    add("--k", type=int, default=3, help="of the nearest neighbours")
+    add("--resize", type=str, default="clean", help="filter before a feature network: clean, legacy-tf, legacy-torch, ...")
+    add("--rounds", type=int, default=100, help="of the bootstrap; 0: no intervals")
+    add("--inception", type=str, default=None, help="inception-2015-12-05.pt; default: in the cache folder")
+    add("--download", action="store_true", help="fetch that file if it is missing (96 MB)")
+    add(
+        "--weights",
+        type=str,
+        nargs="*",
+        default=[],
+        help="NAME=PATH of a scorer's weights, as clip=openai/clip-vit-large-patch14",
+    )
+    add(
+        "--pictures",
+        type=str,
+        default="runs/eval",
+        help="folder in which drawn pictures are kept, and from which drawing goes on",
+    )
+    add("--out", type=str, default=None, help="result file (JSON)")
+    add("--table", type=str, default=None, help="Markdown file: the table between its markers, or a new one")
+    add("--batch", type=int, default=32, help="pictures per feature network call")
+    add("--draw_batch", type=int, default=8, help="pictures drawn at once")
+    add("--dtype", type=str, default="float32", help="of the generators: float32, bfloat16 or float16")
+    add("--device", type=str, default=None, help="cpu, cuda, cuda:1, ...; default: the best there is")
+    add("--threads", type=int, default=None, help="of torch")
+    return parser
+
+
+def _protocol(args: Any) -> Protocol | None:
+    from wadi.evaluate import protocols
+
+    if args.set < 0 or (args.count is not None and args.count < 1):
+        raise WadiError("Expected --set of at least 0 and --count of at least 1.")
+    if args.protocol is None:
+        return None
+    if args.protocol == "zoo":
+        return protocols.zoo(args.count)
+    if args.protocol in protocols.COCO:
+        if args.reference is None:
+            raise WadiError(
+                f"Protocol {args.protocol} needs a COCO folder. Expected --reference FOLDER, with annotations/ in it."
+            )
+        return protocols.coco(args.protocol, args.reference, args.coco_seed, args.ids, args.count)
+    if not Path(args.protocol).exists():
+        raise WadiError(
+            f"--protocol is {args.protocol!r}. Expected {', '.join(protocols.NAMES)}, or a file of prompts that is there."
+        )
+    return protocols.prompt_file(args.protocol, args.size, args.count)
+
+
+def _sources(args: Any, device: Any) -> list[tuple[str, Source | None]]:
+    """What was named; for the zoo's protocol its own student, if nothing was."""
+    import torch
+
+    from wadi.evaluate.generators import find
+
+    if args.dtype not in ("float32", "bfloat16", "float16"):
+        raise WadiError(f"--dtype is {args.dtype!r}. Expected float32, bfloat16 or float16.")
+    names = args.what or (["zoo"] if args.protocol == "zoo" else [])
+    if not names:
+        raise WadiError("Nothing to measure. Expected a folder of pictures, a run, an adapter, a pipeline, or --protocol zoo.")
+    place = {"dtype": getattr(torch, args.dtype), "device": device, "teacher": args.teacher}
+    return [(name, find(name, **place)) for name in names]
+
+
+def _entrants(args: Any, protocol: Protocol | None, device: Any) -> tuple[list[Generator], list[str]]:
+    """Generators in the order of their rows (teachers first, each once), and folders of pictures."""
+    sources = _sources(args, device)
+    folders = [name for name, source in sources if source is None]
+    generators: list[Generator] = []
+    if protocol is None and len(folders) < len(sources):
+        raise WadiError("A run, adapter or pipeline draws its pictures by a protocol. Expected --protocol: see --help.")
+    if args.beside_teacher or (args.protocol == "zoo" and not args.what):
+        for _, source in sources:
+            if source is not None:
+                generators += _teachers(args, source)
+    guidance = args.guidance_scale if args.guidance_scale is not None or args.steps == 1 else 3.0
+    generators += [source.plain(args.steps, guidance) for _, source in sources if source is not None]
+    once = {generator.key: generator for generator in generators}
+    return list(once.values()), folders
+
+
+def _teachers(args: Any, source: Source) -> list[Generator]:
+    """The teacher in many steps, and forced to one: from its last timestep, and from the student's own."""
+    many = source.many_steps(args.teacher_steps, _teacher_guidance(args))
+    return [many, *(source.undistilled(t) for t in dict.fromkeys((source.last_timestep(), source.timestep())))]
+
+
+def _teacher_guidance(args: Any) -> float:
+    from wadi.evaluate.protocols import ZOO_GUIDANCE
+
+    if args.teacher_guidance_scale is not None:
+        return float(args.teacher_guidance_scale)
+    return ZOO_GUIDANCE if args.protocol == "zoo" else 3.0
+
+
+def _reference(args: Any, protocol: Protocol | None, device: Any) -> Reference | None:
+    from wadi.evaluate.generators import Source
+    from wadi.evaluate.protocols import COCO, ZOO_GUIDANCE, ZOO_STEPS
+    from wadi.evaluate.run import of_folder, of_protocol, of_teacher
+
+    if args.protocol in COCO and protocol is not None:
+        return of_protocol(protocol)
+    if args.protocol == "zoo" and protocol is not None and args.reference is None:
+        return of_teacher(Source("zoo", device=device).many_steps(ZOO_STEPS, ZOO_GUIDANCE), protocol)
+    if args.reference != TEACHER:
+        return of_folder(args.reference, protocol) if args.reference is not None else None
+    source = next((source for _, source in _sources(args, device) if source is not None), None)
+    if protocol is None or source is None:
+        raise WadiError("--reference is 'teacher', and no teacher is known. Expected a run or an adapter, and --protocol.")
+    return of_teacher(source.many_steps(args.teacher_steps, _teacher_guidance(args)), protocol)
+
+
+def _evaluation(args: Any, protocol: Protocol | None, reference: Reference | None, device: Any, ranks: Any) -> Evaluation:
+    from wadi.data.prompts import read_prompts
+    from wadi.evaluate.run import Evaluation
+    from wadi.evaluate.score import Options
+
+    metrics = tuple(filter(None, (args.metrics or "").replace(" ", ",").split(",")))
+    if protocol is not None and not metrics:
+        metrics = protocol.metrics
+    weights = dict(entry.partition("=")[::2] for entry in args.weights)
+    options = Options(
+        features=args.features or (protocol.features if protocol is not None else "embedded"), resize=args.resize,
+        inception=args.inception, download=args.download, weights=weights, k=args.k, rounds=args.rounds, batch=args.batch,
+        device=str(device),
+    )  # fmt: skip
+    prompts = read_prompts(args.prompts) if args.prompts is not None else None
+    if prompts is not None and protocol is not None:
+        raise WadiError("Received both --protocol and --prompts. Expected one: a protocol has its own prompts.")
+    return Evaluation(
+        metrics, options, protocol, reference, args.pictures, prompts=prompts, size=args.size, set_number=args.set,
+        draw_batch=args.draw_batch, ranks=ranks,
+    )  # fmt: skip
+
+
+def _tell(args: Any, result: Any) -> None:
+    from wadi.evaluate.result import table, write_table
+
+    print(table(result.rows))
+    print(f"protocol {result.hash}")
+    if args.out is not None:
+        result.save(Path(args.out))
+    if args.table is not None:
+        write_table(Path(args.table), result)

@@ -1,0 +1,195 @@
+"""What draws the pictures of a protocol: a student, the teacher behind it, the teacher forced to one step, any pipeline."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wadi import generate
+from wadi.backbones import from_pipeline, load_pipeline
+from wadi.backbones.loading import read_config
+from wadi.embedded import NAME
+from wadi.errors import WadiError
+from wadi.files import sha256
+from wadi.sampling import one_step_scheduler
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A pipeline that is loaded when it is needed, and how it is called.
+
+    Attributes:
+        name: of its row in tables.
+        about: everything its pictures depend on besides prompts and seeds, as plain JSON values.
+        open: loads the pipeline.
+        steps, guidance_scale: of its call; None = the family's value for one conditional pass.
+    """
+
+    name: str
+    about: dict[str, Any]
+    open: Callable[[], Any]
+    steps: int = 1
+    guidance_scale: float | None = None
+
+    @property
+    def key(self) -> str:
+        """A folder name of its own: what it is, and a digest of everything in `about`."""
+        digest = hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()
+        return f"{self.about['kind']}-{self.steps}step-{digest[:8]}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a user names: a run, an adapter's folder, a pipeline (folder or Hub id), or 'zoo', the embedded student."""
+
+    name: str
+    run: str | None = None
+    adapter: str | None = None
+    teacher: str | None = None  # in place of the one that the adapter names
+    pipeline: bool = False
+    dtype: torch.dtype = torch.float32
+    device: str | torch.device = "cpu"
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "device": self.device}
+
+    @property
+    def _student(self) -> dict[str, Any]:
+        return {"run": self.run, "adapter": self.adapter, "teacher": self.teacher}
+
+    def plain(self, steps: int = 1, guidance_scale: float | None = None) -> Generator:
+        """The student in one step; a pipeline with its own scheduler in as many as told.
+
+        Raises:
+            WadiError: if a student is asked for several steps.
+        """
+        if self.pipeline:
+            about = {"kind": "pipeline", "weights": weights_of(self.name), **self._call(steps, guidance_scale)}
+            return Generator(
+                f"{_short(self.name)}, {_steps(steps)}",
+                about,
+                lambda: load_pipeline(self.name, **self._place),
+                steps,
+                guidance_scale,
+            )
+        if steps != 1:
+            raise WadiError(f"--steps is {steps}, and {self.name!r} is a one-step student. Expected 1, or a pipeline.")
+        folder, base = generate._locate(self.run, self.adapter, self.teacher)
+        about = {
+            "kind": "student", "adapter": sha256(folder / "adapter_model.safetensors"), "teacher": weights_of(base),
+            "timestep": generate._about(folder)["timestep"], **self._call(1, guidance_scale),
+        }  # fmt: skip
+        return Generator(
+            f"{'shipped student' if self.name == NAME else _short(self.name)}, one step", about,
+            lambda: generate.load(**self._student, **self._place), 1, guidance_scale,
+        )  # fmt: skip
+
+    def many_steps(self, steps: int, guidance_scale: float) -> Generator:
+        """The teacher behind a student, with its family's deterministic sampler."""
+        about = {"kind": "teacher", "weights": weights_of(self._base()), **self._call(steps, guidance_scale)}
+        return Generator(f"teacher, {_steps(steps)}", about, self._teacher, steps, guidance_scale)
+
+    def undistilled(self, timestep: int | None = None) -> Generator:
+        """The teacher forced to one step from ``timestep``; None = the student's own."""
+        t = self.timestep() if timestep is None else timestep
+        about = {"kind": "undistilled", "weights": weights_of(self._base()), "timestep": t, **self._call(1, None)}
+
+        def forced() -> Any:
+            pipeline = self._teacher()
+            pipeline.scheduler = one_step_scheduler(from_pipeline(pipeline), t)
+            return pipeline
+
+        return Generator(f"teacher forced to one step, t = {t}", about, forced)
+
+    def timestep(self) -> int:
+        """At which the student is asked."""
+        return int(generate._about(generate._locate(self.run, self.adapter, self.teacher)[0])["timestep"])
+
+    def last_timestep(self) -> int:
+        """Of the teacher's schedule, by its own config."""
+        return int(read_config(self._base(), "scheduler")["num_train_timesteps"]) - 1
+
+    def _teacher(self) -> Any:
+        if self.pipeline:
+            pipeline = load_pipeline(self._base(), **self._place)
+            pipeline.scheduler = from_pipeline(pipeline).sampler()
+            return pipeline
+        return generate.teacher_of(**self._student, **self._place)
+
+    def _base(self) -> str:
+        """The teacher's path or Hub id."""
+        if not self.pipeline:
+            return generate._locate(self.run, self.adapter, self.teacher)[1]
+        if self.teacher is None:
+            raise WadiError(f"{self.name!r} is a pipeline, which does not tell its teacher. Expected --teacher beside it.")
+        return self.teacher
+
+    def _call(self, steps: int, guidance_scale: float | None) -> dict[str, Any]:
+        return {"steps": steps, "guidance_scale": guidance_scale, "dtype": str(self.dtype).removeprefix("torch.")}
+
+
+def find(name: str, **place: Any) -> Source | None:
+    """What ``name`` names; None if it is a folder with none of our files or diffusers' in it, that is: of pictures.
+
+    Raises:
+        WadiError: if it is neither a folder nor a Hub id.
+    """
+    folder = Path(name)
+    if name == NAME:
+        return Source(name, **place)
+    if (folder / "model_index.json").is_file():
+        return Source(name, pipeline=True, **place)
+    if (folder / "config.yaml").is_file():
+        return Source(name, run=name, **place)
+    if (folder / "adapter_config.json").is_file():
+        return Source(name, adapter=name, **place)
+    if folder.exists():
+        return None
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise WadiError(f"{name!r} does not exist. Expected a folder of pictures, a run, an adapter, a pipeline or a Hub id.")
+    return Source(name, pipeline=True, **place)
+
+
+def same_family(student: Any, teacher: Any) -> None:
+    """Raise `WadiError` unless two pipelines are served by one family: speed beside each other means little else."""
+    families = [type(from_pipeline(pipeline)).__name__ for pipeline in (student, teacher)]
+    if families[0] != families[1]:
+        raise WadiError(
+            f"The student is of the family {families[0]}, the teacher of {families[1]}. Expected one family: give the teacher "
+            "that the student was made of."
+        )
+
+
+def weights_of(path: str) -> str:
+    """A digest of a pipeline folder's weights and configs; of a Hub id its commit, as it lies in the cache.
+
+    Raises:
+        WadiError: if the folder holds no weights.
+    """
+    if not Path(path).is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(path, "model_index.json")
+        return f"{path}@{Path(cached).parent.name if isinstance(cached, str) else 'main'}"
+    files = sorted(p for p in Path(path).rglob("*") if p.suffix in (".safetensors", ".json") and p.parent != Path(path))
+    if not any(file.suffix == ".safetensors" for file in files):
+        raise WadiError(f"{path!r} holds no safetensors. Expected a pipeline folder as diffusers writes it.")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(path).as_posix()} {sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _short(name: str) -> str:
+    return Path(name).name or name
+
+
+def _steps(steps: int) -> str:
+    return "one step" if steps == 1 else f"{steps} steps"

@@ -1,0 +1,177 @@
+"""Pictures to be judged, one at a time: out of a folder, a tensor or an iterator, as 8-bit RGB of one size.
+
+What is converted, and how: grey (L, 1) to three equal channels; a palette (P) to its colours; transparency (RGBA, LA, or of a
+palette) is laid over white. Everything else is refused, for there is no one right way: CMYK depends on an ink profile, and 16
+bits or floats on what counts as white. Rotation marks of cameras (EXIF) are left alone, as peers' evaluations leave them.
+
+With ``size`` a picture is cropped to its central square and brought to ``size`` x ``size`` by Pillow's Lanczos filter, which
+is antialiased. Without, every picture of a set must have the same size already.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from wadi.errors import WadiError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+CONVERTED = ("RGB", "L", "1", "P", "RGBA", "LA", "PA")
+FITTING = "central square, Lanczos (Pillow)"
+
+
+def files_in(folder: str | Path) -> list[Path]:
+    """The picture files in a folder and below, sorted by their path within it.
+
+    Raises:
+        WadiError: if there is no such folder, or no picture in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise WadiError(f"{str(folder)!r} is no folder. Expected a folder of pictures: check the path.")
+    inside = ((path.relative_to(folder), path) for path in folder.rglob("*"))
+    found = sorted((part.as_posix(), path) for part, path in inside if path.suffix.lower() in SUFFIXES and not _hidden(part))
+    if not found:
+        raise WadiError(f"Folder {str(folder)!r} holds no picture. Expected files named {', '.join(SUFFIXES)}: check the path.")
+    return [path for _, path in found]
+
+
+def _hidden(part: Path) -> bool:
+    return any(name.startswith(".") for name in part.parts)
+
+
+def content_digest(files: Iterable[Path]) -> str:
+    """Hex digest of the content of files in their order, whatever they are called."""
+    digest = hashlib.sha256()
+    for path in files:
+        try:
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        except OSError as error:
+            raise WadiError(f"Picture {str(path)!r} cannot be read: {error.strerror}. Expected a readable file.") from error
+    return digest.hexdigest()
+
+
+def read(path: Path) -> Image.Image:
+    """A picture file as 8-bit RGB.
+
+    Raises:
+        WadiError: if it is missing, unreadable, cut short, or of a mode that is not converted.
+    """
+    try:
+        with Image.open(path) as picture:
+            return as_rgb(picture, f"Picture {str(path)!r}")
+    except UnidentifiedImageError as error:
+        raise WadiError(
+            f"{str(path)!r} is no picture that Pillow can read. Expected one, or the file out of the way."
+        ) from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, WadiError):
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
+        raise WadiError(
+            f"Picture {str(path)!r} is damaged or cut short: {reason}. Expected a whole file: make it anew."
+        ) from error
+
+
+def as_rgb(picture: Image.Image, what: str = "A picture") -> Image.Image:
+    """``picture`` in mode RGB, loaded, and converted as the module says.
+
+    Raises:
+        WadiError: on CMYK, 16 bits and other modes.
+    """
+    # Pillow would cut 16 bits of a colour channel to 8 without a word; until it is loaded, a file's packing still tells.
+    deep = any(";16" in str(tile) for tile in getattr(picture, "tile", ()))
+    if deep or picture.mode not in CONVERTED:
+        raise WadiError(
+            f"{what} is {picture.mode}{' of 16 bits' if deep else ''}. Expected 8 bits a channel of RGB, grey, palette or "
+            "RGBA: convert it first, in the way that is right for it."
+        )
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        layer = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return picture.convert("RGB")
+
+
+def fit(picture: Image.Image, size: int) -> Image.Image:
+    """The central square at ``size`` x ``size``; pixels are left as they are if it has that size."""
+    width, height = picture.size
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    square = picture if width == height else picture.crop((left, top, left + side, top + side))
+    return square if side == size else square.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def from_tensor(image: Tensor) -> Image.Image:
+    """``(3, H, W)``, uint8 or float in [0, 1], to RGB; floats are rounded as diffusers rounds.
+
+    Raises:
+        WadiError: on another shape, dtype or range, or values that are not finite.
+    """
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise WadiError(f"Received an image tensor of shape {tuple(image.shape)}. Expected (3, height, width).")
+    if image.dtype != torch.uint8:
+        if not image.is_floating_point():
+            raise WadiError(f"Received an image tensor of {image.dtype}. Expected uint8, or floats in [0, 1].")
+        image = image.detach().float()
+        if not bool(((image >= 0) & (image <= 1)).all()):  # NaN fails both
+            raise WadiError("Received an image tensor with values outside [0, 1] or not finite. Expected floats in [0, 1].")
+        image = (image * 255).round().byte()
+    return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+
+
+def stream(source: Any) -> Iterator[Image.Image]:
+    """Pictures of a folder, a list of files, a tensor ``(N, 3, H, W)``, or an iterable of paths, pictures and tensors.
+
+    Raises:
+        WadiError: if an item is none of these, or cannot be read.
+    """
+    items: Iterable[Any] = files_in(source) if isinstance(source, (str, Path)) else source
+    for item in items:
+        if isinstance(item, (str, Path)):
+            yield read(Path(item))
+        elif isinstance(item, Image.Image):
+            yield as_rgb(item)
+        elif isinstance(item, Tensor) and item.ndim == 4:
+            yield from map(from_tensor, item)
+        elif isinstance(item, Tensor):
+            yield from_tensor(item)
+        else:
+            raise WadiError(f"Received a {type(item).__name__} among images. Expected paths, PIL pictures or tensors.")
+
+
+def prepared(source: Any, size: int | None) -> Iterator[Image.Image]:
+    """`stream`, every picture of one size.
+
+    Raises:
+        WadiError: as `stream`; without ``size`` also on a picture of another size than the first.
+    """
+    first: tuple[int, int] | None = None
+    for index, picture in enumerate(stream(source)):
+        if size is not None:
+            yield fit(picture, size)
+            continue
+        first = first or picture.size
+        if picture.size != first:
+            raise WadiError(
+                f"Picture {index} is {picture.size[0]} x {picture.size[1]}, the first one {first[0]} x {first[1]}. Expected "
+                "one size: give --size, to which each is cropped and resized."
+            )
+        yield picture
+
+
+def batches(source: Any, size: int | None, batch: int) -> Iterator[list[Image.Image]]:
+    """`prepared` in lists of ``batch``, the last one perhaps shorter: no more than a batch is in memory."""
+    part: list[Image.Image] = []
+    for picture in prepared(source, size):
+        part.append(picture)
+        if len(part) == batch:
+            yield part
+            part = []
+    if part:
+        yield part

@@ -1,0 +1,232 @@
+"""Result files: numbers with their spread, every choice they rest on, and the hash that says which may be compared.
+
+``protocol`` holds what two generators must share: prompts, seeds, sizes, reference, number of pictures, and of each metric its
+network (with a digest of the weights), filters and parameters. ``protocol_hash`` is the SHA-256 of it as canonical JSON (sorted
+names, no spaces, UTF-8). What is being measured stands in each row's ``generator``, versions and machine in ``environment``;
+neither enters the hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from wadi.errors import WadiError
+from wadi.evaluate.drawn import differences
+from wadi.files import write_whole
+
+FORMAT = 1
+LIBRARIES = ("wadi-onestep", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class Number:
+    """One measured number.
+
+    Attributes:
+        std: standard deviation, of a KID over its subsets, of others over bootstrap resamples; None = not taken.
+        low, high: 95 % bootstrap interval.
+    """
+
+    value: float
+    std: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one set of pictures.
+
+    Attributes:
+        generator: what drew them: digests of weights, steps, guidance, ...; of a folder what it tells.
+        images: how many there were.
+        metrics: by name.
+        speed: of the generator on this machine; None = not measured.
+    """
+
+    name: str
+    generator: dict[str, Any]
+    images: int
+    metrics: dict[str, Number]
+    speed: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """Rows that were measured alike."""
+
+    protocol: dict[str, Any]
+    rows: list[Row]
+    environment: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+
+    @property
+    def hash(self) -> str:
+        """The protocol hash."""
+        return protocol_hash(self.protocol)
+
+    def save(self, path: Path) -> None:
+        """Write the result as JSON, whole or not at all."""
+        content = {
+            "format": FORMAT, "protocol_hash": self.hash, "command": self.command,
+            "rows": [asdict(row) for row in self.rows], "protocol": self.protocol, "environment": self.environment,
+        }  # fmt: skip
+        write_whole(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def canonical(values: Any) -> bytes:
+    """JSON in the one form that is hashed."""
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def protocol_hash(protocol: dict[str, Any]) -> str:
+    """SHA-256 of the canonical JSON of a protocol's settings."""
+    return hashlib.sha256(canonical(protocol)).hexdigest()
+
+
+def read_result(path: str | Path) -> Result:
+    """What `Result.save` wrote.
+
+    Raises:
+        WadiError: if the file is none, or its settings were changed after the hash was taken.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise WadiError(f"Result {str(path)!r} is of format {content['format']!r}. Expected {FORMAT}: measure again.")
+        rows = [
+            Row(**{**row, "metrics": {name: Number(**number) for name, number in row["metrics"].items()}})
+            for row in content["rows"]
+        ]
+        result = Result(content["protocol"], rows, content["environment"], content["command"])
+        told = content["protocol_hash"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, WadiError):
+            raise
+        raise WadiError(
+            f"Result {str(path)!r} cannot be read: {error}. Expected a file that `wadi eval --out` wrote."
+        ) from error
+    if told != result.hash:
+        raise WadiError(
+            f"Result {str(path)!r} was changed: its settings do not give its protocol hash. Expected it as written."
+        )
+    return result
+
+
+def compare(first: str | Path, second: str | Path) -> str:
+    """Both results' rows in one table.
+
+    Raises:
+        WadiError: if they were not measured alike, naming each setting that differs.
+    """
+    one, two = read_result(first), read_result(second)
+    if one.hash != two.hash:
+        told = "; ".join(differences(one.protocol, two.protocol))
+        raise WadiError(
+            f"{str(first)!r} and {str(second)!r} were not measured alike: {told}. Expected equal protocol hashes, or the "
+            "numbers say nothing about each other: measure one of them again."
+        )
+    return table([*one.rows, *two.rows])
+
+
+LABELS = {
+    "fid": "FID", "kid": "KID", "clip": "CLIP score", "top1": "concept named (top-1)", "diversity": "same-prompt diversity",
+    "precision": "precision", "recall": "recall", "density": "density", "coverage": "coverage",
+}  # fmt: skip
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: a line per row, a column per metric that any row has, ``value ± std``."""
+    names = list(dict.fromkeys(name for row in rows for name in row.metrics))
+    speeds = [name for name in SPEED if any((row.speed or {}).get(name) is not None for row in rows)]
+    head = ["", "images", *(LABELS.get(name, name) for name in names), *(SPEED[name][0] for name in speeds)]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        cells = [told(row.metrics[name]) if name in row.metrics else "" for name in names]
+        lines.append([row.name, str(row.images), *cells, *(_quick(row, name) for name in speeds)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _quick(row: Row, name: str) -> str:
+    value = (row.speed or {}).get(name)
+    return "" if value is None else SPEED[name][1].format(value)
+
+
+SPEED = {
+    "images_per_second": ("images per second", "{:.1f}"), "latency_p50_ms": ("latency p50, ms", "{:.0f}"),
+    "latency_p95_ms": ("latency p95, ms", "{:.0f}"), "peak_memory_mib": ("peak memory, MiB", "{:.0f}"),
+    "parameters": ("parameters", "{:,}"), "evaluations": ("network evaluations", "{:g}"),
+}  # fmt: skip
+
+
+BEGIN, END = "<!-- wadi eval: begin -->", "<!-- wadi eval: end -->"
+
+
+def write_table(path: Path, result: Result) -> None:
+    """The table, its command and its machine: between the markers of a Markdown file, or as a new one.
+
+    Raises:
+        WadiError: if the file is there and has no such markers.
+    """
+    place = result.environment
+    libraries = ", ".join(f"{name} {number}" for name, number in place.get("versions", {}).items() if number)
+    machine = f"{place.get('machine')}, {place.get('threads')} thread(s) of torch, {place.get('device')}"
+    block = (
+        f"{BEGIN}\n{table(result.rows)}\n\nEvery row: `{result.command}`\n\n"
+        f"Protocol `{result.hash}`. {machine}; {libraries}.\n{END}"
+    )
+    if not path.exists():
+        write_whole(path, (block + "\n").encode())
+        return
+    text = path.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise WadiError(f"{str(path)!r} is there and has no lines {BEGIN!r} and {END!r}. Expected them, or a new file.")
+    write_whole(path, (before + block + after).encode())
+
+
+def told(number: Number) -> str:
+    """``5.90 ± 0.11``: as many digits as the spread has sense."""
+    if number.std is None:
+        return f"{number.value:.4g}"
+    digits = 3 if number.std == 0 else max(0, 1 - _exponent(number.std))
+    return f"{number.value:.{digits}f} ± {number.std:.{digits}f}"
+
+
+def _exponent(value: float) -> int:
+    return int(f"{value:e}".partition("e")[2])
+
+
+def environment(device: Any = "cpu", threads: int | None = None) -> dict[str, Any]:
+    """Versions and machine that a result was made with."""
+    versions: dict[str, str | None] = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "machine": _processor(),
+        "device": str(device),
+        "threads": threads,
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,202 @@
+"""Drawing by a protocol: each picture is its prompt's and seed's own, and an interrupted drawing goes on."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tiny
+from processes import finish, start
+from wadi import generate
+from wadi.backbones import loading
+from wadi.backbones.sd import StableDiffusion
+from wadi.errors import WadiError
+from wadi.evaluate import drawn
+from wadi.evaluate.drawn import draw_missing, file_name, read_about, read_prompts
+from wadi.evaluate.generators import Source, find, same_family
+
+PROMPTS = ["red apple", "blue car", "green tree", "yellow sun", "red car"]
+SEEDS = [1_000_000 + i for i in range(5)]
+
+
+@pytest.fixture
+def student(finished_run):
+    return find(str(finished_run)).plain()
+
+
+def pixels(folder):
+    return [np.asarray(Image.open(folder / file_name(i))).astype(int) for i in range(len(PROMPTS))]
+
+
+def test_pictures_are_what_generate_draws(student, finished_run, tmp_path):
+    assert draw_missing(student, PROMPTS, SEEDS, tmp_path / "all", batch=5) == 5
+    alone = [generate.draw(generate.load(finished_run), [PROMPTS[i]], [SEEDS[i]]).pictures[0] for i in (0, 3)]
+    found = pixels(tmp_path / "all")
+    for i, picture in zip((0, 3), alone, strict=True):
+        assert np.abs(found[i] - np.asarray(picture).astype(int)).max() <= 1  # a batch may round a pixel otherwise
+    assert np.abs(found[0] - found[3]).max() > 8
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_the_batch_does_not_enter(student, tmp_path, batch):
+    draw_missing(student, PROMPTS, SEEDS, tmp_path / "five", batch=5)
+    draw_missing(student, PROMPTS, SEEDS, tmp_path / "few", batch=batch)
+    assert max(np.abs(a - b).max() for a, b in zip(pixels(tmp_path / "five"), pixels(tmp_path / "few"), strict=True)) <= 1
+
+
+def test_only_what_is_missing_is_drawn(student, tmp_path):
+    folder = tmp_path / "set"
+    draw_missing(student, PROMPTS, SEEDS, folder, batch=1)
+    before = {i: (folder / file_name(i)).stat().st_mtime_ns for i in range(5)}
+    content = (folder / file_name(2)).read_bytes()
+    (folder / file_name(2)).unlink()
+    assert draw_missing(student, PROMPTS, SEEDS, folder, batch=1) == 1
+    assert (folder / file_name(2)).read_bytes() == content
+    after = {i: (folder / file_name(i)).stat().st_mtime_ns for i in range(5)}
+    assert {i for i in range(5) if before[i] != after[i]} == {2}
+    assert draw_missing(student, PROMPTS, SEEDS, folder) == 0
+
+
+def test_an_interrupted_drawing_leaves_whole_pictures(student, tmp_path, monkeypatch):
+    plain, calls = drawn.draw, []
+
+    def draw(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return plain(*arguments, **keywords)
+
+    monkeypatch.setattr(drawn, "draw", draw)
+    with pytest.raises(KeyboardInterrupt):
+        draw_missing(student, PROMPTS, SEEDS, tmp_path / "set", batch=1)
+    assert sorted(path.name for path in (tmp_path / "set").glob("*.png")) == [file_name(0), file_name(1)]
+    assert draw_missing(student, PROMPTS, SEEDS, tmp_path / "set", batch=1) == 3
+
+
+def test_a_full_disk_leaves_no_half_picture(student, tmp_path, full_disk):
+    folder = tmp_path / "set"
+    draw_missing(student, PROMPTS[:1], SEEDS[:1], folder)
+    (folder / file_name(0)).unlink()
+    with full_disk(50), pytest.raises(WadiError, match="Cannot write"):
+        draw_missing(student, PROMPTS[:1], SEEDS[:1], folder)
+    assert not list(folder.glob("*.png"))
+
+
+def test_a_folder_of_something_else_is_refused(student, finished_run, tmp_path):
+    folder = tmp_path / "set"
+    draw_missing(student, PROMPTS, SEEDS, folder)
+    with pytest.raises(WadiError, match=r"something else: prompts\.count: 5 -> 4"):
+        draw_missing(student, PROMPTS[:4], SEEDS[:4], folder)
+    with pytest.raises(WadiError, match="seeds: "):
+        draw_missing(student, PROMPTS, [seed + 1 for seed in SEEDS], folder)
+    teacher = find(str(finished_run)).many_steps(2, 3.0)
+    with pytest.raises(WadiError, match=r"generator\.kind: 'student' -> 'teacher'"):
+        draw_missing(teacher, PROMPTS, SEEDS, folder)
+    (folder / drawn.ABOUT).write_text("{")
+    with pytest.raises(WadiError, match="damaged"):
+        draw_missing(student, PROMPTS, SEEDS, folder)
+
+
+def test_the_folder_tells_prompts_and_generator(student, tmp_path):
+    draw_missing(student, PROMPTS, SEEDS, tmp_path / "set")
+    assert read_prompts(tmp_path / "set") == PROMPTS
+    assert read_about(tmp_path / "set")["generator"] == json.loads(json.dumps(student.about))
+    assert read_about(tmp_path) is None
+    assert read_prompts(tmp_path) is None
+
+
+def shared_drawing(run, folder, count, index):
+    """What each process of ``accelerate launch wadi eval`` does to draw."""
+    from pathlib import Path
+
+    import torch
+
+    from wadi.ranks import Ranks, make_accelerator
+
+    if count > 1:
+        make_accelerator(torch.device("cpu"), None, Path(folder))
+    ranks = Ranks()
+    mine = draw_missing(find(str(run)).plain(), PROMPTS, SEEDS, Path(folder), 1, ranks)
+    assert ranks.count == count
+    (Path(folder) / f"drew-{ranks.index}.txt").write_text(str(mine))
+    return 0
+
+
+def test_processes_share_and_change_nothing(finished_run, tmp_path):
+    """The same files, byte by byte, whoever drew them; each process drew some."""
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        started = start(count, shared_drawing, finished_run, folder, count, log=tmp_path / f"log{count}")
+        assert finish(started) == [0] * count, (tmp_path / f"log{count}-0").read_text()
+    for i in range(len(PROMPTS)):
+        assert (tmp_path / "1" / file_name(i)).read_bytes() == (tmp_path / "2" / file_name(i)).read_bytes()
+    assert [(tmp_path / "2" / f"drew-{i}.txt").read_text() for i in (0, 1)] == ["3", "2"]
+
+
+def test_generators_are_told_by_what_they_depend_on(finished_run, sd_folder):
+    source = find(str(finished_run))
+    student, teacher = source.plain(), source.many_steps(2, 3.0)
+    assert student.key == find(str(finished_run)).plain().key
+    assert student.about["adapter"] != student.about["teacher"] == teacher.about["weights"]
+    keys = {student.key, teacher.key, source.many_steps(2, 2.5).key, source.many_steps(3, 3.0).key, source.undistilled().key}
+    assert len(keys) == 5
+    assert source.undistilled().key == source.undistilled(800).key != source.undistilled(999).key
+    assert source.last_timestep() == 999
+    assert find(str(finished_run / "student")).plain().about == student.about  # an adapter, or the run around it
+    assert find(str(sd_folder)).plain(4, 3.0).about["weights"] == teacher.about["weights"]
+
+
+def test_undistilled_is_the_teacher_in_one_step(finished_run, tmp_path):
+    source = find(str(finished_run))
+    pipeline = source.undistilled().open()
+    assert generate.draw(pipeline, ["red apple"], [1]).pictures[0].size == (16, 16)
+    student = generate.draw(source.plain().open(), ["red apple"], [1]).pictures[0]
+    teacher = generate.draw(pipeline, ["red apple"], [1]).pictures[0]
+    assert np.abs(np.asarray(student).astype(int) - np.asarray(teacher).astype(int)).max() > 0
+
+
+@pytest.mark.parametrize("name", ["./gone", "gone", "/no/such/place"])
+def test_what_does_not_exist_is_refused(name):
+    with pytest.raises(WadiError, match="does not exist"):
+        find(name)
+
+
+def test_a_folder_of_pictures_is_no_source(tmp_path):
+    assert find(str(tmp_path)) is None
+
+
+def test_a_student_takes_one_step(finished_run):
+    with pytest.raises(WadiError, match="one-step student"):
+        find(str(finished_run)).plain(steps=4)
+
+
+def test_a_pipeline_does_not_know_its_teacher(sd_folder):
+    with pytest.raises(WadiError, match="--teacher"):
+        Source(str(sd_folder), pipeline=True).many_steps(2, 3.0)
+
+
+class OtherFamily(StableDiffusion):
+    """What a pipeline of another kind would be served by."""
+
+
+def test_families_are_not_mixed(sd_folder, monkeypatch):
+    student = find(str(sd_folder)).plain().open()
+    teacher = find(str(sd_folder)).plain().open()
+    same_family(student, teacher)
+    other = type("OtherPipeline", (type(teacher),), {})
+    teacher.__class__ = other
+    monkeypatch.setitem(loading._FAMILIES, "OtherPipeline", f"{__name__}:OtherFamily")
+    with pytest.raises(WadiError, match="StableDiffusion, the teacher of OtherFamily"):
+        same_family(student, teacher)
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(WadiError, match="holds no safetensors"):
+        find(str(tmp_path)).plain()
+
+
+def test_tiny_pipelines_differ_by_seed(tmp_path, sd_folder):
+    tiny.stable_diffusion(tmp_path / "parts", seed=1).save_pretrained(tmp_path / "other")
+    assert find(str(tmp_path / "other")).plain().key != find(str(sd_folder)).plain().key

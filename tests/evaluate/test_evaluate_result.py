@@ -1,0 +1,125 @@
+"""Results: one hash of all that two numbers must share, and nothing compared without it."""
+
+import dataclasses
+import json
+
+import pytest
+
+from wadi.cli import main
+from wadi.errors import WadiError
+from wadi.evaluate.result import BEGIN, END, Number, Result, Row, canonical, compare, read_result, table, told, write_table
+
+PROTOCOL = {"images": 8, "prompts": {"sha256": "ab", "count": 8}, "metrics": {"fd net": {"resize": "clean", "mean": (0.5, 1)}}}
+
+
+def result(protocol=PROTOCOL, name="student", value=5.9):
+    row = Row(name, {"steps": 1}, 8, {"fd net": Number(value, 0.11, 5.7, 6.1), "precision": Number(0.5)})
+    return Result(protocol, [row], {"versions": {"torch": "2"}, "machine": "m"}, "wadi eval x")
+
+
+def changed(**settings):
+    return {**PROTOCOL, **settings}
+
+
+def test_a_result_is_read_as_it_was_written(tmp_path):
+    result().save(tmp_path / "a.json")
+    found = read_result(tmp_path / "a.json")
+    assert found.rows == result().rows
+    assert found.hash == result().hash == json.loads((tmp_path / "a.json").read_text())["protocol_hash"]
+
+
+def test_the_hash_is_of_content_not_of_order():
+    assert canonical({"b": 1, "a": [1, 2.5, "é"]}) == '{"a":[1,2.5,"é"],"b":1}'.encode()
+    assert result(dict(reversed(PROTOCOL.items()))).hash == result().hash
+    for other in (changed(images=9), changed(prompts={"sha256": "ac", "count": 8}), changed(size=None)):
+        assert result(other).hash != result().hash
+
+
+def test_what_is_measured_does_not_enter_the_hash():
+    row = dataclasses.replace(result().rows[0], generator={"steps": 25}, name="teacher")
+    assert dataclasses.replace(result(), rows=[row], environment={}, command="other").hash == result().hash
+
+
+def test_equal_hashes_are_compared(tmp_path, capsys):
+    result().save(tmp_path / "a.json")
+    result(name="teacher", value=5.4).save(tmp_path / "b.json")
+    assert main(["eval", "--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| student | 8 | 5.90 ± 0.11 |")
+    assert lines[3].startswith("| teacher | 8 | 5.40 ± 0.11 |")
+
+
+def test_different_protocols_are_refused_by_name(tmp_path, capsys):
+    result().save(tmp_path / "a.json")
+    other = changed(prompts={"sha256": "ac", "count": 8}, metrics={"fd net": {"resize": "legacy-tf", "mean": (0.5, 1)}})
+    result(other).save(tmp_path / "b.json")
+    assert main(["eval", "--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "prompts.sha256: 'ab' -> 'ac'" in error
+    assert "resize: 'clean' -> 'legacy-tf'" in error
+    assert "count" not in error  # what is the same is not told
+
+
+def test_a_result_that_was_edited_is_refused(tmp_path):
+    path = tmp_path / "a.json"
+    result().save(path)
+    path.write_text(path.read_text().replace('"clean"', '"legacy-tf"'))
+    with pytest.raises(WadiError, match="was changed"):
+        read_result(path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1}', '{"format": 1, "rows": [{}], "protocol": {}}'])
+def test_what_is_no_result_is_refused(tmp_path, text):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    result().save(tmp_path / "b.json")
+    with pytest.raises(WadiError, match=r"a\.json.*Expected a file that"):
+        compare(path, tmp_path / "b.json")
+    with pytest.raises(WadiError, match=r"gone\.json"):
+        compare(tmp_path / "gone.json", tmp_path / "b.json")
+
+
+def test_another_format_is_told(tmp_path):
+    path = tmp_path / "a.json"
+    result().save(path)
+    path.write_text(path.read_text().replace('"format": 1', '"format": 9'))
+    with pytest.raises(WadiError, match="format 9"):
+        read_result(path)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (Number(5.8959, 0.1104), "5.90 ± 0.11"),
+        (Number(0.97917, 0.00226), "0.9792 ± 0.0023"), (Number(123.4, 12.3), "123 ± 12"),
+        (Number(0.3104), "0.3104"), (Number(1.0, 0.0), "1.000 ± 0.000"), (Number(-1e-5, 2e-4), "-0.00001 ± 0.00020"),
+    ],
+)  # fmt: skip
+def test_digits_follow_the_spread(number, text):
+    assert told(number) == text
+
+
+def test_tables_show_every_metric_and_speed():
+    one = Row("a", {}, 8, {"fid": Number(1.0)}, {"images_per_second": 3.25, "peak_memory_mib": None, "repeats": 3})
+    lines = table([one, Row("b", {}, 8, {"kid": Number(2.0)})]).splitlines()
+    assert lines[0] == "|  | images | FID | KID | images per second |"
+    assert lines[2:] == ["| a | 8 | 1 |  | 3.2 |", "| b | 8 |  | 2 |  |"]
+
+
+def test_a_table_goes_between_its_markers(tmp_path):
+    path = tmp_path / "results.md"
+    write_table(path, result())
+    assert "Every row: `wadi eval x`" in path.read_text()
+    page = f"# Title\n\n{BEGIN}\nold\n{END}\n\nprose\n"
+    path.write_text(page)
+    write_table(path, result())
+    text = path.read_text()
+    assert text.startswith("# Title\n\n")
+    assert text.endswith("\n\nprose\n")
+    assert "old" not in text
+    assert result().hash in text
+    path.write_text("prose without markers")
+    with pytest.raises(WadiError, match="has no lines"):
+        write_table(path, result())
+    assert path.read_text() == "prose without markers"

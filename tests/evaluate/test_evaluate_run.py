@@ -1,0 +1,380 @@
+"""The whole way: what is named, drawn or found, becomes a result; what cannot be measured is refused before it is tried."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from evaluate_toys import clip_folder, coco, folder_of, network, noisy
+
+from wadi.cli import main
+from wadi.errors import WadiError
+from wadi.evaluate import protocols
+from wadi.evaluate.result import read_result
+from wadi.evaluate.run import Evaluation, of_folder
+from wadi.evaluate.score import METRICS, Judge, Options, kid_size
+from wadi.metrics.features import extract
+from wadi.metrics.frechet import frechet_distance
+from wadi.metrics.neighbours import prdc
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("WADI_CACHE", str(tmp_path / "cache"))
+
+
+def options(**changes):
+    return Options(**{"features": network(), "batch": 4, "rounds": 20, **changes})
+
+
+def tensors(indices, side=16):
+    return torch.stack([torch.from_numpy(np.array(noisy(i, side))).permute(2, 0, 1) for i in indices])
+
+
+@pytest.fixture
+def real(tmp_path):
+    return folder_of(tmp_path / "real", 14)
+
+
+@pytest.fixture
+def fake(tmp_path):
+    return folder_of(tmp_path / "fake", 10, first=100)
+
+
+def of(metrics, reference, **changes):
+    return Evaluation(metrics, options(**changes), reference=of_folder(reference))
+
+
+def test_numbers_are_those_of_the_measures(real, fake):
+    row = of(["fd", "kd", "pr"], real).folder_row(fake)
+    one, other = (extract([tensors(range(*span))], network()) for span in ((100, 110), (14,)))
+    assert row.images == 10
+    assert row.metrics["fd corners"].value == pytest.approx(frechet_distance(one, other))
+    assert row.metrics["fd corners"].std > 0
+    wanted = prdc(other, one, 3)
+    for name in ("precision", "recall", "density", "coverage"):
+        assert row.metrics[name].value == pytest.approx(getattr(wanted, name))
+
+
+def test_folders_tensors_and_iterators_are_one(real, fake):
+    sources = [tensors(range(100, 110)), tensors(range(100, 110)) / 255, (noisy(i) for i in range(100, 110))]
+    wanted = of(["fd", "kd"], real).folder_row(fake).metrics
+    for source in sources:
+        assert of(["fd", "kd"], real).row(source).metrics == wanted
+    assert of(["fd", "kd"], real, batch=3).folder_row(fake).metrics == pytest.approx(wanted)
+
+
+def test_pictures_are_streamed(real):
+    alive, most = [0], [0]
+
+    def pictures():
+        for i in range(40):
+            alive[0] += 1
+            most[0] = max(most[0], alive[0])
+            yield noisy(i)
+
+    evaluation = of(["fd"], real, batch=4)
+    plain = evaluation.judge.caches["features"]
+
+    def looked(images):
+        alive[0] -= len(images)
+        return plain(images)
+
+    evaluation.judge.caches["features"] = looked
+    looked.flush = plain.flush
+    assert evaluation.row(pictures()).images == 40
+    assert most[0] <= 4
+
+
+def test_features_are_remembered_by_content(real, fake, tmp_path):
+    of(["fd"], real).folder_row(fake)
+    (tmp_path / "moved").mkdir()
+    for path in fake.iterdir():
+        path.rename(tmp_path / "moved" / f"x{path.name}")
+    again = of(["fd"], real)
+    again.folder_row(tmp_path / "moved")
+    cache = again.judge.caches["features"]
+    assert (cache.hits, cache.misses) == (24, 0)
+
+
+def test_settings_tell_every_choice(real, fake):
+    evaluation = of(["fd", "kd", "pr"], real)
+    protocol = evaluation.result([evaluation.folder_row(fake)]).protocol
+    about = protocol["metrics"]["kd"]
+    assert about["digest"] == "0" * 64
+    assert about["resize"] == "clean"
+    assert about["subset_size"] == 5
+    assert protocol["metrics"]["pr"]["k"] == 3
+    assert protocol["images"] == 10
+    assert protocol["reference"]["count"] == 14
+    assert protocol["bootstrap"] == {"rounds": 20, "level": 0.95, "seed": 0}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"k": 4}, {"rounds": 10}, {"features": network("other")}, {"seed": 1}], ids=lambda c: next(iter(c))
+)
+def test_every_choice_moves_the_hash(real, fake, changes):
+    one, other = of(["fd", "pr"], real), of(["fd", "pr"], real, **changes)
+    rows = [one.folder_row(fake)]
+    assert one.result(rows).hash != other.result(rows).hash
+
+
+def test_reference_size_and_count_move_the_hash(real, fake, tmp_path):
+    rows = [of(["fd"], real).folder_row(fake)]
+    plain = of(["fd"], real).result(rows).hash
+    assert of(["fd"], folder_of(tmp_path / "shifted", 14, first=1)).result(rows).hash != plain
+    assert of(["fd"], folder_of(tmp_path / "same", 14)).result(rows).hash == plain  # content counts, not place
+    sized = Evaluation(["fd"], options(), reference=of_folder(real), size=12)
+    assert sized.result([sized.folder_row(fake)]).hash != plain
+
+
+def test_sets_of_different_numbers_are_no_table(real, fake, tmp_path):
+    evaluation = of(["fd"], real)
+    rows = [evaluation.folder_row(fake), evaluation.folder_row(folder_of(tmp_path / "few", 5))]
+    with pytest.raises(WadiError, match=r"sets of \[5, 10\] pictures"):
+        evaluation.result(rows)
+
+
+def test_subsets_of_kernel_distances():
+    assert [kid_size(*counts) for counts in ((30_000, 40_504), (1500, 9000), (10, 5))] == [1000, 750, 2]
+
+
+@pytest.mark.parametrize(
+    ("metric", "count", "told"), [("pr", 3, "needs at least 4"), ("kd", 3, "at least 4"), ("fd", 1, "at least 2")]
+)
+def test_too_few_pictures_are_told(real, tmp_path, metric, count, told):
+    with pytest.raises(WadiError, match=f"Received {count} pictures.*{metric}.*{told}"):
+        of([metric], real).folder_row(folder_of(tmp_path / "few", count))
+    with pytest.raises(WadiError, match=f"Received {count} reference pictures.*{told}"):
+        of([metric], tmp_path / "few").folder_row(folder_of(tmp_path / "enough", 8, first=50))
+
+
+def test_features_that_are_not_finite_are_refused(real, fake):
+    with pytest.raises(WadiError, match="not finite"):
+        of(["fd"], real, features=network(value=torch.nan)).folder_row(fake)
+
+
+def test_prompts_and_pictures_pair_or_are_refused(real, fake, tmp_path):
+    weights = {"clip": str(clip_folder(tmp_path / "clip"))}
+    prompts = [f"thing {i}" for i in range(10)]
+    good = Evaluation(["clip"], options(weights=weights), prompts=prompts).folder_row(fake).metrics["clip"]
+    assert -1 < good.value < 1
+    assert good.low < good.value < good.high
+    for wrong in (prompts[:9], [*prompts, "more"]):
+        with pytest.raises(WadiError, match=rf"Received 10 pictures.* and {len(wrong)} prompts"):
+            Evaluation(["clip"], options(weights=weights), prompts=wrong).folder_row(fake)
+        with pytest.raises(WadiError, match=f"{len(wrong)} prompts"):
+            Evaluation(["clip"], options(weights=weights), prompts=wrong).row(noisy(i) for i in range(10))
+    with pytest.raises(WadiError, match="needs the prompt of each picture"):
+        Evaluation(["clip"], options(weights=weights)).folder_row(fake)
+    about = Evaluation(["clip"], options(weights=weights), prompts=prompts)
+    protocol = about.result([about.folder_row(fake)]).protocol
+    assert protocol["metrics"]["clip"]["network"] == "clip"  # not where it lies
+    assert protocol["prompts"]["count"] == 10
+
+
+def test_clip_depends_on_which_prompt_is_whose(fake, tmp_path):
+    weights = {"clip": str(clip_folder(tmp_path / "clip"))}
+    prompts = [f"thing {i}" for i in range(10)]
+    one, other = (
+        Evaluation(["clip"], options(weights=weights, batch=batch), prompts=p).folder_row(fake).metrics["clip"].value
+        for batch, p in ((3, prompts), (10, prompts))
+    )
+    assert one == pytest.approx(other, abs=1e-6)
+    turned = Evaluation(["clip"], options(weights=weights), prompts=prompts[::-1]).folder_row(fake).metrics["clip"].value
+    assert turned != pytest.approx(one, abs=1e-6)
+
+
+def test_diversity_is_of_pictures_that_share_a_prompt(fake):
+    prompts = ["a", "b", "a", "c", "b", "a", "d", "e", "f", "g"]
+    row = Evaluation(["diversity"], options(), prompts=prompts).folder_row(fake)
+    rows = extract([tensors(range(100, 110))], network()).double()
+    of_a = np.mean([float((rows[i] - rows[j]).norm()) for i, j in itertools.combinations((0, 2, 5), 2)])
+    assert row.metrics["diversity"].value == pytest.approx((of_a + float((rows[1] - rows[4]).norm())) / 2)
+    with pytest.raises(WadiError, match="No prompt has two pictures"):
+        Evaluation(["diversity"], options(), prompts=list("abcdefghij")).folder_row(fake)
+    with pytest.raises(WadiError, match="prompt"):
+        Evaluation(["diversity"], options()).folder_row(fake)
+
+
+def test_unknown_metrics_and_missing_references_are_told(fake):
+    with pytest.raises(WadiError, match=r"no metric 'fidd'.*fid, kid"):
+        Judge(["fidd"])
+    with pytest.raises(WadiError, match="needs a reference"):
+        Evaluation(["fd"], options()).folder_row(fake)
+    with pytest.raises(WadiError, match="No metric"):
+        Judge([])
+
+
+# --- the command ------------------------------------------------------------------------------------------------------------
+
+
+def run(*arguments):
+    return main(["eval", *map(str, arguments)])
+
+
+def failed(capsys, *arguments):
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+QUICK = ("--features", "zoo", "--rounds", "5", "--device", "cpu")
+
+
+def test_a_folder_against_a_folder(real, fake, tmp_path, capsys):
+    out = tmp_path / "result.json"
+    assert run(fake, "--reference", real, "--metrics", "fd,pr", "--out", out, *QUICK) == 0
+    assert "| fake | 10 |" in capsys.readouterr().out
+    found = read_result(out)
+    assert set(found.rows[0].metrics) == {"fd zoo-classifier", "precision", "recall", "density", "coverage"}
+    assert found.command.startswith("wadi eval ")
+    assert found.environment["versions"]["torch"] == torch.__version__.split("+")[0] or "torch" in found.environment["versions"]
+
+
+@pytest.fixture(scope="module")
+def drawn(finished_run, prompts_path, tmp_path_factory):
+    """A student and its teacher, by a file of prompts and with the teacher's pictures as reference."""
+    place = tmp_path_factory.mktemp("drawn")
+    arguments = [
+        finished_run, "--protocol", prompts_path, "--reference", "teacher", "--teacher_steps", "2", "--beside_teacher",
+        "--metrics", "fd,kd,pr,diversity", "--pictures", place / "pictures", *QUICK,
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WADI_CACHE", str(place / "cache"))
+        assert run(*arguments, "--out", place / "a.json", "--table", place / "a.md", "--speed", "1") == 0
+    return place, arguments
+
+
+def test_a_run_beside_its_teacher(drawn):
+    place, _ = drawn
+    result = read_result(place / "a.json")
+    assert [row.name for row in result.rows] == [
+        "teacher, 2 steps", "teacher forced to one step, t = 999", "teacher forced to one step, t = 800", "finished, one step",
+    ]  # fmt: skip
+    assert [row.generator["steps"] for row in result.rows] == [2, 1, 1, 1]
+    assert result.rows[0].speed["evaluations"] == 4  # two steps, each with guidance
+    assert result.rows[3].speed["evaluations"] == 1
+    assert result.rows[3].speed["parameters"] == result.rows[0].speed["parameters"]
+    assert result.protocol["prompts"]["count"] == 4
+    assert result.protocol["reference"]["generator"]["steps"] == 2
+    assert result.protocol["seeds"]["set"] == 1
+    table = (place / "a.md").read_text()
+    assert "| finished, one step | 4 |" in table
+    assert result.hash in table
+
+
+def test_the_same_command_draws_nothing_and_measures_the_same(drawn, tmp_path, monkeypatch):
+    place, arguments = drawn
+    monkeypatch.setattr("wadi.evaluate.drawn.draw", None)
+    assert run(*arguments, "--out", tmp_path / "b.json") == 0
+    one, other = read_result(place / "a.json"), read_result(tmp_path / "b.json")
+    assert [row.metrics for row in other.rows] == [row.metrics for row in one.rows]
+    assert one.hash == other.hash
+    assert run("--compare", place / "a.json", tmp_path / "b.json") == 0
+
+
+def test_other_seeds_are_another_protocol(drawn, tmp_path, capsys):
+    place, arguments = drawn
+    assert run(*arguments, "--set", "2", "--out", tmp_path / "b.json") == 0
+    capsys.readouterr()
+    assert "seeds.set: 1 -> 2" in failed(capsys, "--compare", place / "a.json", tmp_path / "b.json")
+
+
+def test_a_reference_of_another_protocol_is_refused(drawn, finished_run, tmp_path, capsys):
+    place, _ = drawn
+    folder = next((place / "pictures").glob("*/teacher-*-set0"))
+    (tmp_path / "other.txt").write_text("red apple\nblue car\ngreen tree\nanother thing\n")
+    told = failed(
+        capsys, finished_run, "--protocol", tmp_path / "other.txt", "--reference", folder, "--metrics", "fd",
+        "--pictures", tmp_path / "pictures", *QUICK,
+    )  # fmt: skip
+    assert "drawn for another protocol: prompts.sha256" in told
+    student = next((place / "pictures").glob("*/student-*-set1"))
+    told = failed(capsys, student, "--protocol", tmp_path / "other.txt", "--reference", student, "--metrics", "fd", *QUICK)
+    assert "another protocol" in told
+
+
+def test_a_drawn_folder_knows_its_prompts(drawn, tmp_path):
+    place, _ = drawn
+    student = next((place / "pictures").glob("*/student-*-set1"))
+    weights = f"clip={clip_folder(tmp_path / 'clip')}"
+    assert run(student, "--metrics", "clip", "--weights", weights, "--out", tmp_path / "c.json", *QUICK) == 0
+    assert read_result(tmp_path / "c.json").rows[0].generator["kind"] == "folder"
+
+
+def test_coco_from_a_folder(finished_run, tmp_path, capsys):
+    root = coco(tmp_path / "coco")
+    arguments = (finished_run, "--protocol", "coco2017-5k", "--reference", root, "--metrics", "fd", *QUICK)
+    places = ("--pictures", tmp_path / "pictures", "--out", tmp_path / "a.json")
+    assert run(*arguments, "--count", "5", *places) == 0
+    result = read_result(tmp_path / "a.json")
+    assert result.protocol["size"] == 256
+    assert result.protocol["images"] == 5
+    assert result.protocol["reference"]["count"] == 6
+    capsys.readouterr()
+    assert "6 images" in failed(capsys, *arguments)
+    (root / "val2017" / "000000000107.jpg").unlink()
+    assert "val2017/000000000107.jpg" in failed(capsys, *arguments, "--count", "5")
+    assert "--reference FOLDER" in failed(capsys, finished_run, "--protocol", "coco2017-5k")
+
+
+def test_the_zoo_by_its_own_protocol(tmp_path):
+    arguments = ("zoo", "--protocol", "zoo", "--count", "4", "--metrics", "fd-zoo,top1", "--pictures", tmp_path / "pictures")
+    assert run(*arguments, "--out", tmp_path / "zoo.json", *QUICK) == 0
+    result = read_result(tmp_path / "zoo.json")
+    assert result.rows[0].name == "shipped student, one step"
+    assert result.rows[0].metrics["top1"].value >= 0.5  # two of four would be a broken student
+    assert result.protocol["reference"]["generator"]["steps"] == protocols.ZOO_STEPS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((), "Nothing to measure"),
+        (("gone/not/there",), "does not exist"),
+        (("FAKE", "--metrics", "fd"), "needs a reference"),
+        (("FAKE", "--reference", "EMPTY", "--metrics", "fd"), "holds no picture"),
+        (("EMPTY", "--reference", "FAKE", "--metrics", "fd"), "holds no picture"),
+        (("FAKE", "--reference", "FAKE", "--metrics", "fid"), "not on this machine. Fetch them from"),
+        (("FAKE", "--metrics", "clip", "--prompts", "PROMPTS"), "openai/clip-vit-base-patch32"),
+        (("FAKE", "--reference", "FAKE", "--metrics", "fd", "--features", "vgg"), "Expected embedded, inception"),
+        (("FAKE", "--metrics", "clip", "--weights", "clap=x"), "names 'clap'"),
+        (("FAKE", "--protocol", "coco2015"), "Expected zoo, coco2014-30k"),
+        (("RUN",), "Expected --protocol"),
+        (("RUN", "--protocol", "zoo", "--steps", "4"), "one-step student"),
+        (("RUN", "--protocol", "zoo", "--dtype", "int8"), "--dtype"),
+        (("FAKE", "--metrics", "top1"), "--protocol zoo"),
+        (("FAKE", "--reference", "FAKE", "--metrics", "fd", "--k", "0"), "at least 1"),
+        (("FAKE", "--reference", "teacher", "--metrics", "fd"), "no teacher is known"),
+        (("--compare", "gone.json", "also.json"), "gone.json"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_bad_input_is_one_line(fake, finished_run, tmp_path, capsys, arguments, told):
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "prompts.txt").write_text("".join(f"thing {i}\n" for i in range(10)))
+    places = {"FAKE": fake, "EMPTY": tmp_path / "EMPTY", "RUN": finished_run, "PROMPTS": tmp_path / "prompts.txt"}
+    assert told in failed(capsys, *(places.get(word, word) for word in arguments))
+
+
+def test_a_truncated_picture_is_named(real, fake, capsys):
+    content = (fake / "004.png").read_bytes()
+    (fake / "004.png").write_bytes(content[: len(content) // 2])
+    assert "004.png" in failed(capsys, fake, "--reference", real, "--metrics", "fd", *QUICK)
+
+
+def test_every_metric_has_a_name_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        run("--help")
+    assert "--compare" in capsys.readouterr().out
+    assert {"fid", "kid", "clip", "pr"} <= METRICS.keys()
+
+
+def test_a_result_is_plain_json(real, fake, tmp_path):
+    assert run(fake, "--reference", real, "--metrics", "fd", "--out", tmp_path / "a.json", *QUICK) == 0
+    assert set(json.loads((tmp_path / "a.json").read_text())) == {
+        "format", "protocol_hash", "command", "rows", "protocol", "environment",
+    }  # fmt: skip
