@@ -216,14 +216,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: median seconds with quartiles, ratio to the floor, peak memory."""
-    lines = ["| layout | seconds a step (quartiles) | x floor | parameters MiB | peak MiB |", "|---|---|---|---|---|"]
-    base = statistics.median(result["layouts"]["floor"]["seconds"])
+    """Markdown: seconds and the ratio to the floor of the same round, median (quartiles); memory."""
+    lines = [
+        "| layout | seconds a step (quartiles) | x floor (quartiles) | parameters MiB | peak MiB |",
+        "|---|---|---|---|---|",
+    ]
+    base = result["layouts"]["floor"]["seconds"]
     for layout, row in result["layouts"].items():
-        low, middle, high = statistics.quantiles(row["seconds"], n=4)
-        time_, ratio = f"{middle:.3f} ({low:.3f} to {high:.3f})", f"{middle / base:.2f}"
+        ratios = [own / floor for own, floor in zip(row["seconds"], base, strict=True)]
+        time_, ratio = (spread(values) for values in (row["seconds"], ratios))
         lines.append(f"| {layout} | {time_} | {ratio} | {row['parameters_mib']:.0f} | {row['peak_mib']:.0f} |")
     return "\n".join(lines)
+
+
+def spread(values: list[float]) -> str:
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import tiny
-from test_train import assert_same_run
+from runs import assert_same_run
 from wadi import embed as embedding
 from wadi.backbones import Condition, from_pipeline, load_pipeline
 from wadi.data import embeddings

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import tiny
-from test_train import state_of
+from runs import assert_same_run, at_steps, state_of, terminate
 from wadi import adapters
 from wadi.backbones import from_pipeline, load_pipeline
 from wadi.draws import Batch
 from wadi.errors import WadiError
 from wadi.optimizers import initial_state
-from wadi.train import attach_roles, distill, train_step
+from wadi.train import Interrupted, attach_roles, distill, train_step
 
 
 def test_checkpointed_blocks_are_computed_again_and_nothing_frozen_has_a_gradient(sd_folder, prompts_path):
@@ -54,6 +54,19 @@ def test_8_bit_moments_need_their_library(sd_folder, prompts_path, tmp_path, mon
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", SimpleNamespace(AdamW8bit=AdamW8bit))
     distill(config)
     assert [settings["lr"] for settings in made] == [config.student.lr, config.fake.lr]
+
+
+def test_a_run_with_8_bit_moments_resumes_to_the_bit(sd_folder, prompts_path, tmp_path, monkeypatch):
+    changes = {"optimizer": "adamw8bit", "steps": 4, "student": {"rank": 32}}
+    straight, broken = (tiny.settings(sd_folder, prompts_path, tmp_path / name, **changes) for name in ("straight", "broken"))
+    distill(straight)
+    at_steps(monkeypatch, [1], terminate)
+    with pytest.raises(Interrupted):
+        distill(broken)
+    distill(broken)
+    tensors, _ = state_of(tmp_path / "straight")
+    assert any(tensor.dtype == torch.uint8 and tensor.numel() >= 4096 for tensor in tensors.values())
+    assert_same_run(tmp_path / "straight", tmp_path / "broken")
 
 
 def test_sharding_takes_several_processes(sd_folder, prompts_path, tmp_path):

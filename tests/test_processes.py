@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import tiny
 from processes import distilled, finish, free_port, start, stopped_at
-from test_train import assert_same_run, state_of, stats_of
+from runs import assert_same_run, state_of, stats_of
 from wadi import checkpoint, draws
 from wadi.checkpoint import TrainState
 from wadi.data.prompts import PromptOrder

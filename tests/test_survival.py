@@ -13,7 +13,7 @@ import torch
 
 import tiny
 from processes import distilled, distilled_on_a_full_disk, finish, free_port, start
-from test_train import assert_same_run, state_of
+from runs import assert_same_run, state_of
 from wadi import checkpoint
 from wadi.errors import WadiError
 from wadi.run import LOCK, Run

@@ -61,10 +61,23 @@ def _training_tensors(state: TrainState) -> dict[str, Tensor]:
     tensors = {"generator": state.generator.get_state()}
     for role, optimizer in state.optimizers.items():
         for index, moments in optimizer.state_dict()["state"].items():
-            for name, value in moments.items():
+            for name, value in _flat(moments).items():
                 tensors[f"{role}.{index}.{name}"] = torch.as_tensor(value)
     tensors.update({f"ema.{key}": value for key, value in state.ema.items()})
     return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+
+
+def _flat(moments: dict[str, Any]) -> dict[str, Any]:
+    """Moments of one parameter by name; those of a group (bitsandbytes keeps what it quantizes in one) as ``group/name``."""
+    flat = {}
+    for name, value in moments.items():
+        if isinstance(value, dict):
+            flat |= {
+                f"{name}/{inner}": tensor.clone() for inner, tensor in value.items()
+            }  # tables are shared, files share nothing
+        else:
+            flat[name] = value
+    return flat
 
 
 def save(folder: Path, state: TrainState, teacher: str, keep: int, keep_every: int = 0) -> Path:
@@ -197,5 +210,9 @@ def _restore_optimizer(optimizer: Optimizer, role: str, tensors: dict[str, Tenso
     for key, value in tensors.items():
         if key.startswith(f"{role}."):
             _, index, name = key.split(".")
-            restored["state"].setdefault(int(index), {})[name] = value
+            place = restored["state"].setdefault(int(index), {})
+            *group, name = name.split("/")
+            place = place.setdefault(group[0], {}) if group else place
+            counted = not value.ndim and not value.is_floating_point()  # steps are a whole number in bitsandbytes
+            place[name] = int(value) if counted else value
     optimizer.load_state_dict(restored)
