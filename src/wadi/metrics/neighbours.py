@@ -55,8 +55,10 @@ def prdc(real: Tensor, fake: Tensor, k: int = 3, block: int = BLOCK) -> Neighbou
         WadiError: on fewer than ``k + 1`` images in a set, features that are not finite, or different dimensions.
     """
     found = membership(real, fake, k, block)
-    means = (float(part.double().mean()) for part in (found.precision, found.recall, found.density, found.coverage))
-    return Neighbours(*means, k)
+    precision, recall, density, coverage = (
+        float(part.double().mean()) for part in (found.precision, found.recall, found.density, found.coverage)
+    )
+    return Neighbours(precision, recall, density, coverage, k)
 
 
 def membership(real: Tensor, fake: Tensor, k: int = 3, block: int = BLOCK) -> Membership:

@@ -134,10 +134,11 @@ def image_reward(
     for module, state in zip((eye, reader, head), states, strict=True):
         hub.load_into(module, state, str(file))
         module.eval().requires_grad_(False).to(device)
+    size: Any = eye.config.image_size
     words, mean, std = load_tokenizer(tokenizer), *(torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
 
     def score(images: Images, prompts: Sequence[str]) -> Tensor:
-        pixels = torch.stack([crop(picture, eye.config.image_size) for picture in as_bytes(images)])
+        pixels = torch.stack([crop(picture, size) for picture in as_bytes(images)])
         seen = eye(pixel_values=((pixels - mean) / std).to(device)).last_hidden_state
         tokens = words(list(prompts), padding="max_length", truncation=True, max_length=REWARD_TOKENS, return_tensors="pt")
         read = reader(
