@@ -1,0 +1,1 @@
+"""What a one-step generator is for: an ordinary diffusers pipeline in, an ordinary diffusers pipeline out."""
