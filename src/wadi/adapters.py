@@ -192,17 +192,29 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    config = read_config(folder)
+    try:
+        return config, load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise WadiError(f"Adapter {str(folder)!r} is damaged: {error}. Expected files as PEFT writes them.") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What an adapter folder's config says, the weights unread.
+
+    Raises:
+        WadiError: as `read`.
+    """
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise WadiError(f"{str(folder)!r} is no adapter folder. Expected {CONFIG} and {WEIGHTS} in it.")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise WadiError(f"Adapter {str(folder)!r} is damaged: {error}. Expected files as PEFT writes them.") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORAD":
         raise WadiError(f"Adapter {str(folder)!r} is of type {kind!r} by its {CONFIG}. Expected 'LORAD'.")
-    return config, tensors
+    return dict(config)
 
 
 def restore(model: nn.Module, name: str, tensors: dict[str, Tensor], source: object = "the checkpoint") -> None:
