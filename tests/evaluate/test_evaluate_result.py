@@ -100,11 +100,16 @@ def test_digits_follow_the_spread(number, text):
     assert told(number) == text
 
 
-def test_tables_show_every_metric_and_speed():
-    one = Row("a", {}, 8, {"fid": Number(1.0)}, {"images_per_second": 3.25, "peak_memory_mib": None, "repeats": 3})
-    lines = table([one, Row("b", {}, 8, {"kid": Number(2.0)})]).splitlines()
-    assert lines[0] == "|  | images | FID | KID | images per second |"
-    assert lines[2:] == ["| a | 8 | 1 |  | 3.2 |", "| b | 8 |  | 2 |  |"]
+def test_tables_show_every_metric_and_speed_beside(tmp_path):
+    speed = {"images_per_second": 3.25, "peak_memory_mib": None, "parameters": 12345, "repeats": 3}
+    one = Row("a", {}, 8, {"fid": Number(1.0)}, speed)
+    lines = table([one, Row("b", {}, 8, {"kid": Number(2.0), "fd net": Number(3.0)})]).splitlines()
+    assert lines[0] == "|  | images | FID | KID | Frechet distance, net |"
+    assert lines[2:4] == ["| a | 8 | 1 |  |  |", "| b | 8 |  | 2 | 3 |"]
+    assert lines[5].startswith("|  | images per second | latency p50, ms |")
+    assert lines[7:] == ["| a | 3.2 |  |  |  | 12,345 |  |"]
+    dataclasses.replace(result(), rows=[one]).save(tmp_path / "a.json")
+    assert "images per second" not in compare(tmp_path / "a.json", tmp_path / "a.json")
 
 
 def test_a_table_goes_between_its_markers(tmp_path):

@@ -266,6 +266,15 @@ def test_a_run_beside_its_teacher(drawn):
     assert result.hash in table
 
 
+def test_the_reference_is_from_other_noise(drawn):
+    """Set 0, as the settings tell; what is measured is set 1."""
+    seeds = {}
+    for folder in (drawn[0] / "pictures").glob("*/teacher-*"):
+        lines = (folder / "prompts.jsonl").read_text().splitlines()
+        seeds[folder.name[-4:]] = [json.loads(line)["seed"] for line in lines]
+    assert seeds == {"set0": [0, 1, 2, 3], "set1": [1_000_000 + i for i in range(4)]}
+
+
 def test_the_same_command_draws_nothing_and_measures_the_same(drawn, tmp_path, monkeypatch):
     place, arguments = drawn
     monkeypatch.setattr("wadi.evaluate.drawn.draw", None)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ def read_result(path: str | Path) -> Result:
 
 
 def compare(first: str | Path, second: str | Path) -> str:
-    """Both results' rows in one table.
+    """Both results' rows in one table, but for speed, which is the machine's.
 
     Raises:
         WadiError: if they were not measured alike, naming each setting that differs.
@@ -133,37 +133,47 @@ def compare(first: str | Path, second: str | Path) -> str:
             f"{str(first)!r} and {str(second)!r} were not measured alike: {told}. Expected equal protocol hashes, or the "
             "numbers say nothing about each other: measure one of them again."
         )
-    return table([*one.rows, *two.rows])
+    return table([replace(row, speed=None) for row in (*one.rows, *two.rows)])
 
 
 LABELS = {
-    "fid": "FID", "kid": "KID", "clip": "CLIP score", "top1": "concept named (top-1)", "diversity": "same-prompt diversity",
-    "precision": "precision", "recall": "recall", "density": "density", "coverage": "coverage",
+    "fid": "FID", "kid": "KID", "fd": "Frechet distance", "kd": "kernel distance", "clip": "CLIP score",
+    "top1": "concept named (top-1)", "diversity": "same-prompt diversity", "fd-zoo": "Frechet distance, zoo-classifier",
+}  # fmt: skip
+SPEED = {
+    "images_per_second": ("images per second", "{:.1f}"), "latency_p50_ms": ("latency p50, ms", "{:.0f}"),
+    "latency_p95_ms": ("latency p95, ms", "{:.0f}"), "peak_memory_mib": ("peak memory, MiB", "{:.0f}"),
+    "parameters": ("parameters", "{:,}"), "evaluations": ("network evaluations per image", "{:g}"),
 }  # fmt: skip
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: a line per row, a column per metric that any row has, ``value ± std``."""
+    """Markdown: a line per row, a column per metric that any row has, ``value ± std``; speed, where measured, in another."""
     names = list(dict.fromkeys(name for row in rows for name in row.metrics))
-    speeds = [name for name in SPEED if any((row.speed or {}).get(name) is not None for row in rows)]
-    head = ["", "images", *(LABELS.get(name, name) for name in names), *(SPEED[name][0] for name in speeds)]
-    lines = [head, ["---"] * len(head)]
-    for row in rows:
-        cells = [told(row.metrics[name]) if name in row.metrics else "" for name in names]
-        lines.append([row.name, str(row.images), *cells, *(_quick(row, name) for name in speeds)])
+    cells = [[told(row.metrics[name]) if name in row.metrics else "" for name in names] for row in rows]
+    counted = [[str(row.images), *line] for row, line in zip(rows, cells, strict=True)]
+    quality = _markdown(["images", *map(label, names)], rows, counted)
+    timed = [row for row in rows if row.speed is not None]
+    if not timed:
+        return quality
+    quick = [[_quick(row, name) for name in SPEED] for row in timed]
+    return f"{quality}\n\n{_markdown([title for title, _ in SPEED.values()], timed, quick)}"
+
+
+def label(name: str) -> str:
+    """A metric's heading: a distance on other features is named after their network."""
+    kind, _, network = name.partition(" ")
+    return LABELS.get(kind, kind) + (f", {network}" if network else "")
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Row], cells: Sequence[Sequence[str]]) -> str:
+    lines = [["", *head], ["---"] * (len(head) + 1), *([row.name, *line] for row, line in zip(rows, cells, strict=True))]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _quick(row: Row, name: str) -> str:
     value = (row.speed or {}).get(name)
     return "" if value is None else SPEED[name][1].format(value)
-
-
-SPEED = {
-    "images_per_second": ("images per second", "{:.1f}"), "latency_p50_ms": ("latency p50, ms", "{:.0f}"),
-    "latency_p95_ms": ("latency p95, ms", "{:.0f}"), "peak_memory_mib": ("peak memory, MiB", "{:.0f}"),
-    "parameters": ("parameters", "{:,}"), "evaluations": ("network evaluations", "{:g}"),
-}  # fmt: skip
 
 
 BEGIN, END = "<!-- wadi eval: begin -->", "<!-- wadi eval: end -->"

@@ -15,6 +15,7 @@ from wadi.backbones import from_pipeline
 from wadi.errors import WadiError
 from wadi.evaluate import drawn
 from wadi.evaluate.generators import Generator, same_family
+from wadi.evaluate.memory import peak_mib
 from wadi.evaluate.pictures import content_digest, files_in
 from wadi.evaluate.protocols import SEED_STEP, Protocol
 from wadi.evaluate.result import Result, Row, environment
@@ -227,7 +228,14 @@ def time_generators(
         return Subject(call, from_pipeline(pipeline).network, modules)
 
     subjects = {generator.name: subject(generator) for generator in generators}
-    return {speed.name: asdict(speed) for speed in measure(subjects, repeats, batch, device)}
+    found = {speed.name: asdict(speed) for speed in measure(subjects, repeats, batch, device)}
+    for name, timed in subjects.items():  # each by itself: all of them lie in this process at once
+
+        def call(timed: Subject = timed) -> None:
+            timed.call(batch)
+
+        found[name]["peak_memory_mib"] = peak_mib(call, (timed.network, *timed.modules), device)
+    return found
 
 
 def _numbered(folder: Path, count: int) -> list[Path]:
