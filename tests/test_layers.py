@@ -13,7 +13,7 @@ ROOT = Path(wadi.__file__).parent
 RANKS = (
     {"errors", "_peft_hook"},
     {"files", "device", "ranks"},
-    {"process", "config", "embedded", "images", "progress"},
+    {"process", "config", "embedded", "images", "progress", "figures"},
     {"presets", "lorad", "data"},
     {"adapters"},
     {"backbones"},
@@ -24,7 +24,7 @@ RANKS = (
     {"train", "generate", "report", "metrics", "analysis", "downstream"},
     {"zoo", "plan", "extract", "authors"},
     {"evaluate"},
-    {"cli", "cli_zoo", "cli_embed", "cli_eval", "app", "__main__"},
+    {"cli", "cli_zoo", "cli_control", "cli_embed", "cli_dreambooth", "cli_eval", "cli_generate", "cli_analysis", "cli_invert", "app", "__main__"},
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 # Of rank 6 in the design, each talks to the others through files; the measures are pure functions on tensors.
