@@ -348,6 +348,12 @@ def _swap(argv: Sequence[str]) -> int:
     return swap(argv, _parse, _parser)
 
 
+def _invert_relation(argv: Sequence[str]) -> int:
+    from wadi.cli_invert import run
+
+    return run(argv, _parse, _parser)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "distill": (
         "train a one-step student of a teacher; the same command continues an interrupted run",
@@ -362,6 +368,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "analyze": ("what distillation changed in the weights: norms, directions, ranks, angles", _analyze),
     "swap": ("a student with the teacher's norms or directions put back, as a pipeline", _swap),
     "eval": ("measure pictures, or those that a run draws by a protocol; compare results", _eval),
+    "invert-relation": ("learn a token for a relation from pictures that share it", _invert_relation),
     "report": ("write a run's report.html", _report),
     "zoo": ("the embedded teacher: train, measure", _zoo),
 }

@@ -1,0 +1,155 @@
+"""Exemplars of a relation: pictures that all show it, and coarse descriptions that say between what.
+
+A folder holds pictures and ``descriptions.jsonl``, one object a line: ``{"file": "00.png", "text": "fox <R> pizza"}``, where
+``text`` is a sentence or a list of sentences with the token in it. ReVersion's own ``text.json``
+(``{"0.jpg": ["cat {} stone", ...]}``) is read as well.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from wadi.errors import WadiError
+
+DESCRIPTIONS, TEMPLATES = "descriptions.jsonl", "text.json"
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+@dataclass(frozen=True)
+class Exemplars:
+    """``pictures`` ``(N, 3, height, width)`` in [0, 1]; ``sentences[i]`` describe picture ``i``, each with the token in it."""
+
+    pictures: Tensor
+    sentences: list[list[str]]
+
+    def __len__(self) -> int:
+        return len(self.sentences)
+
+
+def read_exemplars(folder: Path, token: str, resolution: tuple[int, int]) -> Exemplars:
+    """The exemplars of ``folder``, cropped about their centre to ``resolution`` ``(height, width)``, in the order of names.
+
+    Raises:
+        WadiError: if there are fewer than two pictures, one of them cannot be read or has no description, or a description
+            lacks ``token`` or names no picture.
+    """
+    if not folder.is_dir():
+        raise WadiError(f"Exemplars {str(folder)!r} do not exist. Expected a folder of pictures and {DESCRIPTIONS}.")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    if len(paths) < 2:
+        found = f"a single picture, {paths[0].name}" if paths else "no picture"
+        raise WadiError(
+            f"Exemplar folder {str(folder)!r} holds {found}. Expected at least 2, better ten ({', '.join(sorted(SUFFIXES))}): "
+            "only what several share can be told from what one shows."
+        )
+    described = _described(folder, token)
+    names = [path.name for path in paths]
+    if bare := [name for name in names if name not in described]:
+        raise WadiError(
+            f"{str(folder)!r} holds no description of {_some(bare)}. Expected one for every picture in {DESCRIPTIONS}."
+        )
+    if lost := sorted(described.keys() - set(names)):
+        raise WadiError(
+            f"Descriptions in {str(folder)!r} name {_some(lost)}, which are not there. Expected pictures by these names."
+        )
+    return Exemplars(torch.stack([read_picture(path, resolution) for path in paths]), [described[name] for name in names])
+
+
+def _described(folder: Path, token: str) -> dict[str, list[str]]:
+    """Sentences by file name, each with ``token`` in it."""
+    if (folder / DESCRIPTIONS).is_file():
+        described = dict(_lines(folder / DESCRIPTIONS))
+    elif (folder / TEMPLATES).is_file():
+        read = _json(_text(folder / TEMPLATES), folder / TEMPLATES)
+        if not isinstance(read, dict):
+            raise WadiError(f"{str(folder / TEMPLATES)!r} holds a {type(read).__name__}. Expected an object of file names.")
+        described = {name: _sentences(said, f"{TEMPLATES}, {name}") for name, said in read.items()}
+        described = {name: [sentence.replace("{}", token) for sentence in said] for name, said in described.items()}
+    else:
+        raise WadiError(
+            f"Exemplar folder {str(folder)!r} has no {DESCRIPTIONS}. Expected one line for each picture, such as "
+            f'{{"file": "00.png", "text": "fox {token} pizza"}}.'
+        )
+    for name, sentences in described.items():
+        for sentence in sentences:
+            if token not in sentence:
+                raise WadiError(
+                    f"The description of {name} is {sentence!r}, without {token}. Expected the token between what it relates, "
+                    f"such as 'fox {token} pizza'."
+                )
+    return described
+
+
+def _lines(path: Path) -> Iterable[tuple[str, list[str]]]:
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        row = _json(line, f"{path}, line {number}")
+        if not isinstance(row, dict) or not isinstance(row.get("file"), str) or "text" not in row:
+            raise WadiError(f"{path}, line {number} is {line.strip()[:80]!r}. Expected an object with 'file' and 'text'.")
+        yield row["file"], _sentences(row["text"], f"{path}, line {number}")
+
+
+def _sentences(said: Any, where: str) -> list[str]:
+    sentences = [said] if isinstance(said, str) else said
+    if not isinstance(sentences, list) or not sentences or not all(isinstance(s, str) and s.strip() for s in sentences):
+        raise WadiError(f"The description in {where} is {str(said)[:80]!r}. Expected a sentence or a list of sentences.")
+    return [sentence.strip() for sentence in sentences]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise WadiError(f"{str(path)!r} could not be read: {error}. Expected UTF-8 text.") from error
+
+
+def _json(text: str, where: object) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise WadiError(f"{where} is no JSON: {error}. Expected an object with 'file' and 'text'.") from error
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def read_picture(path: Path, resolution: tuple[int, int]) -> Tensor:
+    """A picture ``(3, height, width)`` in [0, 1]: turned upright, laid on white, cropped about its centre.
+
+    Raises:
+        WadiError: if the file is no picture.
+    """
+    height, width = resolution
+    try:
+        with Image.open(path) as opened:
+            picture = ImageOps.exif_transpose(opened).convert("RGBA")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        raise WadiError(
+            f"Picture {str(path)!r} cannot be read: {error}. Expected a whole PNG, JPEG, WebP or BMP file."
+        ) from error
+    white = Image.new("RGBA", picture.size, "white")
+    fitted = ImageOps.fit(Image.alpha_composite(white, picture).convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255
+
+
+@torch.no_grad()
+def latents_of(backbone: Any, pictures: Tensor, batch: int = 16) -> Tensor:
+    """Latents ``(N, C, h, w)`` float32 that decode to ``pictures``: the mode of the autoencoder's posterior, normalised."""
+    vae = backbone.pipeline.vae
+    scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
+    parts = []
+    for part in pictures.split(batch):
+        posterior = vae.encode((2 * part - 1).to(vae.device, vae.dtype)).latent_dist
+        parts.append((posterior.mode().float() - shift) * scale)
+    return torch.cat(parts)
