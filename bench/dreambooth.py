@@ -1,0 +1,310 @@
+"""DreamBooth on the embedded models: LoRaD against LoRA, and four ways to the one-step student.
+
+    python bench/dreambooth.py                      # trains what is missing, measures, writes table, JSON and picture
+    python bench/dreambooth.py --sweep              # learning rates, on the first subject
+
+Every training is the command `wadi dreambooth`; its result stays in --work and is not made again. What is measured depends on
+the shipped student too: with another one only its own rows are made anew. Three subjects (examples/subject), --seeds of each.
+
+    subject      mean cosine similarity, in the features of the zoo's classifier (which was never taught these icons), of
+                 pictures of the subject's prompt with the subject's own pictures
+    background   of pictures of "sks X, on a C background", how many have a border of which C is the nearest of ten colours
+    elsewhere    of pictures of other captions, how many the classifier names right
+    sharpness    of those, mean absolute Laplacian, of that of the same model before
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from machine import machine
+from wadi import images
+from wadi.backbones import load_pipeline
+from wadi.cli import main as wadi
+from wadi.downstream.dreambooth_data import read_subject
+from wadi.downstream.lora import apply_lora
+from wadi.embedded import embedded
+from wadi.generate import draw, load
+from wadi.zoo import COLOURS, caption, eval_prompts, load_classifier
+
+SUBJECTS = {
+    "green-apple": ("sks apple", "red apple"),
+    "teddy-bear": ("sks panda", "panda"),
+    "alarm-clock": ("sks watch", "watch"),
+}
+STEPS, GUIDANCE = 25, 2.5
+PLAIN = 6  # pictures of the subject's bare prompt; ten more name a background
+ELSEWHERE = {"teacher": 24, "student": 106}
+# name of a training: options of the command
+TRAININGS = {
+    "teacher-lorad": ["--teacher=zoo", "--method=lorad"],
+    "teacher-lora": ["--teacher=zoo", "--method=lora"],
+    "teacher-full": ["--teacher=zoo", "--method=full"],
+    "student-lorad": ["--student=zoo", "--method=lorad"],
+    "student-lora": ["--student=zoo", "--method=lora"],
+    "student-lora-diffusion": ["--student=zoo", "--method=lora", "--loss=diffusion"],
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A generator to measure: whose picture, the training it takes, how it is put on."""
+
+    label: str
+    model: str  # teacher or student
+    training: str | None = None
+    way: str = "plain"
+
+
+ROWS = (
+    Row("teacher, before", "teacher"),
+    Row("teacher, LoRaD", "teacher", "teacher-lorad"),
+    Row("teacher, LoRA", "teacher", "teacher-lora"),
+    Row("teacher, full weights", "teacher", "teacher-full", "pipeline"),
+    Row("student, before", "student"),
+    Row("student, teacher's LoRaD (angles add)", "student", "teacher-lorad"),
+    Row("student, teacher's LoRA added", "student", "teacher-lora"),
+    Row("student, teacher's LoRA turned along", "student", "teacher-lora", "turned"),
+    Row("student's angles on the teacher's full weights", "student", "teacher-full", "pipeline"),
+    Row("student, LoRaD trained through its step", "student", "student-lorad"),
+    Row("student, LoRA trained through its step", "student", "student-lora"),
+    Row("student, LoRA trained by the diffusion loss", "student", "student-lora-diffusion"),
+)
+
+
+# --- trainings --------------------------------------------------------------------------------------------------------------
+
+
+def trained(work: Path, name: str, subject: str, seed: int, options: Sequence[str] = ()) -> Path:
+    """The folder of a training, made if it is not there."""
+    prompt, prior = SUBJECTS[subject]
+    whose = digest() if name.startswith("student") else ""
+    out = work / "-".join(filter(None, [subject, name, str(seed), whose, *(o.strip("-").replace("=", "") for o in options)]))
+    if not out.is_dir():
+        common = [f"--subject=examples/subject/{subject}", f"--prompt={prompt}", f"--out={out}", f"--seed={seed}"]
+        cheap = ["--prior_count=16", "--prior_steps=10", "--picture=false"]
+        code = wadi(["dreambooth", "--prior_prompt", prior, *common, *cheap, *TRAININGS[name], *options])
+        if code:
+            raise SystemExit(code)
+    return out
+
+
+def digest() -> str:
+    """A short name for the shipped student."""
+    return hashlib.sha256((embedded("student") / "adapter_model.safetensors").read_bytes()).hexdigest()[:8]
+
+
+def pipeline_of(row: Row, folder: Path | None) -> Any:
+    """The pipeline that a row draws with."""
+    if row.way == "pipeline":
+        return load_pipeline(str(folder)) if row.model == "teacher" else load(adapter=embedded("student"), teacher=folder)
+    pipeline = load_pipeline(embedded("teacher")) if row.model == "teacher" else load()
+    if folder is not None:
+        apply_lora(pipeline, folder, student=embedded("student") if row.way == "turned" else None)
+    return pipeline
+
+
+# --- measures ---------------------------------------------------------------------------------------------------------------
+
+
+def pictures(pipeline: Any, model: str, prompts: Sequence[str], seed: int) -> Tensor:
+    """``(N, 3, 64, 64)`` in [0, 1]."""
+    steps, guidance = (STEPS, GUIDANCE) if model == "teacher" else (1, None)
+    drawn = draw(pipeline, prompts, range(seed, seed + len(prompts)), steps, guidance, batch=32).pictures
+    return (
+        torch.stack([torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).view(64, 64, 3) for p in drawn]).permute(
+            0, 3, 1, 2
+        )
+        / 255
+    )
+
+
+def similarity(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine similarity of every row of ``a`` with every row of ``b``."""
+    return F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
+
+
+def border_colour(picture: Tensor) -> str:
+    """The named colour nearest to the median of the outermost two pixels."""
+    frame = torch.ones(64, 64, dtype=torch.bool)
+    frame[2:-2, 2:-2] = False
+    rgb = picture[:, frame].median(1).values
+    names = list(COLOURS)
+    return names[int((torch.tensor([COLOURS[name] for name in names]) / 255 - rgb).norm(dim=1).argmin())]
+
+
+def laplacian(found: Tensor) -> float:
+    """Mean absolute Laplacian of grey pictures: what blur takes away."""
+    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
+    return float(F.conv2d(found.mean(1, keepdim=True), kernel).abs().mean())
+
+
+@torch.no_grad()
+def measure(pipeline: Any, model: str, subject: str, seed: int, judge: Any) -> dict[str, float]:
+    """The four measures; noise is the same for every row of one subject and seed."""
+    prompt, _ = SUBJECTS[subject]
+    own, _ = read_subject(Path("examples/subject") / subject, (64, 64))
+    wanted = [*[None] * PLAIN, *COLOURS]
+    found = pictures(pipeline, model, [caption(prompt, None, colour) for colour in wanted], 1000 + 100 * seed)
+    obeyed = [border_colour(picture) == colour for picture, colour in zip(found, wanted, strict=True) if colour]
+    rows = eval_prompts()[: ELSEWHERE[model]]
+    others = pictures(pipeline, model, [text for text, _, _ in rows], 5000)
+    return {
+        "subject": float(similarity(judge.features(found), judge.features(own)).mean()),
+        "background": sum(obeyed) / len(obeyed),
+        "elsewhere": judge.top1(others, [concept for _, concept, _ in rows]),
+        "laplacian": laplacian(others),
+    }
+
+
+def ceiling(judge: Any) -> float:
+    """How similar the subjects' own pictures are to each other, each picture with the other four."""
+    found = []
+    for subject in SUBJECTS:
+        own, _ = read_subject(Path("examples/subject") / subject, (64, 64))
+        with torch.no_grad():
+            same = similarity(judge.features(own), judge.features(own))
+        found.append(float((same.sum() - len(own)) / (len(own) * (len(own) - 1))))
+    return statistics.fmean(found)
+
+
+def measured(row: Row, subject: str, seed: int, work: Path, judge: Any) -> dict[str, float]:
+    """A row's measures, from the file beside the training if they were made before."""
+    folder = trained(work, row.training, subject, seed) if row.training else None
+    whose = f"-{digest()}" if row.model == "student" else ""
+    place = work / "measures" / f"{subject}-{seed}-{row.model}-{row.training}-{row.way}{whose}.json"
+    if not place.is_file():
+        found = measure(pipeline_of(row, folder), row.model, subject, seed, judge)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(found))
+    return json.loads(place.read_text())
+
+
+def collect(work: Path, seeds: int, full_seeds: int) -> dict[str, dict[str, list[float]]]:
+    """Measures of every row over subjects and seeds; sharpness against the model before."""
+    judge, table = load_classifier(), {}
+    before: dict[tuple[str, str, int], float] = {}
+    for row in ROWS:
+        columns: dict[str, list[float]] = {"subject": [], "background": [], "elsewhere": [], "sharpness": []}
+        for subject in SUBJECTS:
+            for seed in range(full_seeds if row.training not in ("teacher-lorad", "teacher-lora", None) else seeds):
+                found = measured(row, subject, seed, work, judge)
+                if row.training is None:
+                    before[row.model, subject, seed] = found["laplacian"]
+                found["sharpness"] = found["laplacian"] / before[row.model, subject, seed]
+                for name, values in columns.items():
+                    values.append(found[name])
+        table[row.label] = columns
+        print(line(row.label, columns), flush=True)
+    return table
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------------------
+
+
+def line(label: str, columns: dict[str, list[float]]) -> str:
+    """A row of the table: mean and standard deviation over subjects and seeds."""
+    cells = [f"{statistics.fmean(v):.3f} ± {statistics.stdev(v) if len(v) > 1 else 0:.3f}" for v in columns.values()]
+    return f"| {label} | {' | '.join(cells)} | {len(columns['subject'])} |"
+
+
+HEAD = """| | subject | background | elsewhere | sharpness | trainings |
+|---|---|---|---|---|---|"""
+
+
+def latency(model: str, count: int) -> float:
+    """Median milliseconds of one picture at a time, decoding included."""
+    pipeline, times = pipeline_of(Row("", model), None), []
+    steps, guidance = (STEPS, GUIDANCE) if model == "teacher" else (1, None)
+    draw(pipeline, ["red apple"], [0], 1)
+    for seed in range(count):
+        start = time.perf_counter()
+        draw(pipeline, ["red apple"], [seed], steps, guidance)
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def picture(work: Path, path: Path) -> None:
+    """Three subjects, plain and on purple, and a caption of something else, by the ways compared."""
+    chosen = [row for row in ROWS if row.training != "teacher-full"]
+    prompts = [text for prompt, _ in SUBJECTS.values() for text in (prompt, caption(prompt, None, "purple"))]
+    other = "pizza, noto style, on a blue background"
+    own = [read_subject(Path("examples/subject") / subject, (64, 64))[1][0] for subject in SUBJECTS]
+    rows, labels = [[cell for one in own for cell in (one, images.to_pil(torch.ones(3, 64, 64)))]], ["one of five\npictures"]
+    for row in chosen:
+        cells = []
+        for subject, (prompt, _) in SUBJECTS.items():
+            pipeline = pipeline_of(row, trained(work, row.training, subject, 0) if row.training else None)
+            texts = [prompt, caption(prompt, None, "purple")] + ([other] if subject == list(SUBJECTS)[-1] else [])
+            cells += [images.to_pil(p) for p in pictures(pipeline, row.model, texts, 7)]
+        rows.append(cells)
+        labels.append(
+            row.label.replace(", ", ",\n", 1)
+            .replace(" trained by the", " trained\nby the")
+            .replace(" trained thr", " trained\nthr")
+        )
+    images.save_png(images.grid(rows, labels, [*prompts, other], scale=2), path)
+
+
+def sweep(work: Path, rates: Sequence[float], names: Sequence[str], steps: int) -> None:
+    """Learning rates, one seed of the first subject each."""
+    judge, subject = load_classifier(), next(iter(SUBJECTS))
+    print(HEAD)
+    for name in names:
+        for rate in rates:
+            folder = trained(work / "sweep", name, subject, 0, [f"--lr={rate}", f"--steps={steps}"])
+            model = name.split("-")[0]
+            for shown in dict.fromkeys((model, "student")):
+                row = Row(f"{name} lr {rate} on {shown}", shown, name, "pipeline" if name.endswith("full") else "plain")
+                found = measure(pipeline_of(row, folder), shown, subject, 0, judge)
+                print(line(row.label, {k: [v] for k, v in found.items()}), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/dreambooth"))
+    parser.add_argument("--seeds", type=int, default=2, help="of LoRaD and LoRA on the teacher")
+    parser.add_argument("--other_seeds", type=int, default=1, help="of the other trainings")
+    parser.add_argument("--json", type=Path, default=Path("bench/results/dreambooth.json"))
+    parser.add_argument("--picture", type=Path, default=Path("docs/images/dreambooth.png"))
+    parser.add_argument("--fresh", action="store_true", help="train and measure everything anew")
+    parser.add_argument("--sweep", nargs="*", type=float, default=None, help="learning rates to try instead")
+    parser.add_argument("--sweep_names", nargs="+", default=["teacher-lorad", "teacher-lora"])
+    parser.add_argument("--sweep_steps", type=int, default=200)
+    args = parser.parse_args()
+    if args.fresh:
+        shutil.rmtree(args.work, ignore_errors=True)
+    if args.sweep is not None:
+        sweep(args.work, args.sweep, args.sweep_names, args.sweep_steps)
+        return
+    print(f"ceiling, the subjects' own pictures: {ceiling(load_classifier()):.3f}\n{HEAD}")
+    table = collect(args.work, args.seeds, args.other_seeds)
+    slow, fast = latency("teacher", 5), latency("student", 20)
+    print(f"\nteacher {slow:.0f} ms, student {fast:.0f} ms per picture, {slow / fast:.1f} times as fast; {machine()}")
+    about = {
+        "machine": machine(),
+        "student": digest(),
+        "ceiling": ceiling(load_classifier()),
+        "teacher_ms": slow,
+        "student_ms": fast,
+    }
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(about | {"rows": table}, indent=1) + "\n")
+    picture(args.work, args.picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Write examples/subject: three icons the embedded teacher was never taught, five pictures of each in other places.
+
+    python bench/dreambooth_subjects.py --sprites runs/zoo/sprites.safetensors     # of `wadi zoo train --stage data`
+
+Noto Emoji (Google Inc., Apache-2.0); sizes and places are as in the teacher's own training pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from wadi.images import save_png, to_pil
+from wadi.zoo.compose import Pose, compose, random_pose
+from wadi.zoo.concepts import COLOURS, CONCEPTS
+from wadi.zoo.icons import load_sprites
+from wadi.zoo.teacher import SMALLEST
+
+SUBJECTS = ("green-apple", "teddy-bear", "alarm-clock")
+BACKGROUNDS = ("white", "yellow", "pink", "blue", "grey")  # the other five are left for prompts to ask for
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sprites", type=Path, default=Path("runs/zoo/sprites.safetensors"))
+    parser.add_argument("--out", type=Path, default=Path("examples/subject"))
+    args = parser.parse_args()
+    sprites = load_sprites(args.sprites)
+    at = {(icon, style): i for i, (icon, style) in enumerate(zip(sprites.icons, sprites.styles, strict=True))}
+    names = list(COLOURS)
+    for number, subject in enumerate(SUBJECTS):
+        assert subject not in CONCEPTS.values(), f"the teacher knows {subject}"
+        pose = random_pose(len(BACKGROUNDS), torch.Generator().manual_seed(number), SMALLEST, mirror=False)
+        colour = torch.tensor([names.index(name) for name in BACKGROUNDS])
+        rgb = torch.tensor([COLOURS[name] for name in BACKGROUNDS]) / 255
+        sprite = sprites.pixels[at[subject, "noto"]].expand(len(BACKGROUNDS), -1, -1, -1)
+        for name, picture in zip(BACKGROUNDS, compose(sprite, Pose(colour, rgb, pose.theta)), strict=True):
+            save_png(to_pil(picture), args.out / subject / f"{name}.png")
+    (args.out / "README.md").write_text(README)
+
+
+README = """# Three subjects for `wadi dreambooth`
+
+Five pictures each of a green apple, a teddy bear and an alarm clock, 64 x 64, on plain backgrounds. The embedded teacher was
+taught none of the three icons (its autoencoder has seen them). Made by `python bench/dreambooth_subjects.py`.
+
+From Noto Emoji, Google Inc., Apache-2.0, https://github.com/googlefonts/noto-emoji; they were rasterised, scaled and laid on
+coloured backgrounds.
+"""
+
+if __name__ == "__main__":
+    main()

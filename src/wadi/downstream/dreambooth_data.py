@@ -1,0 +1,117 @@
+"""What customisation learns from: a folder of pictures as latents, and pictures of the class that the model draws itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from wadi.backbones import Backbone, Condition
+from wadi.errors import WadiError
+from wadi.sampling import many_steps, noise, one_step
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_MOMENTS = ("latents_mean", "latents_std")
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What the model drew before: latents ``x0`` ``(M, C, H, W)`` of noise ``z``, and the condition of each."""
+
+    z: Tensor
+    x0: Tensor
+    condition: Condition
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures of ``folder`` by name.
+
+    Raises:
+        WadiError: if there is no such folder, or no picture in it.
+    """
+    if not folder.is_dir():
+        raise WadiError(f"The subject's folder {str(folder)!r} does not exist. Expected a folder of pictures of one subject.")
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise WadiError(f"The subject's folder {str(folder)!r} holds no picture. Expected a few, as {', '.join(SUFFIXES)}.")
+    return found
+
+
+def read_subject(folder: Path, resolution: tuple[int, int]) -> tuple[Tensor, list[Image.Image]]:
+    """The subject's pictures ``(N, 3, height, width)`` in [0, 1], and as pictures: middle cut out, transparency on white.
+
+    Raises:
+        WadiError: if there is none, or one cannot be read (which).
+    """
+    pictures = [_fit(_open(path), resolution) for path in pictures_in(folder)]
+    return torch.stack([_tensor(picture) for picture in pictures]), pictures
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as file:
+            file.load()
+            picture = file.convert("RGBA")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise WadiError(
+            f"Picture {str(path)!r} cannot be read: {error}. Expected an intact picture: replace or remove it."
+        ) from error
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
+def _fit(picture: Image.Image, resolution: tuple[int, int]) -> Image.Image:
+    from PIL import ImageOps
+
+    height, width = resolution
+    return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+
+
+def _tensor(picture: Image.Image) -> Tensor:
+    height, width = picture.height, picture.width
+    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1) / 255
+
+
+@torch.no_grad()
+def encode_pictures(backbone: Backbone, pictures: Tensor) -> Tensor:
+    """Latents ``(N, C, H, W)``, float32, of pictures in [0, 1]: inverse of `Backbone.decode`, the posterior's mode."""
+    vae = backbone.pipeline.vae
+    encoded = [_mode(vae.encode((2 * part - 1).to(vae.device, vae.dtype))) for part in pictures.split(4)]
+    latents, config = torch.cat(encoded).float(), vae.config
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        mean, std = (torch.tensor(config[key], device=latents.device).view(1, -1, 1, 1) for key in _MOMENTS)
+        return (latents - mean) / std * config.scaling_factor
+    return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+
+
+def _mode(encoded: Any) -> Tensor:
+    found: Tensor = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+    return found
+
+
+@torch.no_grad()
+def draw_prior(
+    backbone: Backbone, prompts: Sequence[str], count: int, seed: int, steps: int, guidance_scale: float, batch: int = 32
+) -> Prior:
+    """``count`` latents of ``prompts`` in turn, as the model draws them now: in ``steps``, or for 0 in a student's one step."""
+    wanted = [prompts[i % len(prompts)] for i in range(count)]
+    z = noise(backbone.latent_shape, range(seed, seed + count)).to(backbone.device)
+    condition, null, made = backbone.encode(wanted), backbone.encode([""]), []
+    for rows in torch.arange(count).split(batch):
+        if steps:
+            made.append(many_steps(backbone, condition[rows], null, z[rows], steps, guidance_scale))
+        else:
+            made.append(one_step(backbone, condition[rows], z[rows], student_timestep(backbone)))
+    return Prior(z, torch.cat(made), condition)
+
+
+def student_timestep(backbone: Backbone) -> int:
+    """``t*`` of a one-step pipeline, told by its scheduler (see `wadi.backbones.schedulers`)."""
+    config = backbone.pipeline.scheduler.config
+    if config.get("sigma_max") is not None:
+        return round(config.sigma_max * backbone.process.num_timesteps)
+    return backbone.process.last_timestep

@@ -1,0 +1,270 @@
+"""DreamBooth: the subject is learned and the class kept, the same again from the same seed, and standard files come out."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from wadi import adapters
+from wadi.backbones import from_pipeline, load_pipeline
+from wadi.downstream import dreambooth, dreambooth_data, lora
+from wadi.downstream.dreambooth import DreamboothConfig, match, train
+from wadi.downstream.dreambooth_data import draw_prior, encode_pictures, read_subject, student_timestep
+from wadi.errors import WadiError
+from wadi.generate import load
+
+TARGETS = r"(down_blocks|mid_block|up_blocks)\..*(to_q|to_k|to_v|to_out\.0|ff\.net\.2|conv1|conv2)"
+METHODS = ("lorad", "lora", "full")
+
+
+@pytest.fixture(scope="module")
+def subject_folder(tmp_path_factory):
+    """Two pictures, one of them transparent and of another shape, and a file that is none."""
+    folder = tmp_path_factory.mktemp("subject")
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[4:12, 4:12] = (250, 40, 40)
+    Image.fromarray(pixels).save(folder / "1.png")
+    clear = np.zeros((20, 40, 4), np.uint8)
+    clear[:, 15:25] = (40, 250, 40, 255)
+    Image.fromarray(clear, "RGBA").save(folder / "2.PNG")
+    (folder / "README.md").write_text("whose they are")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_step_folder(sd_v_folder, tmp_path_factory):
+    """An exported one-step pipeline, asked at timestep 700."""
+    from wadi.lorad import LoRaDConfig
+    from wadi.sampling import one_step_scheduler
+
+    pipeline = load_pipeline(sd_v_folder)
+    backbone = from_pipeline(pipeline)
+    adapters.attach(backbone.network, "student", LoRaDConfig(r=2, target_modules=TARGETS))
+    adapters.fuse(backbone.network, "student")
+    pipeline.scheduler = one_step_scheduler(backbone, 700)
+    folder = tmp_path_factory.mktemp("one-step") / "pipeline"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def settings(method="lorad", **changes):
+    values = {"method": method, "rank": 4, "target_modules": TARGETS, "lr": 1e-2, "steps": 12, "batch": 2, "seed": 3}
+    return DreamboothConfig(**{**values, **changes})
+
+
+def prepared(folder, subject_folder):
+    """``(pipeline, backbone, latents, condition)`` of the subject's pictures and prompt."""
+    pipeline = load_pipeline(folder)
+    backbone = from_pipeline(pipeline)
+    pictures, _ = read_subject(subject_folder, backbone.resolution)
+    return pipeline, backbone, encode_pictures(backbone, pictures), backbone.encode(["sks apple"])
+
+
+def prior_of(backbone, steps=0):
+    return draw_prior(backbone, ["red apple", "blue car"], 4, 0, steps, 2.0, batch=3)
+
+
+def weights(network):
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+# --- what it learns from ----------------------------------------------------------------------------------------------------
+
+
+def test_pictures_are_cut_to_size_and_transparency_is_white(subject_folder):
+    tensor, pictures = read_subject(subject_folder, (16, 16))
+    assert tensor.shape == (2, 3, 16, 16)
+    assert [picture.size for picture in pictures] == [(16, 16)] * 2
+    assert tensor[0, :, 8, 8].tolist() == pytest.approx([250 / 255, 40 / 255, 40 / 255], abs=1e-6)
+    assert tensor[1, :, 8, 0].tolist() == [1, 1, 1]
+    assert tensor[1, 1, 8, 8] > 0.9 > 0.3 > tensor[1, 0, 8, 8]  # its middle, green
+
+
+@pytest.mark.parametrize("moments", [False, True])
+def test_encoding_inverts_decoding_s_normalisation(sd_folder, moments):
+    """Latents through the decoder's input and back: the same scale and shift, whichever kind the autoencoder has."""
+    backbone = from_pipeline(load_pipeline(sd_folder))
+    vae = backbone.pipeline.vae
+    if moments:
+        vae.register_to_config(latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 3.0, 0.5])
+    else:
+        vae.register_to_config(shift_factor=0.3)
+    raw = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    seen = {}
+    vae.decode = lambda z, return_dict: (seen.setdefault("z", z),)
+    vae.encode = lambda x: type("Encoded", (), {"latent": raw})()
+    backbone.decode(encode_pictures(backbone, torch.zeros(2, 3, 16, 16)))
+    torch.testing.assert_close(seen["z"], raw)
+
+
+def test_the_prior_is_what_the_model_draws_alone(one_step_folder):
+    """Each picture of its own seed and prompt, whatever stands beside it."""
+    backbone = from_pipeline(load_pipeline(one_step_folder))
+    prior = prior_of(backbone)
+    assert student_timestep(backbone) == 700
+    pipeline = load(one_step_folder)
+    for i, prompt in enumerate(["red apple", "blue car", "red apple", "blue car"]):
+        latents = pipeline(
+            prompt, generator=torch.Generator().manual_seed(i), num_inference_steps=1, guidance_scale=0.0, output_type="latent"
+        ).images
+        torch.testing.assert_close(prior.x0[i : i + 1], latents, rtol=1e-4, atol=1e-4)
+
+
+def test_a_student_of_a_flow_tells_its_timestep():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from wadi.backbones.schedulers import one_step
+    from wadi.process import Process
+
+    for timestep in (600, 1000):
+        scheduler = one_step(FlowMatchEulerDiscreteScheduler(), timestep)
+        backbone = type("Backbone", (), {})()
+        backbone.pipeline = type("Pipeline", (), {"scheduler": scheduler})()
+        backbone.process = Process.from_scheduler(scheduler)
+        assert student_timestep(backbone) == timestep
+
+
+# --- what it learns ---------------------------------------------------------------------------------------------------------
+
+
+def test_matching_uses_every_picture_once_and_the_nearest_first():
+    wanted = torch.tensor([[0.0], [10.0], [20.0]])
+    made = torch.tensor([[19.0], [9.0], [11.5]])
+    assert match(made, wanted).tolist() == [2, 1, 0]
+    assert sorted(match(torch.randn(6, 4), torch.randn(6, 4)).tolist()) == list(range(6))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("loss", ["diffusion", "one-step"])
+def test_it_learns_the_subject_and_keeps_the_class(request, subject_folder, method, loss):
+    folder = request.getfixturevalue("one_step_folder" if loss == "one-step" else "sd_v_folder")
+    _, backbone, latents, condition = prepared(folder, subject_folder)
+    prior = prior_of(backbone, steps=0 if loss == "one-step" else 2)
+    lr = {"lorad": 5e-2, "lora": 2e-2, "full": 3e-3}[method]
+    config = settings(method, loss=loss, steps=40, lr=lr)
+    trained = train(backbone, latents, condition, prior, config, quiet=True)
+    assert np.mean(trained.losses[-8:]) < 0.8 * np.mean(trained.losses[:8])
+    if loss == "one-step":  # with the prior, the class's pictures stay nearer to what they were than without
+        kept = _drift(backbone, prior, condition)
+        _, alone, latents, condition = prepared(folder, subject_folder)
+        train(alone, latents, condition, None, config, quiet=True)
+        assert kept < 0.7 * _drift(alone, prior, condition)
+
+
+@torch.no_grad()
+def _drift(backbone, prior, _condition):
+    from wadi.sampling import one_step
+
+    made = one_step(backbone, prior.condition, prior.z, student_timestep(backbone))
+    return float((made - prior.x0).square().mean())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_seed_gives_the_same_weights_to_the_bit(sd_v_folder, subject_folder, method):
+    states = []
+    for _ in range(2):
+        torch.rand(7)  # whatever else was drawn meanwhile
+        _, backbone, latents, condition = prepared(sd_v_folder, subject_folder)
+        train(backbone, latents, condition, prior_of(backbone, 2), settings(method, steps=4), quiet=True)
+        states.append(weights(backbone.network))
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    _, backbone, latents, condition = prepared(sd_v_folder, subject_folder)
+    train(backbone, latents, condition, prior_of(backbone, 2), settings(method, steps=4, seed=4), quiet=True)
+    assert any(not torch.equal(tensor, states[0][name]) for name, tensor in weights(backbone.network).items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_the_adapter_is_trained_and_what_is_saved_is_what_was_trained(sd_v_folder, subject_folder, method, tmp_path):
+    """Saved, loaded into a fresh pipeline and fused: the trained network's own prediction."""
+    pipeline, backbone, latents, condition = prepared(sd_v_folder, subject_folder)
+    plain = weights(backbone.network)
+    config = settings(method)
+    trained = train(backbone, latents, condition, None, config, quiet=True)
+    base = {name.replace(".base_layer", ""): tensor for name, tensor in weights(backbone.network).items()}
+    moved = [name for name in plain if not torch.equal(plain[name], base[name])]
+    assert bool(moved) == (method == "full")
+    assert trained.parameters == sum(p.numel() for p in backbone.network.parameters() if p.requires_grad)
+    x_t, t = torch.randn(1, *backbone.latent_shape), torch.tensor([500])
+    with torch.no_grad():
+        wanted = backbone.predict(x_t, t, condition)
+    dreambooth.save(pipeline, backbone, config, tmp_path / "out", {"dreambooth": {}})
+    again = load_pipeline(tmp_path / "out" if method == "full" else sd_v_folder)
+    if method != "full":
+        lora.apply_lora(again, tmp_path / "out")
+    with torch.no_grad():
+        found = from_pipeline(again).predict(x_t, t, condition)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert json.loads((tmp_path / "out" / "wadi.json").read_text()) == {"dreambooth": {}}
+
+
+def test_diffusers_reads_the_lora_and_peft_the_angles(sd_v_folder, subject_folder, tmp_path):
+    for method in ("lora", "lorad"):
+        pipeline, backbone, latents, condition = prepared(sd_v_folder, subject_folder)
+        train(backbone, latents, condition, None, settings(method), quiet=True)
+        x_t, t = torch.randn(1, *backbone.latent_shape), torch.tensor([500])
+        with torch.no_grad():
+            wanted = backbone.predict(x_t, t, condition)
+        dreambooth.save(pipeline, backbone, settings(method), tmp_path / method, {})
+        plain = load_pipeline(sd_v_folder)
+        if method == "lora":
+            plain.load_lora_weights(tmp_path / method)
+        else:
+            from peft import PeftModel
+
+            plain.unet = PeftModel.from_pretrained(plain.unet, tmp_path / method)
+        with torch.no_grad():
+            embeds = condition.tensors["prompt_embeds"]
+            found = plain.unet(x_t, t, encoder_hidden_states=embeds, return_dict=False)[0]
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"method": "dora"}, "lorad, lora, full"),
+        ({"loss": "vsd"}, "diffusion, one-step"),
+        ({"rank": 0}, "at least 1"),
+        ({"steps": 0}, "at least 1"),
+        ({"batch": -1}, "at least 1"),
+        ({"lr": 0.0}, "above 0"),
+        ({"lr": float("nan")}, "above 0"),
+        ({"prior_weight": -1.0}, "finite"),
+    ],
+)
+def test_settings_out_of_range(changes, told):
+    with pytest.raises(WadiError, match=told):
+        settings(**changes)
+
+
+def test_folders_without_pictures_and_pictures_that_are_none(tmp_path):
+    with pytest.raises(WadiError, match="does not exist"):
+        read_subject(tmp_path / "none", (16, 16))
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(WadiError, match="holds no picture"):
+        read_subject(tmp_path, (16, 16))
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "whole.png")
+    for name, data in (
+        ("broken.png", (tmp_path / "whole.png").read_bytes()[:60]),
+        ("text.jpg", b"hello"),
+        ("empty.webp", b""),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(WadiError, match=name):
+            read_subject(tmp_path, (16, 16))
+        (tmp_path / name).unlink()
+    assert len(dreambooth_data.pictures_in(tmp_path)) == 1
+
+
+def test_a_target_that_matches_nothing_and_a_rate_that_blows_up(sd_v_folder, subject_folder):
+    for method in ("lorad", "lora"):
+        _, backbone, latents, condition = prepared(sd_v_folder, subject_folder)
+        with pytest.raises(WadiError, match="target_modules"):
+            train(backbone, latents, condition, None, settings(method, target_modules="nothing"), quiet=True)
+    _, backbone, latents, condition = prepared(sd_v_folder, subject_folder)
+    with pytest.raises(WadiError, match="smaller --lr"):
+        train(backbone, latents * float("inf"), condition, None, settings(), quiet=True)
