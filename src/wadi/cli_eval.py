@@ -49,16 +49,15 @@ def _evaluate(args: Any, argv: Sequence[str], device: Any, ranks: Any) -> int:
         evaluation.draw(generators)
     if ranks.index > 0:  # the first process measures
         return 0
-    rows = [evaluation.drawn_row(generator) for generator in generators] + [evaluation.folder_row(path) for path in folders]
+    rows = [evaluation.drawn_row(generator) for generator in generators]
     if args.speed and generators:
         from wadi.evaluate.run import time_generators
 
         prompts = protocol.prompts if protocol is not None else []
         speeds = time_generators(generators, prompts, args.speed, args.draw_batch, str(device))
-        rows = [replace(row, speed=speeds.get(row.name)) for row in rows]
-    command = shlex.join(["wadi", "eval", *argv])
-    result = evaluation.result(rows, command)
-    _tell(args, result)
+        rows = [replace(row, speed=speed) for row, speed in zip(rows, speeds, strict=True)]
+    rows += [evaluation.folder_row(path) for path in folders]
+    _tell(args, evaluation.result(rows, shlex.join(["wadi", "eval", *argv])))
     return 0
 
 
@@ -176,9 +175,10 @@ def _entrants(args: Any, protocol: Protocol | None, device: Any) -> tuple[list[G
 
 
 def _teachers(args: Any, source: Source) -> list[Generator]:
-    """The teacher in many steps, and forced to one: from its last timestep, and from the student's own."""
+    """The teacher in many steps, and forced to one: from its last timestep, and from the student's own if that is known."""
     many = source.many_steps(args.teacher_steps, _teacher_guidance(args))
-    return [many, *(source.undistilled(t) for t in dict.fromkeys((source.last_timestep(), source.timestep())))]
+    timesteps = dict.fromkeys((source.last_timestep(), source.timestep()))
+    return [many, *(source.undistilled(timestep) for timestep in timesteps if timestep is not None)]
 
 
 def _teacher_guidance(args: Any) -> float:

@@ -142,20 +142,22 @@ def test_generators_are_told_by_what_they_depend_on(finished_run, sd_folder):
     student, teacher = source.plain(), source.many_steps(2, 3.0)
     assert student.key == find(str(finished_run)).plain().key
     assert student.about["adapter"] != student.about["teacher"] == teacher.about["weights"]
-    keys = {student.key, teacher.key, source.many_steps(2, 2.5).key, source.many_steps(3, 3.0).key, source.undistilled().key}
-    assert len(keys) == 5
-    assert source.undistilled().key == source.undistilled(800).key != source.undistilled(999).key
-    assert source.last_timestep() == 999
+    others = [source.many_steps(2, 2.5), source.many_steps(3, 3.0), source.undistilled(800), source.undistilled(999)]
+    assert len({generator.key for generator in (student, teacher, *others)}) == 6
+    assert (source.timestep(), source.last_timestep()) == (800, 999)
+    beside = find(str(sd_folder), teacher=str(sd_folder))
+    assert (beside.timestep(), beside.last_timestep()) == (None, 999)
+    assert beside.many_steps(2, 3.0).about == teacher.about
     assert find(str(finished_run / "student")).plain().about == student.about  # an adapter, or the run around it
     assert find(str(sd_folder)).plain(4, 3.0).about["weights"] == teacher.about["weights"]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("timestep", [None, 999, 500])
+@pytest.mark.parametrize("timestep", [999, 500])
 def test_undistilled_is_the_teachers_own_single_step(finished_run, timestep):
     source = find(str(finished_run))
     teacher = from_pipeline(source.many_steps(2, 3.0).open())
-    x0 = one_step(teacher, teacher.encode(["red apple"]), noise(teacher.latent_shape, [1]), timestep or 800)
+    x0 = one_step(teacher, teacher.encode(["red apple"]), noise(teacher.latent_shape, [1]), timestep)
     wanted = np.asarray(to_pil(teacher.decode(x0)[0])).astype(int)
     found = generate.draw(source.undistilled(timestep).open(), ["red apple"], [1]).pictures[0]
     assert np.abs(np.asarray(found).astype(int) - wanted).max() <= 1

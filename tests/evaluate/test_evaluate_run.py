@@ -311,7 +311,57 @@ def test_a_drawn_folder_knows_its_prompts(drawn, tmp_path):
     student = next((place / "pictures").glob("*/student-*-set1"))
     weights = f"clip={clip_folder(tmp_path / 'clip')}"
     assert run(student, "--metrics", "clip", "--weights", weights, "--out", tmp_path / "c.json", *QUICK) == 0
-    assert read_result(tmp_path / "c.json").rows[0].generator["kind"] == "folder"
+    found = read_result(tmp_path / "c.json")
+    assert found.rows[0].generator["drawn_by"]["kind"] == "student"
+    assert found.protocol["prompts"] == read_result(place / "a.json").protocol["prompts"]
+
+
+def test_a_folder_that_was_drawn_by_the_protocol_is_the_same_as_drawing(drawn, prompts_path, tmp_path, capsys):
+    """Others' pictures of the same prompts are measured too, but their seeds are not known, and so their hash is another."""
+    place, _ = drawn
+    student, reference = (next((place / "pictures").glob(f"*/{name}")) for name in ("student-*-set1", "teacher-*-set0"))
+    common = ("--protocol", prompts_path, "--reference", reference, "--metrics", "fd", *QUICK)
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for path in student.glob("*.png"):
+        (plain / path.name).write_bytes(path.read_bytes())
+    for folder, name in ((student, "drawn"), (plain, "plain")):
+        assert run(folder, *common, "--out", tmp_path / f"{name}.json") == 0
+    one, other = (read_result(tmp_path / f"{name}.json") for name in ("drawn", "plain"))
+    assert one.rows[0].metrics == other.rows[0].metrics
+    assert one.rows[0].metrics["fd zoo-classifier"] == read_result(place / "a.json").rows[3].metrics["fd zoo-classifier"]
+    assert (one.protocol["seeds"]["set"], other.protocol["seeds"]) == (1, None)
+    capsys.readouterr()
+    assert "seeds" in failed(capsys, "--compare", tmp_path / "drawn.json", tmp_path / "plain.json")
+
+
+def test_prompts_of_folders_enter_the_hash_and_are_not_mixed(fake, tmp_path):
+    weights = {"clip": str(clip_folder(tmp_path / "clip"))}
+    results = []
+    for words in ("thing", "other"):
+        evaluation = Evaluation(["clip"], options(weights=weights))
+        results.append(evaluation.result([evaluation.row(tensors(range(4)), [f"{words} {i}" for i in range(4)])]))
+    assert results[0].hash != results[1].hash
+    rows = [evaluation.row(tensors(range(4)), [f"{words} {i}" for i in range(4)]) for words in ("thing", "other")]
+    with pytest.raises(WadiError, match="different prompts"):
+        evaluation.result(rows)
+
+
+def test_an_exported_student_is_measured_as_the_run_is(finished_run, prompts_path, tmp_path):
+    """A pipeline without its adapter: the same pictures; of its teacher only what --teacher names is known."""
+    export = tmp_path / "export"
+    assert main(["export", "--run", str(finished_run), "--out", str(export)]) == 0
+    from wadi.config import load
+
+    teacher = load(finished_run / "config.yaml").teacher
+    common = ("--protocol", prompts_path, "--reference", "teacher", "--teacher_steps", "2", "--metrics", "fd", *QUICK)
+    for what, name in ((finished_run, "run"), (export, "export")):
+        places = ("--pictures", tmp_path / "pictures", "--out", tmp_path / f"{name}.json")
+        assert run(what, "--teacher", teacher, "--beside_teacher", *common, *places) == 0
+    one, other = (read_result(tmp_path / f"{name}.json") for name in ("run", "export"))
+    assert one.hash == other.hash
+    assert one.rows[-1].metrics == other.rows[-1].metrics
+    assert [row.name for row in other.rows] == ["teacher, 2 steps", "teacher forced to one step, t = 999", "export, one step"]
 
 
 def test_coco_from_a_folder(finished_run, tmp_path, capsys):

@@ -96,20 +96,21 @@ class Source:
         about = {"kind": "teacher", "weights": weights_of(self._base()), **self._call(steps, guidance_scale)}
         return Generator(f"teacher, {_steps(steps)}", about, self._teacher, steps, guidance_scale)
 
-    def undistilled(self, timestep: int | None = None) -> Generator:
-        """The teacher forced to one step from ``timestep``; None = the student's own."""
-        t = self.timestep() if timestep is None else timestep
-        about = {"kind": "undistilled", "weights": weights_of(self._base()), "timestep": t, **self._call(1, None)}
+    def undistilled(self, timestep: int) -> Generator:
+        """The teacher forced to one step from ``timestep``."""
+        about = {"kind": "undistilled", "weights": weights_of(self._base()), "timestep": timestep, **self._call(1, None)}
 
         def forced() -> Any:
             pipeline = self._teacher()
-            pipeline.scheduler = one_step_scheduler(from_pipeline(pipeline), t)
+            pipeline.scheduler = one_step_scheduler(from_pipeline(pipeline), timestep)
             return pipeline
 
-        return Generator(f"teacher forced to one step, t = {t}", about, forced)
+        return Generator(f"teacher forced to one step, t = {timestep}", about, forced)
 
-    def timestep(self) -> int:
-        """At which the student is asked."""
+    def timestep(self) -> int | None:
+        """At which the student is asked; None of a pipeline, whose scheduler knows."""
+        if self.pipeline:
+            return None
         return int(generate._about(generate._locate(self.run, self.adapter, self.teacher)[0])["timestep"])
 
     def last_timestep(self) -> int:
@@ -188,7 +189,8 @@ def weights_of(path: str) -> str:
 
 
 def _short(name: str) -> str:
-    return Path(name).name or name
+    """A name for tables: as it was given, but for what stands before an absolute path's last part."""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _steps(steps: int) -> str:

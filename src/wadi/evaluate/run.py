@@ -101,6 +101,7 @@ class Evaluation:
         if protocol is not None:
             self.pictures /= f"{protocol.name}-{drawn.prompts_digest(protocol.prompts)[:8]}"
         self._reference: Seen | None = None
+        self._prompts: set[tuple[int, str]] = set()  # number and digest of those that metrics were given
 
     def draw(self, generators: Sequence[Generator]) -> None:
         """Everything that is to be drawn and is not there yet, the reference included; processes share it."""
@@ -137,10 +138,13 @@ class Evaluation:
         """
         folder = Path(folder)
         refuse_other_prompts(folder, self.protocol, "Folder")
-        files = files_in(folder) if drawn.read_about(folder) is None else sorted(folder.glob("*.png"))
+        told = drawn.read_about(folder)
+        files = files_in(folder) if told is None else sorted(folder.glob("*.png"))  # below lie those for diversity
         prompts = self.prompts if self.prompts is not None else drawn.read_prompts(folder)
-        told = (drawn.read_about(folder) or {}).get("generator", {})
-        return self.row(files, prompts, folder.name, {**told, "kind": "folder", "folder": str(folder)})
+        about: dict[str, Any] = {"kind": "folder", "folder": str(folder)}
+        if told is not None:
+            about |= {"drawn_by": told.get("generator"), "seeds": told.get("seeds")}
+        return self.row(files, prompts, folder.name, about)
 
     def row(
         self, source: Any, prompts: Sequence[str] | None = None, name: str = "pictures", about: dict[str, Any] | None = None
@@ -155,6 +159,8 @@ class Evaluation:
                     "picture, in the order of the files' names."
                 )
         seen = self.judge.look(source, prompts, self.size)
+        if prompts is not None and self.judge.reads_prompts:
+            self._prompts.add((len(prompts), drawn.prompts_digest(prompts)))
         varied = _repeated(seen.features["features"], prompts) if "diversity" in self.judge.metrics and prompts else None
         labels = self.protocol.labels if self.protocol is not None else None
         return Row(
@@ -165,22 +171,31 @@ class Evaluation:
         """Rows, and what they rest on.
 
         Raises:
-            WadiError: if the rows are of different numbers of pictures.
+            WadiError: if the rows are of different numbers of pictures, or of different prompts.
         """
         counts = sorted({row.images for row in rows})
         if len(counts) != 1:
             raise WadiError(f"Received sets of {counts} pictures. Expected as many in each, for their numbers depend on it.")
+        if len(self._prompts) > 1:
+            raise WadiError("Received sets of pictures of different prompts. Expected the same ones: measure each by itself.")
         reference = self._look_at_reference()
         settings = self.judge.settings(counts[0], reference.count if reference else None, self.size)
         settings["protocol"] = self.protocol.name if self.protocol is not None else None
         if self.protocol is not None:
             settings |= self.protocol.settings
-            settings["seeds"] = {"rule": f"set * {SEED_STEP} + index", "set": self.set_number}
-        elif self.prompts is not None:
-            settings["prompts"] = {"count": len(self.prompts), "sha256": drawn.prompts_digest(self.prompts)}
+            known = all(self._of_set(row) for row in rows)
+            settings["seeds"] = {"rule": f"set * {SEED_STEP} + index", "set": self.set_number} if known else None
+        elif self._prompts:
+            ((count, digest),) = self._prompts
+            settings["prompts"] = {"count": count, "sha256": digest}
         if self.reference is not None:
             settings["reference"] = {**settings.get("reference", {}), **self.reference.about}
         return Result(settings, list(rows), environment(self.judge.options.device, torch.get_num_threads()), command)
+
+    def _of_set(self, row: Row) -> bool:
+        """Whether a row's pictures are from the seeds of the set; a folder of others' pictures does not tell its own."""
+        seeds = drawn.seeds_digest(self._protocol().seeds(self.set_number))
+        return row.generator.get("set") == self.set_number or row.generator.get("seeds") == seeds
 
     def _look_at_reference(self) -> Seen | None:
         if self._reference is None and self.reference is not None and self.judge.comparing:
@@ -206,20 +221,20 @@ class Evaluation:
 
 def time_generators(
     generators: Sequence[Generator], prompts: Sequence[str], repeats: int = 20, batch: int = 8, device: str = "cpu"
-) -> dict[str, dict[str, Any]]:
-    """Speed of each generator by its name, all in one run and in turns: see `wadi.metrics.speed`.
+) -> list[dict[str, Any]]:
+    """Speed of each generator, all in one run and in turns: see `wadi.metrics.speed`.
 
     Raises:
         WadiError: if they are of different model families.
     """
-    pipelines = {generator.name: generator.open() for generator in generators}
+    pipelines = {generator.key: generator.open() for generator in generators}
     first, *others = pipelines.values()
     for other in others:
         same_family(first, other)
     asked = [prompts[i % len(prompts)] for i in range(batch)]
 
     def subject(generator: Generator) -> Subject:
-        pipeline = pipelines[generator.name]
+        pipeline = pipelines[generator.key]
 
         def call(count: int) -> None:
             draw(pipeline, asked[:count], range(count), generator.steps, generator.guidance_scale, batch=count)
@@ -227,14 +242,17 @@ def time_generators(
         modules = tuple(part for part in pipeline.components.values() if isinstance(part, torch.nn.Module))
         return Subject(call, from_pipeline(pipeline).network, modules)
 
-    subjects = {generator.name: subject(generator) for generator in generators}
-    found = {speed.name: asdict(speed) for speed in measure(subjects, repeats, batch, device)}
-    for name, timed in subjects.items():  # each by itself: all of them lie in this process at once
+    subjects = {generator.key: subject(generator) for generator in generators}
+    found = []
+    for generator, speed in zip(generators, measure(subjects, repeats, batch, device), strict=True):
+        timed = subjects[generator.key]
 
         def call(timed: Subject = timed) -> None:
             timed.call(batch)
 
-        found[name]["peak_memory_mib"] = peak_mib(call, (timed.network, *timed.modules), device)
+        # Each by itself: all of them lie in this process at once.
+        memory = peak_mib(call, (timed.network, *timed.modules), device)
+        found.append({**asdict(speed), "name": generator.name, "peak_memory_mib": memory})
     return found
 
 

@@ -133,6 +133,11 @@ class Judge:
         """The networks by which pictures are held against a reference."""
         return list(dict.fromkeys(METRICS[name].network for name in self.metrics if METRICS[name].reference))
 
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether any number depends on which prompt is whose."""
+        return any(METRICS[name].prompts or name == "diversity" for name in self.metrics)
+
     def check(self, count: int, prompts: bool = True, reference: bool = True) -> None:
         """Raise `WadiError` if a metric needs more pictures, prompts, or a reference: before any network runs."""
         for name in self.metrics:
