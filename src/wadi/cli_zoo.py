@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from wadi.zoo.evaluate import Drawer
 
-USAGE = "wadi zoo train | eval | prompts"
+USAGE = "wadi zoo train | eval | prompts | ship"
 
 
 def run(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[str], Any]) -> int:
@@ -22,7 +22,7 @@ def run(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[s
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: {USAGE}    (wadi zoo train --help tells the options)")
         return 0 if argv else 2
-    commands = {"train": _train, "eval": _eval, "prompts": _prompts}
+    commands = {"train": _train, "eval": _eval, "prompts": _prompts, "ship": _ship}
     if argv[0] not in commands:
         raise WadiError(f"There is no command 'zoo {argv[0]}'. Expected {USAGE}.")
     return commands[argv[0]](argv[1:], parse, make_parser)
@@ -45,6 +45,18 @@ def _prompts(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callab
     parser.prog = "wadi zoo prompts"
     parse(parser, argv)
     print("\n".join(training_prompts()))
+    return 0
+
+
+def _ship(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[str], Any]) -> int:
+    from wadi.zoo.export import export_student
+
+    parser = make_parser("zoo")
+    parser.prog = "wadi zoo ship"
+    parser.add_argument("run", help="run of the embedded teacher, whose student is to be the embedded one")
+    parser.add_argument("--weights", type=str, required=True, help="folder of the embedded weights: src/wadi/zoo/weights")
+    args = parse(parser, argv)
+    print(export_student(Path(args.run), Path(args.weights)))
     return 0
 
 

@@ -40,7 +40,7 @@ PAPER = DistillConfig(
 DEMO = DistillConfig(
     teacher="zoo",
     prompts="zoo",
-    steps=260,
+    steps=225,
     batch=16,
     guidance_scale=2.5,
     lr_schedule="cosine",
@@ -48,7 +48,7 @@ DEMO = DistillConfig(
     student=StudentConfig(rank=64, target_modules=UNET_LINEAR_AND_CONV, lr=5e-3, weighting="dmd", timestep=800),
     fake=FakeConfig(rank=16, lr=3e-3, guidance_scale=1.0, updates=2, weighting="none"),
     warm_start=WarmStartConfig(pairs=320, sampler_steps=10, guidance_scale=2.5, steps=130, fake_steps=20, weight=0.5),
-    sample_every=65,
+    sample_every=75,
     sample_prompts=ZOO_PROMPTS,
     checkpoint_every=100,
     teacher_guidance_scale=2.5,
@@ -106,7 +106,15 @@ OURS = {
 
 PRESETS: dict[str, DistillConfig] = {
     "demo": DEMO,
-    "zoo": replace(DEMO, steps=560, warm_start=replace(DEMO.warm_start, pairs=768, steps=300), sample_every=70),
+    # The embedded student: the demo's recipe, five times as long, and held closer to the teacher's own pictures.
+    "zoo": replace(
+        DEMO,
+        steps=1100,
+        student=replace(DEMO.student, ema=0.98),
+        warm_start=replace(DEMO.warm_start, pairs=2048, sampler_steps=12, steps=680, weight=1.0),
+        sample_every=220,
+        checkpoint_every=200,
+    ),
     "zoo-paper": replace(
         PAPER,
         teacher="zoo",

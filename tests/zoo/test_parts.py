@@ -214,3 +214,15 @@ def test_spoiling_stays_in_range_and_keeps_the_picture_recognisable():
     assert spoilt.max() <= 1
     assert not torch.equal(spoilt, x)
     assert (spoilt.mean((2, 3)) - x.mean((2, 3))).abs().max() < 0.12
+
+
+def test_the_shipped_student_is_the_run_s_in_half_the_bytes(finished_run, tmp_path):
+    from wadi import adapters
+    from wadi.zoo.export import export_student
+
+    place = export_student(finished_run, tmp_path)
+    (config, own), (other, shipped) = adapters.read(finished_run / "student"), adapters.read(place)
+    assert config == other
+    assert (place / "wadi.json").read_bytes() == (finished_run / "student" / "wadi.json").read_bytes()
+    assert {tensor.dtype for tensor in shipped.values()} == {torch.float16}
+    assert all(torch.equal(shipped[name], tensor.half()) for name, tensor in own.items())

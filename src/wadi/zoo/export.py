@@ -36,6 +36,27 @@ def _ask_for_float32(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def export_student(run: Path, folder: Path) -> Path:
+    """Put the student of ``run`` into ``folder/student`` with its factors rounded to fp16; angles are float32 in use.
+
+    Raises:
+        WadiError: if the run has saved no student, or ``folder`` cannot be written.
+    """
+    import shutil
+
+    from safetensors.torch import save_file
+
+    from wadi import adapters
+
+    source, place = run / "student", folder / "student"
+    _, tensors = adapters.read(source)
+    with whole_folder(place) as temporary:
+        save_file({name: tensor.half() for name, tensor in tensors.items()}, temporary / adapters.WEIGHTS)
+        for name in (adapters.CONFIG, "wadi.json"):
+            shutil.copyfile(source / name, temporary / name)
+    return place
+
+
 def measure_weights(folder: Path, sprites: Sprites) -> dict[str, float]:
     """Quality of ``folder/teacher`` and ``folder/classifier`` as they load from disk."""
     from wadi.backbones.loading import load_pipeline
