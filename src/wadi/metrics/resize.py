@@ -1,7 +1,7 @@
 """Resizing for feature networks: the choice moves an FID by points, so each filter has a name that goes into the result.
 
-- ``clean``: each channel as float32 through PIL's antialiased bicubic, neither rounded nor clipped afterwards (as clean-fid
-  does, after Parmar et al., "On Aliased Resizing and Surprising Subtleties in GAN Evaluation", CVPR 2022);
+- ``clean``: each channel as float32 through PIL's antialiased bicubic, clipped to [0, 255] but not rounded (as clean-fid does,
+  after Parmar et al., "On Aliased Resizing and Surprising Subtleties in GAN Evaluation", CVPR 2022);
 - ``clean-bilinear``, ``clean-lanczos``: the same with PIL's other antialiased filters;
 - ``legacy-torch``: bilinear without antialiasing, pixel centres at ``i + 1/2`` (pytorch-fid);
 - ``legacy-tf``: bilinear without antialiasing, pixel centres at ``i``, as TensorFlow 1 did (the original FID).
@@ -40,7 +40,7 @@ def resize(image: Tensor, size: int, filter: str = "clean") -> Tensor:
         return F.interpolate(image.float()[None], (size, size), mode="bilinear", align_corners=False)[0].clamp(0, 255)
     channels = image.float().cpu().numpy()
     resized = [Image.fromarray(channel).resize((size, size), _PIL[filter]) for channel in channels]
-    return torch.from_numpy(np.stack([np.asarray(channel) for channel in resized])).to(image.device)
+    return torch.from_numpy(np.stack([np.asarray(channel) for channel in resized]).clip(0, 255)).to(image.device)
 
 
 def check_filter(filter: str) -> None:
