@@ -114,9 +114,7 @@ def test_from_prompts_to_pictures(sd_folder, prompts_path, tmp_path, capsys):
     assert main(["generate", "--prompts", str(prompts_path), "--run", str(run), "--out", str(folder), "--batch", "3"]) == 0
     assert len(list(folder.iterdir())) == 4
     beside = tmp_path / "beside.png"
-    assert (
-        main(["generate", "apple", "--run", str(run), "--out", str(beside), "--compare", "--steps", "2", "--count", "2"]) == 0
-    )
+    assert main(["generate", "a", "--run", str(run), "--out", str(beside), "--compare", "--teacher_steps=2", "--count=2"]) == 0
     assert Image.open(beside).size[0] > 32
 
 
@@ -232,7 +230,7 @@ def test_numbers_out_of_range(finished_run, tmp_path, refused):
     out = tmp_path / "x.png"
     for flags in (["--seed", "-1"], ["--seed", str(2**63)], ["--count", "0"], ["--count", "-1"], ["--batch", "0"]):
         refused("generate", "apple", "--run", finished_run, "--out", out, *flags)
-    for flags in (["--count", "0"], ["--steps", "0"]):
+    for flags in (["--count", "0"], ["--teacher_steps", "0"], ["--steps", "0"]):
         refused("generate", "apple", "--run", finished_run, "--out", out, "--compare", *flags)
     assert not out.exists()
 

@@ -24,7 +24,19 @@ RANKS = (
     {"train", "generate", "report", "metrics", "analysis", "downstream"},
     {"zoo", "plan", "extract", "authors"},
     {"evaluate"},
-    {"cli", "cli_zoo", "cli_control", "cli_embed", "cli_dreambooth", "cli_eval", "cli_generate", "cli_analysis", "cli_invert", "app", "__main__"},
+    {
+        "cli",
+        "cli_zoo",
+        "cli_control",
+        "cli_embed",
+        "cli_dreambooth",
+        "cli_eval",
+        "cli_generate",
+        "cli_analysis",
+        "cli_invert",
+        "app",
+        "__main__",
+    },
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 # Of rank 6 in the design, each talks to the others through files; the measures are pure functions on tensors.

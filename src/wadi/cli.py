@@ -174,84 +174,13 @@ def _plan(argv: Sequence[str]) -> int:
     return 0
 
 
-# --- generate ---------------------------------------------------------------------------------------------------------------
+# --- students ---------------------------------------------------------------------------------------------------------------
 
 
 def _generate(argv: Sequence[str]) -> int:
-    parser = _parser("generate")
-    parser.add_argument("prompt", nargs="?", default=None, help="what to draw")
-    parser.add_argument("--prompts", default=None, help="text file with one prompt a line; --out is then a folder")
-    parser.add_argument("--out", type=str, default="wadi.png", help="picture, or folder for a prompts file")
-    parser.add_argument("--run", type=str, default=None, help="folder of a run or of an exported pipeline")
-    parser.add_argument("--adapter", type=str, default=None, help="folder of a student's adapter")
-    parser.add_argument("--teacher", type=str, default=None, help="pipeline folder or Hub id that the rotation is applied to")
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture; later ones count up")
-    parser.add_argument("--count", type=int, default=1, help="pictures per prompt")
-    parser.add_argument("--batch", type=int, default=8, help="pictures drawn at once; does not change them")
-    parser.add_argument("--dtype", type=str, default="float32", help="float32, bfloat16 or float16")
-    parser.add_argument("--device", type=str, default=None, help="cpu, cuda, cuda:1, ...; default: the best there is")
-    parser.add_argument("--compare", action="store_true", help="put the teacher's many-step pictures beside, with both times")
-    parser.add_argument("--steps", type=int, default=25, help="steps of the teacher with --compare")
-    parser.add_argument("--guidance_scale", type=float, default=2.0, help="guidance of the teacher with --compare")
-    args = _parse(parser, argv)
-    prompts = _prompts(args)
-    from wadi.generate import compare, generate
-    from wadi.images import save_png
+    from wadi.cli_generate import run
 
-    student = _student(args)
-    out = Path(args.out)
-    if not args.compare:
-        paths, drawn = generate(student, prompts, out, args.seed, args.count, args.batch, folder=args.prompts is not None)
-        print(f"{len(paths)} picture(s), {drawn.ms_per_image:.0f} ms each: {out}")
-        return 0
-    if args.count < 1 or args.steps < 1:
-        raise WadiError(f"--count is {args.count} and --steps is {args.steps}. Expected both at least 1.")
-    wanted = [(prompt, args.seed + i) for i, prompt in enumerate(p for p in prompts for _ in range(args.count))]
-    teacher = _teacher(args)
-    columns, seeds = [prompt for prompt, _ in wanted], [seed for _, seed in wanted]
-    picture, slow, fast = compare(student, teacher, columns, seeds, args.steps, args.guidance_scale)
-    target = out / "compare.png" if args.prompts is not None else out
-    save_png(picture, target)
-    print(f"teacher {slow:.0f} ms, student {fast:.0f} ms per picture, {slow / fast:.1f} times as fast: {target}")
-    return 0
-
-
-def _prompts(args: Namespace) -> list[str]:
-    from wadi.data.prompts import read_prompts
-    from wadi.embedded import resolve_prompts
-
-    if (args.prompt is None) == (args.prompts is None):
-        raise WadiError(
-            "Expected either a prompt or --prompts FILE, and received " + ("neither." if args.prompt is None else "both.")
-        )
-    return [args.prompt] if args.prompt is not None else read_prompts(resolve_prompts(args.prompts))
-
-
-def _place(args: Namespace) -> dict[str, Any]:
-
-    from wadi.device import find_device
-
-    return {"dtype": _dtype(args.dtype), "device": find_device(args.device)}
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    if name not in ("float32", "bfloat16", "float16"):
-        raise WadiError(f"--dtype is {name!r}. Expected float32, bfloat16 or float16.")
-    return getattr(torch, name)
-
-
-def _student(args: Namespace) -> Any:
-    from wadi.generate import load
-
-    return load(args.run, adapter=args.adapter, teacher=args.teacher, **_place(args))
-
-
-def _teacher(args: Namespace) -> Any:
-    from wadi.generate import teacher_of
-
-    return teacher_of(args.run, adapter=args.adapter, teacher=args.teacher, **_place(args))
+    return run(argv, _parse, _parser)
 
 
 def _export(argv: Sequence[str]) -> int:
@@ -263,17 +192,18 @@ def _export(argv: Sequence[str]) -> int:
     parser.add_argument("--dtype", type=str, default="float32", help="float32, bfloat16 or float16")
     parser.add_argument("--device", type=str, default="cpu", help="where to merge")
     args = _parse(parser, argv)
+    from wadi.cli_generate import student
     from wadi.files import whole_folder
 
     out = Path(args.out)
     if out.exists():
         raise WadiError(f"--out {str(out)!r} exists. Expected a new folder: choose another name.")
-    student = _student(args)
+    pipeline = student(args)
     with whole_folder(out) as folder:
-        student.save_pretrained(folder)
+        pipeline.save_pretrained(folder)
     from wadi.backbones import from_pipeline
 
-    call = ", ".join(f"{name}={value}" for name, value in from_pipeline(student).call.items())
+    call = ", ".join(f"{name}={value}" for name, value in from_pipeline(pipeline).call.items())
     print(f"{out}: DiffusionPipeline.from_pretrained({str(out)!r})(prompt, num_inference_steps=1, {call})")
     return 0
 
@@ -302,8 +232,9 @@ def _import_authors(argv: Sequence[str]) -> int:
     parser.add_argument("--dtype", type=str, default="float32", help="float32, bfloat16 or float16")
     args = _parse(parser, argv)
     from wadi.authors import import_authors
+    from wadi.cli_generate import dtype_of
 
-    import_authors(Path(args.file), args.base, Path(args.out), _dtype(args.dtype))
+    import_authors(Path(args.file), args.base, Path(args.out), dtype_of(args.dtype))
     print(f"pipeline  {args.out}")
     return 0
 
@@ -316,6 +247,12 @@ def _embed(argv: Sequence[str]) -> int:
 
 def _eval(argv: Sequence[str]) -> int:
     from wadi.cli_eval import run
+
+    return run(argv, _parse, _parser)
+
+
+def _dreambooth(argv: Sequence[str]) -> int:
+    from wadi.cli_dreambooth import run
 
     return run(argv, _parse, _parser)
 
@@ -348,6 +285,12 @@ def _swap(argv: Sequence[str]) -> int:
     return swap(argv, _parse, _parser)
 
 
+def _control(argv: Sequence[str]) -> int:
+    from wadi.cli_control import run
+
+    return run(argv, _parse, _parser)
+
+
 def _invert_relation(argv: Sequence[str]) -> int:
     from wadi.cli_invert import run
 
@@ -368,7 +311,9 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "analyze": ("what distillation changed in the weights: norms, directions, ranks, angles", _analyze),
     "swap": ("a student with the teacher's norms or directions put back, as a pipeline", _swap),
     "eval": ("measure pictures, or those that a run draws by a protocol; compare results", _eval),
+    "control": ("condition images, ControlNets for teacher or student, edge agreement", _control),
     "invert-relation": ("learn a token for a relation from pictures that share it", _invert_relation),
+    "dreambooth": ("teach a model one subject from a few pictures; its one-step student draws it too", _dreambooth),
     "report": ("write a run's report.html", _report),
     "zoo": ("the embedded teacher: train, measure", _zoo),
 }

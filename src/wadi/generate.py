@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from wadi import adapters, config, images
-from wadi.backbones import from_pipeline, load_pipeline
+from wadi.backbones import family, from_pipeline, load_pipeline
 from wadi.embedded import embedded, resolve_teacher
 from wadi.errors import WadiError
 from wadi.progress import progress
@@ -131,11 +135,15 @@ def draw(
     steps: int = 1,
     guidance_scale: float | None = None,
     batch: int = 8,
+    call: Mapping[str, Any] | None = None,
+    start: Callable[[Sequence[torch.Generator]], Tensor] | None = None,
 ) -> Drawn:
     """One picture per prompt and seed, each from noise of its own seed: batches and neighbours do not enter.
 
     Args:
         guidance_scale: of the pipeline's call; None = the family's value for one conditional pass.
+        call: further arguments of the pipeline's call (``height``, ``width``, ``image``, ...), which go before all others.
+        start: from generators, one per picture, to the call's ``latents``; None = noise, as the pipeline draws it.
     Raises:
         WadiError: if a seed is out of range or nothing is asked for.
     """
@@ -145,19 +153,44 @@ def draw(
         raise WadiError(f"batch is {batch} and steps is {steps}. Expected both at least 1.")
     if not all(0 <= seed < SEEDS for seed in seeds):
         raise WadiError(f"Seeds run from {min(seeds)} to {max(seeds)}. Expected whole numbers from 0 to 2^63 - 1.")
-    call = from_pipeline(pipeline).call | ({} if guidance_scale is None else {"guidance_scale": guidance_scale})
+    told = {"num_inference_steps": steps, **plain_call(pipeline)}
+    told |= ({} if guidance_scale is None else {"guidance_scale": guidance_scale}) | dict(call or {})
     pictures: list[Image.Image] = []
     times = []
     with progress("drawing", len(prompts), quiet=len(prompts) <= batch) as bar:
         for first in range(0, len(prompts), batch):
             part = slice(first, first + batch)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-            start = time.perf_counter()
-            drawn = pipeline(prompt=list(prompts[part]), generator=generators, num_inference_steps=steps, **call).images
-            times.append(1000 * (time.perf_counter() - start) / len(drawn))
+            begin = time.perf_counter()
+            latents = {} if start is None else {"latents": start(generators)}
+            with _own_noise(pipeline.scheduler, generators):
+                drawn = pipeline(prompt=list(prompts[part]), generator=generators, **told, **latents).images
+            times.append(1000 * (time.perf_counter() - begin) / len(drawn))
             pictures += drawn
             bar.advance(by=len(drawn))
     return Drawn(pictures, sorted(times)[len(times) // 2])
+
+
+def plain_call(pipeline: Any) -> dict[str, Any]:
+    """Arguments with which a pipeline of a family draws without guidance at its own size; of another pipeline, none."""
+    try:
+        family(type(pipeline).__name__)
+    except WadiError:  # one with a ControlNet, say: whoever made it tells them by `draw`'s call
+        return {}
+    return from_pipeline(pipeline).call
+
+
+@contextmanager
+def _own_noise(scheduler: Any, generators: Sequence[torch.Generator]) -> Iterator[None]:
+    """Within the block a scheduler that adds noise takes it from the pictures' generators, also where a pipeline forgets to."""
+    if "generator" not in inspect.signature(scheduler.step).parameters:
+        yield
+        return
+    scheduler.step = partial(scheduler.step, generator=list(generators))
+    try:
+        yield
+    finally:
+        del scheduler.step
 
 
 def file_name(index: int, prompt: str, seed: int) -> str:
@@ -174,11 +207,13 @@ def generate(
     count: int = 1,
     batch: int = 8,
     folder: bool = False,
+    call: Mapping[str, Any] | None = None,
+    start: Callable[[Sequence[torch.Generator]], Tensor] | None = None,
 ) -> tuple[list[Path], Drawn]:
     """Draw ``count`` pictures of each prompt with consecutive seeds and write them.
 
     With ``folder`` every picture goes into ``out`` under a name of its own. Otherwise ``out`` is the picture, or for several a
-    grid of them with the single ones beside it.
+    grid of them with the single ones beside it. ``call`` and ``start`` are those of `draw`.
 
     Raises:
         WadiError: if count or seed is out of range, or ``out`` cannot be written.
@@ -186,7 +221,8 @@ def generate(
     if count < 1:
         raise WadiError(f"count is {count}. Expected at least 1.")
     wanted = [(prompt, seed + i) for i, prompt in enumerate(p for p in prompts for _ in range(count))]
-    drawn = draw(pipeline, [prompt for prompt, _ in wanted], [number for _, number in wanted], batch=batch)
+    captions, seeds = [prompt for prompt, _ in wanted], [number for _, number in wanted]
+    drawn = draw(pipeline, captions, seeds, batch=batch, call=call, start=start)
     if folder:
         paths = [out / file_name(i, prompt, number) for i, (prompt, number) in enumerate(wanted)]
     elif len(wanted) == 1:
@@ -206,18 +242,21 @@ def compare(
     seeds: Sequence[int],
     steps: int,
     guidance_scale: float,
+    call: Mapping[str, Any] | None = None,
 ) -> tuple[Image.Image, float, float]:
-    """Teacher in many steps above student in one, from the same noise: ``(picture, teacher's ms, student's ms)`` per image."""
-    for pipeline, warm_steps in (
-        (teacher, 1),
-        (student, 1),
-    ):  # first calls pay for set-up that later ones do not
-        draw(pipeline, prompts[:1], seeds[:1], warm_steps)
+    """Teacher in many steps above the student, from the same noise: ``(picture, teacher's ms, student's ms)`` per image.
+
+    ``call`` is that of `draw`, for the student, who takes one step unless it says otherwise.
+    """
+    # First calls pay for set-up that later ones do not.
+    draw(teacher, prompts[:1], seeds[:1])
+    draw(student, prompts[:1], seeds[:1], call=call)
     slow = draw(teacher, prompts, seeds, steps, guidance_scale)
-    fast = draw(student, prompts, seeds)
+    fast = draw(student, prompts, seeds, call=call)
+    own = dict(call or {}).get("num_inference_steps", 1)
     labels = [
         f"teacher\n{steps} steps\n{slow.ms_per_image:.0f} ms",
-        f"student\n1 step\n{fast.ms_per_image:.0f} ms",
+        f"student\n{own} step{'s' * (own > 1)}\n{fast.ms_per_image:.0f} ms",
     ]
     picture = images.grid([slow.pictures, fast.pictures], labels, prompts, enlargement(slow.pictures[0]))
     return picture, slow.ms_per_image, fast.ms_per_image

@@ -1,0 +1,35 @@
+"""What the examples have in common: tables that go into pages, and what they were made on."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from wadi.files import write_whole
+
+
+def row(*cells: str) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def rewrite(page: Path, name: str, text: str) -> None:
+    """Print ``text``, and put it between ``<!-- name -->`` and ``<!-- /name -->`` of ``page``, if there is such a place."""
+    print(text)
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    content = page.read_text(encoding="utf-8") if page.is_file() else ""
+    if begin in content and end in content:
+        before, rest = content.split(begin, 1)
+        after = rest.split(end, 1)[1]
+        write_whole(page, f"{before}{begin}\n{text}\n{end}{after}".encode())
+
+
+def machine() -> str:
+    """Processor, threads and the versions that matter."""
+    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    threads = torch.get_num_threads()
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
+    return f"{names[0] if names else platform.processor()}, {threads} thread{'s' * (threads > 1)}; {packages}."

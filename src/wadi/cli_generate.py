@@ -1,0 +1,263 @@
+"""``wadi generate``: pictures of a one-step student, with what goes with them: size, steps, a start, LoRA, token, control.
+
+The order is fixed: token and LoRA go into the weights, then the size, then the control, then the schedule. What remains is an
+ordinary diffusers pipeline and the arguments of its call.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wadi.errors import WadiError
+
+if TYPE_CHECKING:
+    from wadi.downstream.redilation import Factor
+
+NUMBER = r"\d+(?:\.\d+)?"
+
+
+def add_options(parser: Any) -> None:
+    """The options of ``wadi generate``."""
+    add = parser.add_argument
+    add("prompt", nargs="?", default=None, help="what to draw")
+    add("--prompts", default=None, help="text file with one prompt a line; --out is then a folder")
+    add("--out", type=str, default="wadi.png", help="picture, or folder for a prompts file")
+    add("--run", type=str, default=None, help="folder of a run or of an exported pipeline")
+    add("--adapter", type=str, default=None, help="folder of a student's adapter")
+    add("--teacher", type=str, default=None, help="pipeline folder or Hub id that the rotation is applied to")
+    add("--seed", type=int, default=0, help="of the first picture; later ones count up")
+    add("--count", type=int, default=1, help="pictures per prompt")
+    add("--batch", type=int, default=8, help="pictures drawn at once; does not change them")
+    add("--dtype", type=str, default="float32", help="float32, bfloat16 or float16")
+    add("--device", type=str, default=None, help="cpu, cuda, cuda:1, ...; default: the best there is")
+    add("--steps", type=int, default=1, help="of the student: noise again and predict again (docs/steps.md)")
+    add("--init", type=str, default=None, help="picture to start from")
+    add("--strength", type=float, default=None, help="how far to leave --init: above 0 (not at all) to 1; default 0.6")
+    add("--size", type=str, default=None, help="WIDTHxHEIGHT in pixels, also beyond the training size (docs/highres.md)")
+    add("--redilate", type=str, default=None, help="with --size: factor of what convolutions see, D or DOWNxACROSS; 1 = plain")
+    add("--redilate_blocks", nargs="+", default=None, help="with --size: blocks to re-dilate, or all; default: the deepest")
+    add("--disperse", action="store_true", help="with --size: dispersed kernels make for a factor of two")
+    add("--tiled_vae", action="store_true", help="decode in tiles; above a megapixel that is done anyway")
+    add("--lora", type=str, default=None, help="LoRA or LoRaD customisation to put into the weights")
+    add("--lora_scale", "--lora-scale", type=float, default=None, help="of --lora; default 1")
+    add("--token", type=str, default=None, help="learned token (textual inversion) to read prompts with")
+    add("--control", type=str, default=None, help="ControlNet, T2I-Adapter or IP-Adapter: zoo, folder, Hub id or file")
+    add("--condition", type=str, default=None, help="with --control: its condition image")
+    add("--condition_from", type=str, default=None, help="make the condition: canny, scribble, depth or pose of --condition")
+    add("--control_scale", "--control-scale", type=float, default=None, help="strength of --control; default 1")
+    add("--compare", action="store_true", help="put the teacher's many-step pictures beside, with both times")
+    add("--teacher_steps", type=int, default=25, help="steps of the teacher with --compare")
+    add("--guidance_scale", type=float, default=2.0, help="guidance of the teacher with --compare")
+
+
+def run(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[str], Any]) -> int:
+    """Run the command; ``parse`` and ``make_parser`` are the command line's own."""
+    parser = make_parser("generate")
+    add_options(parser)
+    args = parse(parser, argv)
+    refuse_conflicts(args)
+    prompts, size, factor = prompts_of(args), size_of(args.size), factor_of(args.redilate)
+    from wadi.generate import generate
+
+    drawing = prepare(student(args), args, size)
+    with drawing.sized(factor, args):
+        if args.compare:
+            return _compare(drawing, prompts, args)
+        paths, drawn = generate(
+            drawing.pipeline, prompts, Path(args.out), args.seed, args.count, args.batch, args.prompts is not None,
+            drawing.call, drawing.start,
+        )  # fmt: skip
+    print(f"{len(paths)} picture(s), {drawn.ms_per_image:.0f} ms each: {args.out}")
+    return 0
+
+
+def _compare(drawing: Drawing, prompts: list[str], args: Any) -> int:
+    from wadi.generate import compare, teacher_of
+    from wadi.images import save_png
+
+    if args.count < 1 or args.teacher_steps < 1:
+        raise WadiError(f"--count is {args.count} and --teacher_steps is {args.teacher_steps}. Expected both at least 1.")
+    teacher = customised(teacher_of(args.run, adapter=args.adapter, teacher=args.teacher, **place(args)), args)
+    columns = [prompt for prompt in prompts for _ in range(args.count)]
+    seeds = [args.seed + i for i in range(len(columns))]
+    picture, slow, fast = compare(
+        drawing.pipeline, teacher, columns, seeds, args.teacher_steps, args.guidance_scale, drawing.call
+    )
+    target = Path(args.out) / "compare.png" if args.prompts is not None else Path(args.out)
+    save_png(picture, target)
+    print(f"teacher {slow:.0f} ms, student {fast:.0f} ms per picture, {slow / fast:.1f} times as fast: {target}")
+    return 0
+
+
+# --- what is asked for ------------------------------------------------------------------------------------------------------
+
+
+def refuse_conflicts(args: Any) -> None:
+    """Raise `WadiError` for options that do not go together, before anything is loaded."""
+    needs = (
+        ("strength", "init"), ("redilate", "size"), ("redilate_blocks", "size"), ("disperse", "size"),
+        ("lora_scale", "lora"), ("condition", "control"), ("condition_from", "control"), ("control_scale", "control"),
+        ("control", "condition"),
+    )  # fmt: skip
+    for option, other in needs:
+        if getattr(args, option) not in (None, False) and getattr(args, other) is None:
+            raise WadiError(f"--{option} was given without --{other}. Expected both, or neither.")
+    if args.compare:
+        for option in ("init", "size", "control"):
+            if getattr(args, option) is not None:
+                raise WadiError(
+                    f"--compare and --{option} were given. Expected one of them: the teacher has no such option here."
+                )
+    from wadi.downstream.steps import check
+
+    check(args.steps, strength_of(args))
+
+
+def strength_of(args: Any) -> float:
+    """``--strength``, or what it is unless given; 1 without ``--init``."""
+    if args.init is None:
+        return 1.0
+    return 0.6 if args.strength is None else float(args.strength)
+
+
+def size_of(text: str | None) -> tuple[int, int] | None:
+    """``(height, width)`` of ``WIDTHxHEIGHT``."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text.lower())
+    if not found:
+        raise WadiError(f"--size is {text!r}. Expected WIDTHxHEIGHT in pixels, as 1792x1024.")
+    return int(found[2]), int(found[1])
+
+
+def factor_of(text: str | None) -> Factor | None:
+    """``--redilate`` as one factor or ``(down, across)``."""
+    if text is None:
+        return None
+    if re.fullmatch(NUMBER, text):
+        return float(text)
+    if found := re.fullmatch(f"({NUMBER})x({NUMBER})", text.lower()):
+        return float(found[1]), float(found[2])
+    raise WadiError(f"--redilate is {text!r}. Expected a factor of at least 1, as 2 or 1.5, or one for each axis, as 2x3.5.")
+
+
+def prompts_of(args: Any) -> list[str]:
+    """The prompt, or those of the file."""
+    from wadi.data.prompts import read_prompts
+    from wadi.embedded import resolve_prompts
+
+    if (args.prompt is None) == (args.prompts is None):
+        raise WadiError(
+            "Expected either a prompt or --prompts FILE, and received " + ("neither." if args.prompt is None else "both.")
+        )
+    return [args.prompt] if args.prompt is not None else read_prompts(resolve_prompts(args.prompts))
+
+
+# --- the pipeline -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Drawing:
+    """A pipeline that is ready to draw, and how to call it.
+
+    Attributes:
+        native, wanted: ``(height, width)`` that the student was made for, and that is drawn.
+        call, start: those of `wadi.generate.draw`.
+    """
+
+    pipeline: Any
+    native: tuple[int, int]
+    wanted: tuple[int, int]
+    call: dict[str, Any] = field(default_factory=dict)
+    start: Any = None
+
+    @contextmanager
+    def sized(self, factor: Factor | None, args: Any) -> Iterator[None]:
+        """Within the block the pipeline draws at its size as it was asked to."""
+        from wadi.downstream.hires import enlarged, tiled_decoding
+
+        if args.size is None:
+            with tiled_decoding(self.pipeline.vae, args.tiled_vae):
+                yield
+            return
+        tiled, blocks = True if args.tiled_vae else None, args.redilate_blocks
+        blocks = "all" if blocks == ["all"] else blocks
+        with enlarged(self.pipeline, self.native, self.wanted, factor, blocks, args.disperse, tiled):
+            yield
+
+
+def prepare(pipeline: Any, args: Any, size: tuple[int, int] | None) -> Drawing:
+    """Everything that ``args`` asks for put onto a student's ``pipeline``."""
+    from wadi.backbones import from_pipeline
+    from wadi.downstream import hires, img2img, steps
+
+    pipeline = customised(pipeline, args)
+    native = from_pipeline(pipeline).resolution
+    wanted = native if size is None else hires.drawable(pipeline, size)
+    call: dict[str, Any] = {}
+    if size is not None:
+        hires.resize(pipeline, wanted)
+    # Read before the control is loaded: bad input is told at once.
+    init = None if args.init is None else img2img.read_image(args.init, wanted)
+    if args.control is not None:
+        pipeline, call = controlled(pipeline, args, wanted)
+    schedule = steps.schedule(pipeline.scheduler, args.steps, strength_of(args))
+    if args.steps > 1 or init is not None:
+        pipeline.scheduler = schedule.scheduler
+        call |= schedule.call
+    begin = None if init is None else img2img.start(pipeline, init, schedule)
+    return Drawing(pipeline, native, wanted, call, begin)
+
+
+def customised(pipeline: Any, args: Any) -> Any:
+    """``pipeline`` with the token and the LoRA that ``args`` names."""
+    if args.token is not None:
+        from wadi.downstream.inversion import add_token
+
+        add_token(pipeline, Path(args.token))
+    if args.lora is not None:
+        from wadi.downstream.lora import apply_lora
+
+        apply_lora(pipeline, args.lora, 1.0 if args.lora_scale is None else args.lora_scale)
+    return pipeline
+
+
+def controlled(pipeline: Any, args: Any, wanted: tuple[int, int]) -> tuple[Any, dict[str, Any]]:
+    """``pipeline`` under ``--control``, and what its call is to be told."""
+    from wadi.downstream import conditions, hires
+    from wadi.downstream.control import control_arguments, with_control
+
+    picture = conditions.read_picture(args.condition)
+    if args.condition_from is not None:
+        picture = conditions.condition(args.condition_from, picture)
+    pipeline = with_control(pipeline, args.control)
+    hires.resize(pipeline, wanted)  # a pipeline made from another does not inherit it
+    return pipeline, control_arguments(pipeline, picture, 1.0 if args.control_scale is None else args.control_scale)
+
+
+def student(args: Any) -> Any:
+    """The one-step pipeline that ``args`` names."""
+    from wadi.generate import load
+
+    return load(args.run, adapter=args.adapter, teacher=args.teacher, **place(args))
+
+
+def place(args: Any) -> dict[str, Any]:
+    """``dtype`` and ``device`` as torch has them."""
+    from wadi.device import find_device
+
+    return {"dtype": dtype_of(args.dtype), "device": find_device(args.device)}
+
+
+def dtype_of(name: str) -> Any:
+    """A torch dtype by name."""
+    import torch
+
+    if name not in ("float32", "bfloat16", "float16"):
+        raise WadiError(f"--dtype is {name!r}. Expected float32, bfloat16 or float16.")
+    return getattr(torch, name)

@@ -1,0 +1,107 @@
+"""Image to image in one step: a picture with noise up to a share of the student's time, and the student's answer to it.
+
+    x_t = alpha_t E(picture) + sigma_t noise,   t = strength t*
+
+where ``E`` is the autoencoder. What comes of it is an ordinary call of whatever pipeline there is, with ``latents=x_t`` and a
+scheduler that begins at ``t`` (`wadi.downstream.steps.schedule`): no pipeline of its own, so it goes together with ControlNets,
+sizes and more steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from wadi.downstream.steps import Schedule
+from wadi.errors import WadiError
+
+Start = Callable[[Sequence[torch.Generator]], Tensor]
+
+RATIO = 0.02  # by which two aspect ratios may differ and still be the same
+OPAQUE = ("RGB", "L", "1", "P", "RGBA", "LA")  # modes of 8 bits or less
+
+
+def read_image(path: str | Path, resolution: tuple[int, int]) -> Tensor:
+    """A picture as ``(1, 3, height, width)`` in [-1, 1], resized where it has the aspect ratio.
+
+    Raises:
+        WadiError: if it cannot be read, has another aspect ratio than ``resolution`` ``(height, width)``, is transparent, or
+            has more than 8 bits.
+    """
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            picture = opened.copy()
+    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+        raise WadiError(f"Picture {str(path)!r} cannot be read: {error}. Expected a PNG, JPEG or the like.") from error
+    return image_tensor(picture, resolution, repr(str(path)))
+
+
+def image_tensor(picture: Image.Image, resolution: tuple[int, int], name: str = "the picture") -> Tensor:
+    """``(1, 3, height, width)`` in [-1, 1]; raises as `read_image`."""
+    height, width = resolution
+    if abs(picture.width * height / (picture.height * width) - 1) > RATIO:
+        own = f"{picture.width}x{picture.height}"
+        raise WadiError(
+            f"{name} is {own} and what is drawn {width}x{height} (width x height). Expected the same aspect ratio: crop it, or "
+            "draw at its size with --size."
+        )
+    if picture.mode not in OPAQUE:
+        raise WadiError(f"{name} is of mode {picture.mode}. Expected 8 bits of grey or colour: convert it to RGB.")
+    if min(picture.convert("RGBA").getchannel("A").tobytes()) < 255:
+        raise WadiError(f"{name} has transparent pixels. Expected an opaque picture: put it on a background.")
+    colours = picture.convert("RGB")
+    if colours.size != (width, height):
+        colours = colours.resize((width, height), Image.Resampling.LANCZOS)
+    values = torch.frombuffer(bytearray(colours.tobytes()), dtype=torch.uint8)
+    return values.view(1, height, width, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def encode_image(vae: Any, images: Tensor) -> Tensor:
+    """Latents ``(B, C, H, W)``, float32, of images in [-1, 1]: what the backbone's ``decode`` takes.
+
+    The mean of what the autoencoder says, normalised as its config has it; in float32 where half precision overflows.
+    """
+    config, dtype = vae.config, vae.dtype
+    upcast = dtype == torch.float16 and bool(config.get("force_upcast"))
+    try:
+        if upcast:
+            vae.to(torch.float32)
+        place = next(vae.parameters())
+        encoded = vae.encode(images.to(place.device, place.dtype))
+    finally:
+        if upcast:
+            vae.to(dtype)
+    z = (encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent).float()
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        mean, std = (torch.tensor(config[key], device=z.device).view(1, -1, 1, 1) for key in ("latents_mean", "latents_std"))
+        return (z - mean) / std * config.scaling_factor
+    return (z - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+
+
+def start(pipeline: Any, image: Tensor, schedule: Schedule) -> Start:
+    """From generators, one per picture, to the ``latents`` of a call of ``pipeline`` that redraws ``image``.
+
+    Noise is drawn as the pipeline would draw its own, so that what a generator gives later on is fresh.
+
+    Args:
+        image: ``(1, 3, height, width)`` in [-1, 1].
+        schedule: the one whose scheduler the pipeline has.
+    """
+    x0 = encode_image(pipeline.vae, image)
+    network = getattr(pipeline, "unet", None) or pipeline.transformer
+
+    def latents(generators: Sequence[torch.Generator]) -> Tensor:
+        noise = torch.cat([torch.randn(x0.shape, generator=generator) for generator in generators]).to(x0.device)
+        x_t = schedule.alpha * x0 + schedule.sigma * noise
+        if hasattr(pipeline, "_pack_latents"):  # FLUX hands its network 2 x 2 latents as a token
+            x_t = pipeline._pack_latents(x_t, *x_t.shape)
+        return x_t.to(network.dtype)
+
+    return latents

@@ -1,0 +1,49 @@
+"""One-step pipelines of every family, small, and what their networks are asked."""
+
+import torch
+
+from families import small_pipelines
+from wadi.backbones import from_pipeline
+
+FAMILIES = ["sd1", "sd2", "sdxl", "pixart-sigma", "sd3", "flux", "sana"]
+RESOLUTIONS = {**small_pipelines.RESOLUTIONS, "sana": (64, 64)}
+TIMESTEP = 800
+
+
+def students(tmp_path_factory):
+    """``student(name)``: a pipeline with a student's scheduler, always as new; its weights are made once."""
+    made = {}
+
+    def student(name):
+        if name not in made:
+            pipeline = small_pipelines.make(name, tmp_path_factory.mktemp(name))
+            backbone = from_pipeline(pipeline, RESOLUTIONS.get(name))
+            pipeline.scheduler = backbone.one_step_scheduler(TIMESTEP)
+            backbone.remember_resolution()
+            made[name] = pipeline, pipeline.scheduler
+        pipeline, pipeline.scheduler = made[name]
+        return pipeline
+
+    return student
+
+
+class asked:
+    """``with asked(pipeline) as seen:`` notes ``(timestep, input)`` of every evaluation of the network."""
+
+    def __init__(self, pipeline):
+        self.network = from_pipeline(pipeline).network
+        self.scale = 1000 if type(self.network).__name__.startswith("Flux") else 1
+
+    def __enter__(self):
+        seen = []
+
+        def note(module, args, kwargs):
+            x = args[0] if args else kwargs["hidden_states"]
+            t = kwargs["timestep"] if "timestep" in kwargs else args[1]
+            seen.append((self.scale * float(torch.as_tensor(t).flatten()[0]), x.detach().clone()))
+
+        self.hook = self.network.register_forward_pre_hook(note, with_kwargs=True)
+        return seen
+
+    def __exit__(self, *_):
+        self.hook.remove()

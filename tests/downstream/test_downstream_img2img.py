@@ -1,0 +1,208 @@
+"""Image to image: a picture noised to a share of the student's time, and little of it lost where the share is small."""
+
+import numpy as np
+import pytest
+import torch
+from onestep import FAMILIES, asked, students
+from PIL import Image
+
+from wadi.backbones import from_pipeline
+from wadi.downstream.img2img import encode_image, image_tensor, read_image, start
+from wadi.downstream.steps import schedule
+from wadi.errors import WadiError
+from wadi.generate import draw, load
+
+
+@pytest.fixture(scope="module")
+def student_of(tmp_path_factory):
+    return students(tmp_path_factory)
+
+
+def stripes(width, height, mode="RGB"):
+    values = np.zeros((height, width, 3), np.uint8)
+    values[:, ::4], values[::4] = (200, 30, 90), (20, 160, 220)
+    return Image.fromarray(values).convert(mode)
+
+
+def redrawn(pipeline, picture, strength, steps=1, seed=5, count=1):
+    """Latents that the network saw first, and the pictures."""
+    image = image_tensor(picture, from_pipeline(pipeline).resolution)
+    found = schedule(pipeline.scheduler, steps, strength)
+    pipeline.scheduler = found.scheduler
+    begin = start(pipeline, image, found)
+    seeds = list(range(seed, seed + count))
+    return draw(pipeline, ["red"] * count, seeds, call=found.call, start=begin).pictures
+
+
+def pixels(picture):
+    return np.asarray(picture).astype(int)
+
+
+# --- the start ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_latents_are_what_the_backbone_decodes(student_of, name):
+    """`encode_image` undoes the normalisation of ``decode`` (and the autoencoder in between is left as it is)."""
+    pipeline = student_of(name)
+    backbone = from_pipeline(pipeline)
+    image = torch.rand(1, 3, *backbone.resolution) * 2 - 1
+    z = encode_image(pipeline.vae, image)
+    assert z.shape[1:] == backbone.latent_shape
+    with torch.no_grad():
+        encoded = pipeline.vae.encode(image)
+        inner = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+        wanted = (pipeline.vae.decode(inner, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+    assert torch.allclose(backbone.decode(z), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("strength", "steps"), [(0.5, 1), (0.5, 2), (1.0, 1), (0.25, 3)])
+def test_the_network_sees_the_picture_noised_to_its_share_of_the_time(student_of, name, strength, steps):
+    pipeline = student_of(name)
+    backbone = from_pipeline(pipeline)
+    height, width = backbone.resolution
+    picture = stripes(width, height)
+    with asked(pipeline) as seen:
+        pictures = redrawn(pipeline, picture, strength, steps)
+    assert pictures[0].size == (width, height)
+    assert [t for t, _ in seen] == pytest.approx([800 * strength * (1 - i / steps) for i in range(steps)], abs=1.01)
+    t = torch.tensor([round(800 * strength)])
+    alpha, sigma = float(backbone.process.alpha(t)), float(backbone.process.sigma(t))
+    x0 = encode_image(pipeline.vae, image_tensor(picture, (height, width)))
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(5))
+    x_t = alpha * x0 + sigma * noise
+    if name == "flux":
+        x_t = pipeline._pack_latents(x_t, *x_t.shape)
+    assert torch.allclose(seen[0][1], x_t, atol=1e-4)
+
+
+def test_the_less_strength_the_less_is_changed(student_of):
+    """With the network's answer taken for noise, what is left of the picture grows as strength falls."""
+    pipeline = student_of("sd1")
+    picture = stripes(16, 16)
+    kept = image_tensor(picture, (16, 16))
+    with torch.no_grad():
+        through = (pipeline.vae.decode(pipeline.vae.encode(kept).latent_dist.mode())[0] / 2 + 0.5).clamp(0, 1)
+    through = (through[0].permute(1, 2, 0).numpy() * 255).round()
+    own, errors = pipeline.scheduler, []
+    for strength in (0.02, 0.3, 1.0):
+        pipeline.scheduler = own
+        errors.append(np.abs(pixels(redrawn(pipeline, picture, strength)[0]) - through).mean())
+    assert errors[0] < errors[1] < errors[2]
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd3", "flux"])
+def test_noise_of_later_steps_is_fresh_and_each_pictures_own(student_of, name):
+    """The second step has its picture's second noise: a generator that began anew would give the start's once more."""
+    pipeline = student_of(name)
+    backbone, own, picture = from_pipeline(pipeline), pipeline.scheduler, stripes(16, 16)
+    with asked(pipeline) as seen:
+        pictures = redrawn(pipeline, picture, 0.9, steps=2, count=2)
+    (_, first), (t, second) = seen
+    one = schedule(own, 1, 0.9)
+    pipeline.scheduler = one.scheduler
+    x0 = pipeline(prompt=["red"] * 2, latents=first, output_type="latent", **backbone.call, **one.call).images
+    alpha, sigma = (float(values(torch.tensor([t]))) for values in (backbone.process.alpha, backbone.process.sigma))
+    for i, seed in enumerate((5, 6)):
+        generator = torch.Generator().manual_seed(seed)
+        torch.randn((1, *backbone.latent_shape), generator=generator)
+        noise = torch.randn(first[i].shape, generator=generator)
+        assert torch.allclose(second[i], alpha * x0[i] + sigma * noise, atol=1e-3 * float(x0.abs().max()))
+    found = schedule(own, 2, 0.9)
+    pipeline.scheduler = found.scheduler
+    begin = start(pipeline, image_tensor(picture, (16, 16)), found)
+    alone = draw(pipeline, ["red"], [6], call=found.call, start=begin).pictures[0]
+    assert np.abs(pixels(alone) - pixels(pictures[1])).max() <= 1
+
+
+# --- the picture --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "RGBA", "LA"])
+def test_opaque_pictures_of_any_mode_are_read_as_colours(mode, tmp_path):
+    picture = stripes(16, 8, mode)
+    picture.save(tmp_path / "a.png")
+    tensor = read_image(tmp_path / "a.png", (8, 16))
+    assert tensor.shape == (1, 3, 8, 16)
+    wanted = np.asarray(picture.convert("RGB"))
+    assert np.allclose(((tensor[0].permute(1, 2, 0) + 1) * 127.5).numpy(), wanted, atol=1e-3)
+
+
+def test_a_picture_of_the_same_shape_is_resized_and_of_another_refused(tmp_path):
+    stripes(64, 32).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", (16, 32)).shape == (1, 3, 16, 32)
+    with pytest.raises(WadiError, match=r"64x32.*16x16.*aspect ratio"):
+        read_image(tmp_path / "a.png", (16, 16))
+
+
+def test_pictures_that_cannot_be_used(tmp_path):
+    clear = stripes(16, 16, "RGBA")
+    clear.putpixel((3, 3), (1, 2, 3, 100))
+    palette = stripes(16, 16, "P")
+    palette.info["transparency"] = 0
+    with pytest.raises(WadiError, match="transparent"):
+        image_tensor(clear, (16, 16))
+    with pytest.raises(WadiError, match="transparent"):
+        image_tensor(palette, (16, 16))
+    for mode in ("F", "I", "CMYK"):
+        with pytest.raises(WadiError, match=f"mode {mode}"):
+            image_tensor(Image.new(mode, (16, 16)), (16, 16))
+    (tmp_path / "text.png").write_text("no picture")
+    whole = tmp_path / "whole.png"
+    stripes(64, 64).save(whole)
+    (tmp_path / "half.png").write_bytes(whole.read_bytes()[:100])
+    for name in ("text.png", "half.png", "nowhere.png", "."):
+        with pytest.raises(WadiError, match="cannot be read"):
+            read_image(tmp_path / name, (16, 16))
+
+
+# --- the command line ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def init(tmp_path):
+    stripes(16, 16).save(tmp_path / "init.png")
+    return tmp_path / "init.png"
+
+
+def test_the_command_line(finished_run, init, tmp_path):
+    from wadi.cli import main
+
+    def picture(*flags):
+        path = tmp_path / "out.png"
+        argv = ["generate", "red apple", "--run", str(finished_run), "--out", str(path), "--device", "cpu", "--seed", "9"]
+        assert main([*argv, "--init", str(init), *flags]) == 0
+        return pixels(Image.open(path))
+
+    assert (picture() == picture("--strength", "0.6")).all()
+    assert (picture() != picture("--strength", "0.3")).any()
+    assert (picture("--strength", "0.3", "--steps", "2") != picture("--strength", "0.3")).any()
+    wanted = redrawn(load(finished_run), stripes(16, 16), 0.6, seed=9)[0]
+    # the run's prompt is another, and its student all but ignores it: what counts is the picture that both start from
+    assert np.abs(picture() - pixels(wanted)).mean() < 60
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--strength", "0.5"], "--init"),
+        (["--init", "INIT", "--strength", "0"], "strength is 0"),
+        (["--init", "INIT", "--strength", "1.5"], "strength is 1.5"),
+        (["--init", "INIT", "--strength", "nan"], "nan"),
+        (["--init", "INIT", "--strength", "much"], "strength"),
+        (["--init", "/nowhere.png"], "nowhere.png"),
+        (["--init", "INIT", "--size", "32x16"], "aspect ratio"),
+        (["--init", "INIT", "--compare"], "--compare and --init"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_line_and_nothing_is_written(flags, word, finished_run, init, tmp_path, capsys):
+    from wadi.cli import main
+
+    out = tmp_path / "x.png"
+    flags = [str(init) if flag == "INIT" else flag for flag in flags]
+    assert main(["generate", "apple", "--run", str(finished_run), "--out", str(out), "--device", "cpu", *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert word in line
+    assert not out.exists()
