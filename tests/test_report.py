@@ -60,3 +60,51 @@ def test_curves_are_whole_svg_even_where_a_logarithm_has_nothing_to_show(values,
     svg = plot({"loss_fake": list(enumerate(values))}, logarithmic=True)
     assert ElementTree.fromstring(svg).tag.endswith("svg")
     assert [str(warning.message) for warning in recwarn if issubclass(warning.category, UserWarning)] == []
+
+
+# --- what other commands leave in the run's folder --------------------------------------------------------------------------
+
+
+def result(**metrics):
+    rows = [
+        {"name": "student <one>", "generator": {}, "images": 8, "metrics": metrics,
+         "speed": {"latency_p50_ms": 12.5, "parameters": 9_000}},
+        {"name": "teacher", "generator": {}, "images": 8, "metrics": {}, "speed": None},
+    ]  # fmt: skip
+    return json.dumps({"format": 1, "protocol_hash": "abcdef0123456789", "protocol": {"protocol": "zoo"}, "rows": rows})
+
+
+def test_a_run_without_results_has_no_empty_chapters(run):
+    page = write_report(run).read_text()
+    assert "Measured" not in page
+    assert "What changed" not in page
+
+
+def test_results_of_eval_are_tables(run):
+    (run / "eval").mkdir()
+    number = {"value": 5.901, "std": 0.11, "low": None, "high": None}
+    (run / "eval" / "zoo.json").write_text(result(**{"fd lite0": number, "top1": {**number, "value": 0.25, "std": None}}))
+    (run / "eval" / "other.json").write_text("[1, 2")
+    page = write_report(run).read_text()
+    for text in (
+        "Measured", "Frechet distance (lite0)", "5.901 ± 0.11", "<td>0.25</td>", "student &lt;one&gt;", "latency p50, ms",
+        "9,000", "zoo, protocol hash abcdef012345", "other.json is no result",
+    ):  # fmt: skip
+        assert text in page
+
+
+def test_an_analysis_in_the_run_is_shown_with_its_figures(run):
+    from wadi.cli import main
+
+    teacher = next(
+        line.split(": ")[1] for line in (run / "config.yaml").read_text().splitlines() if line.startswith("teacher:")
+    )
+    before = write_report(run).read_text()
+    assert main(["analyze", teacher.strip(), str(run), "--out", str(run / "analysis")]) == 0
+    page = write_report(run).read_text()
+    assert "What changed in the weights" in page
+    assert page.count("data:image/png") == before.count("data:image/png") + 5
+    assert "direction change" in page
+    assert set(re.findall(r"""(?:src|href)\s*=\s*["'](?!data:|#)([^"']*)""", page)) == set()
+    (run / "analysis" / "analysis.json").write_text("{")
+    assert "What changed in the weights" not in write_report(run).read_text()

@@ -154,7 +154,7 @@ def _generators(args: Any) -> tuple[list[Generator], list[Generator]]:
     whole = [put(f"teacher's {take}s, put back", take, "all", lambda _: True) for take in ("norm", "direction")]
     kinds = {name: kind(name.removesuffix(".weight"), len(weights.shape(name))) for name in weights if is_layer(weights, name)}
     parts = {of: {name.removesuffix(".weight") for name, found in kinds.items() if found == of} for of in KINDS}
-    partial = [put(of, "direction", of, names.__contains__) for of, names in parts.items() if names]
+    partial = [put(f"directions back in {of}", "direction", of, names.__contains__) for of, names in parts.items() if names]
     return [student, *whole], partial if args.by_kind else []
 
 

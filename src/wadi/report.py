@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from wadi.errors import WadiError
+from wadi.figures import canvas, look, styled, svg
 from wadi.files import write_whole
 
 # Figures: (title, what to make of it, series, logarithmic axis)
@@ -63,6 +62,8 @@ def write_report(run: Path) -> Path:
         _summary(lines),
         "<h2>Same noise, same prompts: teacher and student</h2>" + _grids(grids),
         '<h2>Curves</h2><div class="figures">' + "".join(_figures(lines)) + "</div>",
+        _measured(run),
+        _analysis(run / "analysis"),
         f"<h2>Configuration</h2><pre>{html.escape(config.read_text(encoding='utf-8'))}</pre>",
     ]
     head = f'<!doctype html><meta charset="utf-8"><title>{html.escape(run.name)}</title><style>{STYLE}</style>'
@@ -121,6 +122,111 @@ def _grids(grids: Sequence[Path]) -> str:
     return shown[0] + (f"<details><summary>Over training</summary>{earlier}</details>" if earlier else "")
 
 
+def _measured(run: Path) -> str:
+    """A table for each result of `wadi eval` in ``run/eval``, and for that of the hybrids in ``run/analysis``."""
+    files = sorted((run / "eval").glob("*.json")) + sorted((run / "analysis").glob("swap.json"))
+    tables = [_result(path) for path in files]
+    return "<h2>Measured</h2>" + "".join(tables) if tables else ""
+
+
+def _result(path: Path) -> str:
+    """Metrics and speed of a result file, a row for each generator; rows of one protocol hash may be compared."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        rows = [(row["name"], row["images"], row["metrics"], row.get("speed") or {}) for row in found["rows"]]
+        metrics = list(dict.fromkeys(name for *_, measured, _ in rows for name in measured))
+        speeds = [name for name, _ in SPEED if any(speed.get(name) is not None for *_, speed in rows)]
+        cells = [
+            [*(_number(m.get(name)) for name in metrics), *(_speed(speed.get(name)) for name in speeds)]
+            for *_, m, speed in rows
+        ]
+        told = f"{found['protocol'].get('protocol') or 'pictures'}, protocol hash {found['protocol_hash'][:12]}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"<p>{html.escape(path.name)} is no result of wadi eval and was left out ({html.escape(repr(error))}).</p>"
+    head = ["", "images", *(_title(name) for name in metrics), *(dict(SPEED)[name] for name in speeds)]
+    body = [[name, images, *values] for (name, images, *_), values in zip(rows, cells, strict=True)]
+    return f"<h3>{html.escape(path.stem)}: {html.escape(told)}</h3>{_html_table([head, *body])}"
+
+
+METRICS = {
+    "fid": "FID", "kid": "KID", "fd": "Frechet distance (default features)", "kd": "kernel distance (default features)",
+    "fd-zoo": "Frechet distance (zoo's classifier)", "top1": "concept named (top-1)", "clip": "CLIP score",
+    "diversity": "same-prompt diversity",
+}  # fmt: skip
+SPEED = (
+    ("images_per_second", "images per second"), ("latency_p50_ms", "latency p50, ms"), ("latency_p95_ms", "latency p95, ms"),
+    ("peak_memory_mib", "peak memory, MiB"), ("parameters", "parameters"), ("evaluations", "network evaluations"),
+)  # fmt: skip
+
+
+def _title(metric: str) -> str:
+    name, _, network = metric.partition(" ")  # 'fd NETWORK' names its features
+    return f"{METRICS[name].partition(' (')[0]} ({network})" if network and name in METRICS else METRICS.get(name, metric)
+
+
+def _number(number: dict[str, float | None] | None) -> str:
+    if number is None:
+        return ""
+    spread = number.get("std")
+    return f"{number['value']:.4g}" + ("" if spread is None else f" ± {spread:.2g}")
+
+
+def _speed(value: float | None) -> str:
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _html_table(lines: Sequence[Sequence[object]]) -> str:
+    cells = [[html.escape(str(cell)) for cell in line] for line in lines]
+    head = "".join(f"<th>{cell}</th>" for cell in cells[0])
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in cells[1:])
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+# Of `wadi analyze --out RUN/analysis`: file, what to make of it
+ANALYSIS = (
+    (
+        "figure-1a",
+        "A point per layer, a star at their mean: how far norms and directions of the weights went from the teacher's.",
+    ),
+    ("figure-1b", "How much of the change of directions few singular values hold."),
+    ("by-kind", "Which kinds of layers changed; a bar at their mean."),
+    ("by-block", "Where along the network."),
+    ("angles", "How often each angle occurs; the rank of each layer's angles."),
+    ("figure-1c", "The student, and hybrids with the teacher's norms or directions put back."),
+    ("figure-1d", "Pictures of the same hybrids."),
+    ("swap-by-kind", "The teacher's directions put back in one kind of layer: the worse, the more that kind had learned."),
+)
+
+
+def _analysis(folder: Path) -> str:
+    """The analysis of the weights, if the run has one: its summary and figures."""
+    try:
+        summary = json.loads((folder / "analysis.json").read_text(encoding="utf-8"))["summary"]
+        rows = [
+            (f"{title} change", *(f"{100 * summary[f'{change}_{of}']:.3g} %" for of in ("mean", "std")))
+            for change, title in (("norm", "norm"), ("direction", "direction"))
+        ]
+        energy = summary["energy_30"]
+        told = (
+            ""
+            if energy is None
+            else f"Energy of the direction residual in the top 30 % of singular values: {100 * energy:.1f} %."
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    shown = [(folder / f"{name}.png", html.escape(meaning)) for name, meaning in ANALYSIS]
+    figures = [
+        f'<figure><img alt="{path.stem}" src="{_inline(path)}"><figcaption>{meaning}</figcaption></figure>'
+        for path, meaning in shown
+        if path.is_file()
+    ]
+    head = (f"{summary['layers']} layers", "mean over a layer's rows", "standard deviation over them")
+    return (
+        f"<h2>What changed in the weights</h2>{_html_table([head, *rows])}<p>{told}</p>"
+        f'<div class="figures">{"".join(figures)}</div>'
+    )
+
+
 def _inline(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
@@ -139,25 +245,23 @@ def _figures(lines: Sequence[dict[str, float]]) -> list[str]:
     return figures
 
 
+@styled
 def plot(series: dict[str, list[tuple[float, float]]], logarithmic: bool = False) -> str:
-    """Curves over steps as an inline SVG; line styles differ, so that grey print and colour-blind readers can tell them."""
-    from matplotlib.figure import Figure  # no pyplot: nothing global, no display
-
-    figure = Figure(figsize=(6, 3), layout="constrained")
-    axes: Any = figure.add_subplot()
+    """Curves over steps as an inline SVG."""
+    figure, (axes,) = canvas(width=6, height=3)
     # zero, as the student's loss is at the first step, has no place on a logarithmic axis
     positive = {name: kept for name, points in series.items() if (kept := [(x, y) for x, y in points if y > 0])}
     if logarithmic and positive:
         axes.set_yscale("log")
         series = positive
-    for (name, points), style in zip(series.items(), ("-", "--", ":", "-."), strict=False):
+    for index, (name, points) in enumerate(series.items()):
+        style, few = look(index), len(points) < 20
         x, y = zip(*points, strict=True)
         axes.plot(
-            x, y, style, linewidth=1.2, label=name.replace("_", " "), marker="o" if len(points) < 20 else None, markersize=3
-        )
+            x, y, linestyle=style.dashes, color=style.colour, linewidth=1.2, label=name.replace("_", " "),
+            marker=style.marker if few else None, markersize=3,
+        )  # fmt: skip
     axes.set_xlabel("step")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, frameon=False)
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg")
-    return stream.getvalue()[stream.getvalue().index("<svg") :]
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # above the axes: curves fill them
+    drawn = svg(figure).decode()
+    return drawn[drawn.index("<svg") :]

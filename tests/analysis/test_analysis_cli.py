@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from wadi import figures
 from wadi.analysis.change import compare_rows
+from wadi.analysis.swap import matching
 from wadi.backbones import from_pipeline, load_pipeline
 from wadi.cli import main
 
@@ -110,6 +111,11 @@ def student_of(teacher, folder):
     return folder / "student"
 
 
+def test_layers_are_named_whole():
+    assert matching("conv_(in|out)")("conv_in")
+    assert not matching("conv")("conv_in")
+
+
 def test_a_run_is_swapped_with_its_own_scheduler(finished_run, sd_folder, tmp_path, capsys):
     out = tmp_path / "hybrid"
     assert main(["swap", str(sd_folder), str(finished_run), "--take", "direction", "--out", str(out)]) == 0
@@ -199,7 +205,7 @@ def test_swap_eval_measures_student_and_hybrids_alike(finished_run, sd_folder, p
     assert values["teacher's norms, put back"] == pytest.approx(values["student"], rel=1e-2)  # LoRaD changed no norm
     norms, directions = (abs(values[f"teacher's {what}, put back"] - values["student"]) for what in ("norms", "directions"))
     assert directions > 0.5 + 20 * norms
-    assert values["convolution"] == pytest.approx(values["student"], rel=1e-2)  # no angles there
+    assert values["directions back in convolution"] == pytest.approx(values["student"], rel=1e-2)  # no angles there
     assert {row.images for row in rows.values()} == {4}
     for name in ("figure-1c.svg", "figure-1d.png", "swap-by-kind.csv"):
         assert (out / name).is_file()

@@ -99,7 +99,7 @@ def _percents(values: Sequence[float | None]) -> list[float]:
 def groups(found: Analysis, folder: Path, key: str) -> list[Path]:
     """Norm and direction change of every layer, and their mean, by ``kind`` of layer or ``block`` along the network.
 
-    Both panels have the same logarithmic axis; what is below `FLOOR` is drawn there.
+    Both panels have the same logarithmic axis; what is below `FLOOR` is drawn there, as about zero.
     """
     means = groups_table(found, key)
     figure, panels = canvas(2, height=0.9 + 0.24 * len(means), sharex=True, sharey=True)
@@ -118,7 +118,7 @@ def groups(found: Analysis, folder: Path, key: str) -> list[Path]:
     ]
     panels[0].set_xscale("log")
     panels[0].set_xlim(FLOOR / 1.6, 1.6 * max(100 * max(values, default=0.0), 100 * FLOOR))
-    panels[0].xaxis.set_major_formatter(lambda value, _: f"≤ {value:g}" if value <= FLOOR else f"{value:g}")
+    panels[0].xaxis.set_major_formatter(lambda value, _: "≈ 0" if value <= FLOOR else f"{value:g}")
     panels[0].set_yticks(range(len(means)), [f"{row[key]} ({row['layers']})" for row in means])
     panels[0].invert_yaxis()
     return save(figure, folder, f"by-{key}", means)
@@ -171,9 +171,8 @@ def bars(scores: Sequence[Mapping[str, Any]], figures: Mapping[str, str], folder
                 place, score[figure], 0.62, yerr=score[f"{figure}_spread"], color=style.colour, hatch=style.hatch,
                 edgecolor="white", capsize=3, error_kw={"ecolor": INK, "linewidth": 1},
             )  # fmt: skip
-            axes.annotate(
-                f"{score[figure]:.3g}", (place, score[figure]), (0, 4), textcoords="offset points", ha="center", fontsize=8
-            )
+            top = score[figure] + score[f"{figure}_spread"]
+            axes.annotate(f"{score[figure]:.3g}", (place, top), (0, 3), textcoords="offset points", ha="center", fontsize=8)
         axes.set_xticks(range(len(scores)), [score["name"].replace(", ", ",\n") for score in scores], fontsize=7.5)
         axes.set_title(title)
         axes.grid(visible=False, axis="x")
