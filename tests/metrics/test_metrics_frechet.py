@@ -63,6 +63,12 @@ def test_singular_covariances_cost_no_accuracy(seed, extra):
     assert frechet_distance(moments(a @ turn), moments(b @ turn)) == pytest.approx(plain, rel=1e-9)
 
 
+def test_no_root_of_a_rounded_zero_is_taken():
+    """Of two covariances with different null spaces, rounding alone has eigenvalues of 1e-17, whose roots would count."""
+    a, b = features(20, 100, 1), features(30, 100, 2)
+    assert frechet_distance(moments(a), moments(b)) == pytest.approx(frechet_distance(a, b), rel=1e-11)
+
+
 @pytest.mark.parametrize("count", [5, 12, 13, 90])
 def test_features_moments_and_statistics_give_one_number(count):
     a, b = features(count, 12, 3), features(30, 12, 4)

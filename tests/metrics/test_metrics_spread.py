@@ -30,8 +30,8 @@ def test_the_spread_of_a_mean_is_the_standard_error():
 
 
 def test_a_distance_lies_in_its_interval_though_resampling_moves_it_up():
-    found = interval(frechet_distance, normal(60, 8), normal(60, 8, seed=1) + 0.2, rounds=50)
-    assert found.bias > found.std
+    found = interval(frechet_distance, normal(40, 24), normal(40, 24, seed=1) + 0.2, rounds=50)
+    assert found.bias > 3 * found.std
     assert found.low < found.value < found.high
 
 

@@ -49,6 +49,8 @@ def fold(state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
 
 def pooled(x: Tensor, layers: Layers) -> Tensor:
     """Images ``(n, 3, 224, 224)`` in [0, 255] to features ``(n, 1280)``."""
+    # As the Lite variants are trained. ImageNet's mean and deviation, which other networks take, would give photographs
+    # several times the variance in the stem that its batch norm has recorded.
     h = F.relu6(_conv((x - 127) / 128, layers["_conv_stem"], 2))
     for i, stride in enumerate(STRIDES):
         h = _block(h, f"_blocks.{i}", stride, layers)
