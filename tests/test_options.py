@@ -87,3 +87,27 @@ def test_more_images_than_prompts(sd_folder, tmp_path):
     (tmp_path / "p.txt").write_text("red apple\n")
     run = distill(tiny.settings(sd_folder, tmp_path / "p.txt", tmp_path / "run", steps=1, batch=3, accumulate=2))
     assert state_of(run)[1]["drawn"] == 6
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_traced_whole_and_is_the_plain_run(sd_folder, prompts_path, tmp_path, monkeypatch):
+    """Roles are switched and batches differ: each is traced once, without a break, and none falls back to plain code."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    plain = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: plain(self, backend=backend, fullgraph=True))
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    warm = {"pairs": 4, "sampler_steps": 2, "steps": 1, "fake_steps": 1, "weight": 0.5}
+    changes = {"steps": 4, "batch": 4, "warm_start": warm, "sample_every": 2}
+    configs = [tiny.settings(sd_folder, prompts_path, tmp_path / str(on), compile=on, **changes) for on in (False, True)]
+    for config in configs:
+        distill(config)
+    assert len(graphs) > 3
+    (tensors, _), (others, _) = (state_of(tmp_path / str(on)) for on in (False, True))
+    for name, value in tensors.items():
+        if "lorad" in name:
+            torch.testing.assert_close(others[name], value, rtol=2e-3, atol=2e-5)
