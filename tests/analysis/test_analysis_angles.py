@@ -28,15 +28,15 @@ def test_effective_rank_of_known_spectra():
 
 
 def test_what_is_told_of_a_layers_angles():
-    A = torch.diag(torch.tensor([0.5, 0.3, 0.0]))
+    A = torch.diag(torch.tensor([0.5, 0.12, 0.0]))
     theta = A @ torch.eye(3, 4)
     found = angles.describe(A, torch.eye(3, 4), theta)
     assert (found.rank, found.full, found.rank_99) == (3, 3, 2)
-    assert found.rms == pytest.approx(math.sqrt((0.25 + 0.09) / 12))
+    assert found.rms == pytest.approx(math.sqrt((0.25 + 0.0144) / 12))
     assert (found.largest, found.beyond) == (pytest.approx(0.5), 0)
     occupied = {i for i, count in enumerate(found.counts) if count}
     assert sum(found.counts) == 12
-    for value in (0.0, 0.3, 0.5):
+    for value in (0.0, 0.12, 0.5):
         assert any(angles.EDGES[i] - 1e-6 <= value <= angles.EDGES[i + 1] + 1e-6 for i in occupied)
 
 

@@ -108,6 +108,7 @@ def test_layers_of_one_model_only_and_other_shapes_are_told(sd_folder, changed):
         tensors["conv_in.weight"] = torch.ones(3, 3)
         del tensors["conv_out.weight"]
         tensors["conv_out.bias"] += 1
+        tensors["time_embedding.linear_1.weight"] *= 2
 
     whole, found = analyze(str(sd_folder), str(sd_folder)), analyze(str(sd_folder), changed(change))
     assert found.only_in_student == ["conv_new.weight"]
