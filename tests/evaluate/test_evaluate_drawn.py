@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from evaluate_toys import folder_of
 from PIL import Image
 
 import tiny
@@ -16,6 +17,7 @@ from wadi.errors import WadiError
 from wadi.evaluate import drawn
 from wadi.evaluate.drawn import draw_missing, file_name, read_about, read_prompts
 from wadi.evaluate.generators import Source, find, same_family
+from wadi.evaluate.result import read_result
 from wadi.images import to_pil
 from wadi.sampling import noise, one_step
 
@@ -109,32 +111,39 @@ def test_the_folder_tells_prompts_and_generator(student, tmp_path):
     assert read_prompts(tmp_path) is None
 
 
-def shared_drawing(run, folder, count, index):
-    """What each process of ``accelerate launch wadi eval`` does to draw."""
-    from pathlib import Path
+def shared_eval(run, prompts, reference, place, index):
+    """What each process of ``accelerate launch -m wadi eval`` does; notes how many pictures it drew."""
+    from wadi.cli import main
 
-    import torch
-
-    from wadi.ranks import Ranks, make_accelerator
-
-    if count > 1:
-        make_accelerator(torch.device("cpu"), None, Path(folder))
-    ranks = Ranks()
-    mine = draw_missing(find(str(run)).plain(), PROMPTS, SEEDS, Path(folder), 1, ranks)
-    assert ranks.count == count
-    (Path(folder) / f"drew-{ranks.index}.txt").write_text(str(mine))
-    return 0
+    plain, mine = drawn.draw_missing, []
+    drawn.draw_missing = lambda *arguments: mine.append(plain(*arguments))
+    code = main(
+        ["eval", str(run), "--protocol", str(prompts), "--reference", str(reference), "--metrics", "fd", "--features", "zoo",
+         "--pictures", str(place / "pictures"), "--out", str(place / "result.json"), "--device", "cpu", "--draw_batch", "1"]
+    )  # fmt: skip
+    (place / f"drew-{index}.txt").write_text(str(sum(mine)))
+    return code
 
 
-def test_processes_share_and_change_nothing(finished_run, tmp_path):
-    """The same files, byte by byte, whoever drew them; each process drew some."""
+def test_processes_share_and_change_nothing(finished_run, tmp_path, monkeypatch):
+    """The same files byte by byte and the same result, whoever drew what; each process drew some, the first one measured."""
+    monkeypatch.setenv("WADI_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    reference = folder_of(tmp_path / "reference", 4)
     for count in (1, 2):
-        folder = tmp_path / str(count)
-        started = start(count, shared_drawing, finished_run, folder, count, log=tmp_path / f"log{count}")
+        place = tmp_path / str(count)
+        place.mkdir()
+        started = start(
+            count, shared_eval, finished_run, tmp_path / "prompts.txt", reference, place, log=tmp_path / f"log{count}"
+        )
         assert finish(started) == [0] * count, (tmp_path / f"log{count}-0").read_text()
-    for i in range(len(PROMPTS)):
-        assert (tmp_path / "1" / file_name(i)).read_bytes() == (tmp_path / "2" / file_name(i)).read_bytes()
+    one, two = (sorted((tmp_path / str(count) / "pictures").rglob("*.png")) for count in (1, 2))
+    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
+    assert len(one) == len(PROMPTS)
     assert [(tmp_path / "2" / f"drew-{i}.txt").read_text() for i in (0, 1)] == ["3", "2"]
+    results = [read_result(tmp_path / str(count) / "result.json") for count in (1, 2)]
+    assert results[0].rows == results[1].rows
+    assert results[0].hash == results[1].hash
 
 
 def test_generators_are_told_by_what_they_depend_on(finished_run, sd_folder):

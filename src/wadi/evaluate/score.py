@@ -25,10 +25,12 @@ from wadi.metrics.cache import FeatureCache
 from wadi.metrics.diversity import per_group
 from wadi.metrics.features import Extractor
 from wadi.metrics.frechet import frechet_distance, moments
+from wadi.metrics.hub import cache_folder
 from wadi.metrics.kernel import kernel_distance
 from wadi.metrics.neighbours import membership
 
-MEASURE = 1  # raised when a definition in this package changes, so that older numbers are no longer comparable
+# Raised when a definition changes, here or in a resize filter: older numbers are then not comparable, nor features reused.
+MEASURE = 2
 KID_SUBSETS, KID_SIZE = 100, 1000
 LEVEL = 0.95
 
@@ -120,7 +122,8 @@ class Judge:
         needed = dict.fromkeys(METRICS[name].network for name in self.metrics if load)
         of = self.options
         self.extractors = {name: self._extractor(name) for name in needed if name in EXTRACTORS}
-        self.caches = {name: FeatureCache(network, of.cache) for name, network in self.extractors.items()}
+        cache = (of.cache or cache_folder() / "features") / f"measure-{MEASURE}"
+        self.caches = {name: FeatureCache(network, cache) for name, network in self.extractors.items()}
         self.scorers = {name: scorer(name, of.weights, of.device) for name in needed if name not in EXTRACTORS}
         self.classifier: Any = None
         if "top1" in self.metrics and load:
