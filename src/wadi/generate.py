@@ -50,8 +50,8 @@ def load(
     """
     if run is not None and (Path(run) / "model_index.json").is_file() and adapter is None:
         return load_pipeline(run, dtype, device)
-    folder, base = _locate(run, adapter, teacher)
-    about = _about(folder)
+    folder, base = locate(run, adapter, teacher)
+    about = about_of(folder)
     pipeline = load_pipeline(base, dtype, device)
     backbone = from_pipeline(pipeline, _resolution(about))
     adapters.refuse_adapted(backbone.network)
@@ -71,15 +71,15 @@ def teacher_of(
     device: str | torch.device = "cpu",
 ) -> Any:
     """The many-step pipeline behind a student, with the family's deterministic sampler; arguments as of `load`."""
-    folder, base = _locate(run, adapter, teacher)
+    folder, base = locate(run, adapter, teacher)
     pipeline = load_pipeline(base, dtype, device)
-    backbone = from_pipeline(pipeline, _resolution(_about(folder)))
+    backbone = from_pipeline(pipeline, _resolution(about_of(folder)))
     pipeline.scheduler = backbone.sampler()
     backbone.remember_resolution()
     return pipeline
 
 
-def _locate(run: str | Path | None, adapter: str | Path | None, teacher: str | Path | None) -> tuple[Path, str]:
+def locate(run: str | Path | None, adapter: str | Path | None, teacher: str | Path | None) -> tuple[Path, str]:
     """``(adapter folder, teacher's path or Hub id)`` of what a caller names."""
     if run is not None and adapter is not None:
         raise WadiError("Received both a run and an adapter. Expected one of them.")
@@ -95,11 +95,11 @@ def _locate(run: str | Path | None, adapter: str | Path | None, teacher: str | P
             raise WadiError(f"Run {str(run)!r} has saved no student yet. Expected a finished or interrupted run.")
     else:
         folder = Path(adapter) if adapter is not None else embedded("student")
-        named = _about(folder).get("teacher", "zoo")
+        named = about_of(folder).get("teacher", "zoo")
     return folder, resolve_teacher(str(teacher or named))
 
 
-def _about(folder: Path) -> dict[str, Any]:
+def about_of(folder: Path) -> dict[str, Any]:
     """What a student's adapter folder says of it (``wadi.json``)."""
     adapters.read(folder)  # complain about the adapter before anything else
     try:

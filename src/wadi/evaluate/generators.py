@@ -81,10 +81,10 @@ class Source:
             )
         if steps != 1:
             raise WadiError(f"--steps is {steps}, and {self.name!r} is a one-step student. Expected 1, or a pipeline.")
-        folder, base = generate._locate(self.run, self.adapter, self.teacher)
+        folder, base = generate.locate(self.run, self.adapter, self.teacher)
         about = {
             "kind": "student", "adapter": sha256(folder / "adapter_model.safetensors"), "teacher": weights_of(base),
-            "timestep": generate._about(folder)["timestep"], **self._call(1, guidance_scale),
+            "timestep": generate.about_of(folder)["timestep"], **self._call(1, guidance_scale),
         }  # fmt: skip
         return Generator(
             f"{'shipped student' if self.name == NAME else _short(self.name)}, one step", about,
@@ -111,7 +111,7 @@ class Source:
         """At which the student is asked; None of a pipeline, whose scheduler knows."""
         if self.pipeline:
             return None
-        return int(generate._about(generate._locate(self.run, self.adapter, self.teacher)[0])["timestep"])
+        return int(generate.about_of(generate.locate(self.run, self.adapter, self.teacher)[0])["timestep"])
 
     def last_timestep(self) -> int:
         """Of the teacher's schedule, by its own config."""
@@ -127,7 +127,7 @@ class Source:
     def _base(self) -> str:
         """The teacher's path or Hub id."""
         if not self.pipeline:
-            return generate._locate(self.run, self.adapter, self.teacher)[1]
+            return generate.locate(self.run, self.adapter, self.teacher)[1]
         if self.teacher is None:
             raise WadiError(f"{self.name!r} is a pipeline, which does not tell its teacher. Expected --teacher beside it.")
         return self.teacher
