@@ -22,7 +22,7 @@ def main(out: Path) -> None:
     student = wadi.generate.load()  # an ordinary StableDiffusionPipeline that draws in one step
     source = wadi.generate.draw(student, ["tomato, on a grey background"], [3]).pictures[0]
     edges = canny(source)
-    pipeline = with_control(student, "zoo-student")  # an ordinary StableDiffusionControlNetPipeline
+    pipeline = with_control(student, "zoo")  # an ordinary StableDiffusionControlNetPipeline
     rows = []
     for strength in STRENGTHS:
         more = control_arguments(pipeline, edges, strength)

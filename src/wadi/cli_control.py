@@ -98,12 +98,12 @@ def _eval(argv: Sequence[str], parse: Callable[..., Any], parser: Any) -> int:
     parser.add_argument("--student", type=str, default="zoo", help="run or exported pipeline; 'zoo' = the embedded student")
     parser.add_argument("--teacher", type=str, default="zoo", help="pipeline folder or Hub id")
     parser.add_argument("--control", type=str, default="zoo", help="ControlNet of the teacher")
-    parser.add_argument("--tuned", type=str, default="zoo-student", help="the same fine-tuned against the student; '' for none")
+    parser.add_argument("--tuned", type=str, default=None, help="the same fine-tuned against the student")
     parser.add_argument("--prompts", type=str, default="zoo", help="text file with one prompt a line")
     parser.add_argument(
         "--sets", type=int, default=3, help="repetitions with other conditions and noise, which give the spread"
     )
-    parser.add_argument("--count", type=int, default=48, help="pictures per set")
+    parser.add_argument("--count", type=int, default=32, help="pictures per set")
     parser.add_argument("--steps", type=int, default=25, help="steps of the teacher")
     parser.add_argument("--guidance_scale", type=float, default=2.5, help="guidance of the teacher")
     parser.add_argument(
@@ -189,8 +189,8 @@ def _picture(ways: dict[str, Way], trial: Trial, path: Path) -> None:
     count = 6
     rows, labels = [trial.conditions[:count]], ["condition"]
     for name, draw in ways.items():
-        if name.startswith("teacher") and name.endswith("no control"):
-            continue
+        if name.endswith("steps, no control") or ("ControlNet at" in name and not name.endswith(" at 1")):
+            continue  # the picture shows each kind once
         drawn = draw(trial.prompts[:count], trial.conditions[:count], trial.seeds[:count])
         rows.append([images.to_pil(picture) for picture in drawn])
         labels.append(name.replace(", ", "\n"))

@@ -341,5 +341,9 @@ def test_conditions_are_brought_to_size_or_refused(tmp_path):
         control_arguments(under, tmp_path / "missing.png")
     with pytest.raises(WadiError, match="under no control"):
         control_arguments(plain, square(16))
+    with pytest.raises(WadiError, match="Received 0 pictures"):
+        control_arguments(under, [])
+    with pytest.raises(WadiError, match="Received 2 pictures"):
+        control_arguments(under, [square(16)] * 2, image_prompt=True)
     lists = control_arguments(under, [square(16), square(32)])
     assert [one.size for one in lists["image"]] == [(16, 16)] * 2

@@ -6,10 +6,10 @@
     more = control_arguments(pipeline, edges, strength=0.8)             # {"image": ..., "controlnet_conditioning_scale": 0.8}
     pipeline("cat face", num_inference_steps=1, guidance_scale=0.0, **more)
 
-The control may be ``'zoo'`` (the embedded teacher's ControlNet on edges), ``'zoo-student'`` (the same fine-tuned against the
-embedded student), a folder or Hub id of a ControlNet or T2I-Adapter, or the safetensors file of an IP-Adapter. The student's
-scheduler goes with it: one step is still one evaluation of the network. `wadi.backbones.from_pipeline` knows the new
-pipeline, so ``wadi.generate.draw`` takes it like any other, given these arguments for its calls.
+The control may be ``'zoo'`` (the embedded teacher's ControlNet on edges), a folder or Hub id of a ControlNet or T2I-Adapter, or
+the safetensors file of an IP-Adapter. The student's scheduler goes with it: one step is still one evaluation of the network.
+`wadi.backbones.from_pipeline` knows the new pipeline, so ``wadi.generate.draw`` takes it like any other, given these arguments
+for its calls.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ from wadi.backbones import from_pipeline
 from wadi.backbones.loading import register_family
 from wadi.downstream.conditions import as_rgb, fitted, read_picture
 from wadi.downstream.control_fit import refuse_misfit
-from wadi.embedded import embedded
+from wadi.embedded import NAME, embedded
 from wadi.errors import WadiError
 
 STRONGEST = 2.0
-NAMES = {"zoo": "controlnet", "zoo-student": "controlnet-student"}
 
 # (class of the pipeline, class of the control) -> class of the controlled pipeline
 PIPELINES = {
@@ -52,7 +51,7 @@ def with_control(pipeline: Any, control: str | Path | Any) -> Any:
     Args:
         pipeline: a loaded text-to-image pipeline, of a student (`wadi.generate.load`) or a teacher; for an IP-Adapter also
             one that is under another control already.
-        control: ``'zoo'``, ``'zoo-student'``, folder or Hub id of a ControlNet or T2I-Adapter, safetensors file of an
+        control: ``'zoo'``, folder or Hub id of a ControlNet or T2I-Adapter, safetensors file of an
             IP-Adapter (its ``image_encoder`` folder beside it), or a loaded ControlNet or T2I-Adapter.
     Returns:
         A new pipeline; with an IP-Adapter ``pipeline`` itself, whose attention then listens to an image too.
@@ -122,7 +121,7 @@ def load_control(control: str | Path, dtype: Any = None) -> Any:
     Raises:
         WadiError: if it is not there, or its config names something else.
     """
-    path = embedded(NAMES[str(control)]) if str(control) in NAMES else control
+    path = embedded("controlnet") if str(control) == NAME else control
     kinds = {kind for _, kind in PIPELINES}
     try:
         import diffusers
@@ -142,7 +141,7 @@ def load_control(control: str | Path, dtype: Any = None) -> Any:
     except Exception as error:  # diffusers, huggingface_hub and safetensors have exception classes of their own
         first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise WadiError(
-            f"Control {str(control)!r} could not be loaded: {first}. Expected 'zoo', 'zoo-student', the folder or Hub id of a "
+            f"Control {str(control)!r} could not be loaded: {first}. Expected 'zoo', the folder or Hub id of a "
             f"{' / '.join(sorted(kinds))}, or an IP-Adapter's .safetensors file."
         ) from error
 
@@ -168,7 +167,9 @@ def control_arguments(
     if not 0 <= strength <= STRONGEST:
         raise WadiError(f"The strength of the control is {strength}. Expected 0 (none) to {STRONGEST:g}; 1 is as trained.")
     many = isinstance(picture, Sequence) and not isinstance(picture, (str, Path))
-    pictures = [_opened(one) for one in (picture if many else [picture])]  # type: ignore[union-attr,list-item]
+    pictures = [_opened(one) for one in (picture if many else [picture])]  # type: ignore[union-attr]
+    if not pictures or (len(pictures) > 1 and (image_prompt or type(pipeline).__name__ in IP_PIPELINES)):
+        raise WadiError(f"Received {len(pictures)} pictures. Expected one, or one for each prompt; an IP-Adapter takes one.")
     name = type(pipeline).__name__
     if image_prompt or name in IP_PIPELINES:
         if getattr(pipeline, "image_encoder", None) is None:

@@ -122,8 +122,9 @@ def evaluate(ways: Mapping[str, Way], trials: Sequence[Trial], judge: Judge | No
             f1.append(edge_f1(edge_map(pictures), trial.edges))
             sharp.append(sharpness(pictures, trial.pictures))
             named += [judge(pictures, trial.prompts)] if judge else []
-        judged = mean_and_spread(named) if named else (None, None)
-        scores.append(Score(name, *mean_and_spread(f1), *mean_and_spread(sharp), *judged, *latency(draw, trials[0], timed)))
+        share, share_spread = mean_and_spread(named) if named else (None, None)
+        ms, ms_spread = latency(draw, trials[0], timed)
+        scores.append(Score(name, *mean_and_spread(f1), *mean_and_spread(sharp), share, share_spread, ms, ms_spread))
     return scores
 
 

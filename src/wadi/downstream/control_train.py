@@ -7,7 +7,8 @@ denoising loss; only the ControlNet learns. Noisy timesteps, where the layout is
 Student: asked once, at its timestep ``t*``, and judged by the picture that comes out:
 
     x0_hat = student(alpha x0 + sigma eps, t*, c)
-    loss   = mean (x0_hat - x0)^2  +  edge_weight mean |s(decode x0_hat) - s(decode x0)|  +  keep_weight mean (r - r_0)^2
+    loss   = picture_weight mean (x0_hat - x0)^2  +  edge_weight mean |s(decode x0_hat) - s(decode x0)|
+             + keep_weight mean (r - r_0)^2
 
 ``s`` is a soft edge map (`conditions.soft_edges`). The input is the picture noised to ``t*`` rather than noise alone: what
 little of it shines through tells the colours, which edges and prompt leave open and a squared error would average to grey.
@@ -55,7 +56,8 @@ class ControlConfig:
     batch: int = 16
     lr: float = 1e-3  # of Adam; rises for 30 steps, then falls to 0 as a cosine
     drop: float = 0.1  # prompts replaced by the empty one, so that guidance works; 0 against a student
-    edge_weight: float = 1.0  # against a student: of the edges of its picture
+    picture_weight: float = 1.0  # against a student: of its picture, a squared error, which blurs
+    edge_weight: float = 2.0  # against a student: of the edges of its picture
     keep_weight: float = 0.0  # against a student: of staying near the residuals it started with
     slim: bool = True  # a ControlNet without attention, see control_net
     seed: int = 0
@@ -65,7 +67,7 @@ class ControlConfig:
         for name in ("pictures", "picture_steps", "steps", "batch", "save_every"):
             if getattr(self, name) < 1:
                 raise WadiError(f"{name} is {getattr(self, name)}. Expected 1 or more.")
-        for name in ("edge_weight", "keep_weight", "drop", "seed"):
+        for name in ("picture_weight", "edge_weight", "keep_weight", "drop", "seed"):
             if getattr(self, name) < 0:
                 raise WadiError(f"{name} is {getattr(self, name)}. Expected 0 or more.")
         if not self.lr > 0 or self.drop > 1:
@@ -208,19 +210,19 @@ class _Run:
         config, t = self.config, torch.full((len(x0),), timestep, device=x0.device)
         x_t = self.backbone.process.add_noise(x0, noise, t)
         drawn = student_x0(self.backbone, self.controlnet, x_t, image, condition, timestep)
-        loss = (drawn - x0).square().mean()
+        loss = config.picture_weight * (drawn - x0).square().mean()
         if config.edge_weight:
             loss = loss + config.edge_weight * edge_loss(self.backbone, drawn, x0)
         if self.first is not None:
-            loss = loss + config.keep_weight * self._drift(x_t, t, image, condition)
+            loss = loss + config.keep_weight * self._drift(self.first, x_t, t, image, condition)
         return loss
 
-    def _drift(self, x_t: Tensor, t: Tensor, image: Tensor, condition: Condition) -> Tensor:
+    def _drift(self, first: Any, x_t: Tensor, t: Tensor, image: Tensor, condition: Condition) -> Tensor:
         """Mean squared distance of the ControlNet's residuals from those of the one that it started as."""
         told = condition.tensors
         added = {"text_embeds": told["pooled"], "time_ids": told["time_ids"]} if "pooled" in told else None
         inputs = {"encoder_hidden_states": told["prompt_embeds"], "controlnet_cond": image, "added_cond_kwargs": added}
-        now, then = (net(x_t, t, return_dict=False, **inputs) for net in (self.controlnet, self.first))
+        now, then = (net(x_t, t, return_dict=False, **inputs) for net in (self.controlnet, first))
         pairs = zip([*now[0], now[1]], [*then[0], then[1]], strict=True)
         return torch.stack([(a - b).square().mean() for a, b in pairs]).mean()
 
