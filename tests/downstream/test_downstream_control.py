@@ -11,10 +11,11 @@ from families import small_pipelines
 from wadi.backbones import from_pipeline
 from wadi.downstream import conditions
 from wadi.downstream.control import control_arguments, with_control
+from wadi.downstream.control_eval import edge_f1, stacked
 from wadi.downstream.control_net import controlled, controlnet_of
 from wadi.downstream.control_train import student_timestep, student_x0
 from wadi.errors import WadiError
-from wadi.generate import draw
+from wadi.generate import draw, load
 from wadi.sampling import noise
 
 UNETS = ("sd1", "sd2", "sdxl")
@@ -194,6 +195,20 @@ def test_plain_drawing_still_works_beside_a_control(tmp_path):
     before = draw(plain, ["red apple"], [1]).pictures[0].tobytes()
     with_control(plain, control_for("sd1", plain))
     assert draw(plain, ["red apple"], [1]).pictures[0].tobytes() == before
+
+
+def test_the_embedded_controlnet_puts_edges_where_they_belong():
+    prompts = ["ghost, on a green background", "red apple", "bomb, noto style", "frog, on a black background"] * 2
+    pipeline = load()
+    sources = stacked(draw(pipeline, prompts, range(100, 108)).pictures)
+    edges = conditions.edge_map(sources)
+    under = with_control(pipeline, "zoo")
+    shown = [conditions.to_picture(mask) for mask in edges]
+    free, steered = (
+        draw(under, prompts, range(8), call=control_arguments(under, shown, strength)).pictures for strength in (0.0, 1.0)
+    )
+    f1 = [edge_f1(conditions.edge_map(stacked(pictures)), edges) for pictures in (free, steered)]
+    assert f1[1] > f1[0] + 0.15
 
 
 # --- T2I-Adapter, IP-Adapter ------------------------------------------------------------------------------------------------
