@@ -52,14 +52,14 @@ SEEDS, SETS = 2, 3  # pictures of each prompt, and repetitions with other seeds
 
 @dataclass(frozen=True)
 class Row:
-    """One generator with or without tokens: shares of pictures, mean and standard deviation over sets of seeds."""
+    """One generator with or without tokens: shares of pictures, mean and standard deviation over sets of seeds if several."""
 
     name: str
-    above: tuple[float, float]
-    order: tuple[float, float]
-    column: tuple[float, float]
-    edge: tuple[float, float]
-    named: tuple[float, float]
+    above: tuple[float, ...]
+    order: tuple[float, ...]
+    column: tuple[float, ...]
+    edge: tuple[float, ...]
+    named: tuple[float, ...]
     ms: tuple[float, float] | None = None
 
 
@@ -126,7 +126,7 @@ def exemplars() -> Row:
     found = [read_exemplars(FOLDER / relation, token(relation), (64, 64)) for relation in RELATIONS]
     named = [[said[0].split(",")[0].split(token(r)) for said in x.sentences] for r, x in zip(RELATIONS, found, strict=True)]
     pairs, alone = [(a.strip(), b.strip()) for a, b in named[0]], [a.strip() for a, _ in named[1]]
-    return Row("exemplars", *((share, 0.0) for share in judge(found[0].pictures, found[1].pictures, pairs, alone)))
+    return Row("exemplars", *((share,) for share in judge(found[0].pictures, found[1].pictures, pairs, alone)))
 
 
 def ablate(run: str | None, sets: int) -> list[Row]:
@@ -159,7 +159,7 @@ def table(rows: Sequence[Row], shown: Sequence[str] = tuple(HEAD)) -> str:
     lines = [f"| | {' | '.join(HEAD[name] for name in shown)} |{' ms per picture |' if timed else ''}"]
     lines.append("|---" * (len(shown) + 1 + timed) + "|")
     for row in rows:
-        cells = [f"{100 * mean:.0f} ± {100 * spread:.0f} %" for mean, spread in (getattr(row, name) for name in shown)]
+        cells = [" ± ".join(f"{100 * x:.0f}" for x in getattr(row, name)) + " %" for name in shown]
         cells += ([f"{row.ms[0]:.0f} ± {row.ms[1]:.0f}"] if row.ms else [""]) if timed else []
         lines.append(f"| {row.name} | {' | '.join(cells)} |")
     return "\n".join(lines)
