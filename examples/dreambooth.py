@@ -28,7 +28,7 @@ def main() -> None:
     # what the teacher draws for the class now is what it shall still draw for it afterwards
     prior = draw_prior(backbone, ["red apple"], count=16, seed=0, steps=10, guidance_scale=2.5)
     config = dreambooth.DreamboothConfig(
-        method="lorad", target_modules=preset("zoo").student.target_modules, lr=5e-3, steps=200
+        method="lorad", target_modules=preset("zoo").student.target_modules, lr=4e-3, steps=200
     )
     dreambooth.train(backbone, encode_pictures(backbone, pictures), backbone.encode(["sks apple"]), prior, config)
     dreambooth.save(teacher, backbone, config, OUT, {"dreambooth": {"prompt": "sks apple"}})

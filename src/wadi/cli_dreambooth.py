@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 # By method: the rank at which LoRaD and LoRA train about as many numbers, and learning rates that docs/dreambooth.md measured
 # on the embedded models; elsewhere LoRA's and full weights' are what DreamBooth trainings use,
 # LoRaD's is that of the paper's student.
-RANKS = {"lorad": 16, "lora": 12, "full": 1}
+RANKS = {"lorad": 16, "lora": 10, "full": 1}
 RATES = {"lorad": 1e-4, "lora": 1e-4, "full": 5e-6}
-EMBEDDED_RATES = {"lorad": 5e-3, "lora": 2e-3, "full": 2e-4}
+EMBEDDED_RATES = {"lorad": 4e-3, "lora": 1e-3, "full": 2e-4}
 COLUMNS = 4  # of the picture
 
 
