@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from report import machine, rewrite, row
+from report import machine, rewrite, row, small
 from torch import Tensor
 
 from wadi import generate, images, zoo
@@ -112,7 +112,7 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", default=None, help="run of the student; default: the embedded one")
-    parser.add_argument("--count", type=int, default=106, help="prompts a set")
+    parser.add_argument("--count", type=int, default=48, help="prompts a set")
     parser.add_argument("--sets", type=int, default=3)
     parser.add_argument("--teacher_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=2.5, help="of the teacher")
@@ -125,7 +125,7 @@ def main() -> None:
     def teacher(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         return tensor(generate.draw(slow, prompts, seeds, args.teacher_steps, args.guidance_scale, batch=64).pictures)
 
-    images.save_png(sheet(student, teacher, args.teacher_steps).quantize(128).convert("RGB"), args.picture)
+    images.save_png(small(sheet(student, teacher, args.teacher_steps)), args.picture)
     note = (
         f"± is the standard deviation over {args.sets} sets of seeds (of ms: half the distance of the quartiles). {machine()}"
     )

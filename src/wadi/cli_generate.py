@@ -210,7 +210,10 @@ def prepare(pipeline: Any, args: Any, size: tuple[int, int] | None) -> Drawing:
     if args.steps > 1 or init is not None:
         pipeline.scheduler = schedule.scheduler
         call |= schedule.call
-    begin = None if init is None else img2img.start(pipeline, init, schedule)
+    begin = None
+    if init is not None:
+        with hires.tiled_decoding(pipeline.vae, args.tiled_vae or hires.is_large(wanted)):
+            begin = img2img.start(pipeline, init, schedule)
     return Drawing(pipeline, native, wanted, call, begin)
 
 

@@ -183,6 +183,18 @@ def test_the_command_line(finished_run, init, tmp_path):
     assert np.abs(picture() - pixels(wanted)).mean() < 60
 
 
+def test_a_large_start_is_encoded_in_tiles(finished_run, init, tmp_path, monkeypatch):
+    from wadi.cli import main
+    from wadi.downstream import hires, img2img
+
+    tiled = []
+    monkeypatch.setattr(img2img, "encode_image", lambda vae, image: tiled.append(vae.use_tiling) or encode_image(vae, image))
+    for above in (10**6, 16 * 16 - 1):
+        monkeypatch.setattr(hires, "TILED_ABOVE", above)
+        assert main(["generate", "a", "--run", str(finished_run), "--init", str(init), "--out", str(tmp_path / "o.png")]) == 0
+    assert tiled == [False, True]
+
+
 @pytest.mark.parametrize(
     ("flags", "word"),
     [

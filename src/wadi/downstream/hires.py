@@ -22,7 +22,7 @@ from wadi.downstream.positions import interpolated_positions
 from wadi.downstream.redilation import Blocks, Factor, growth, present, redilated
 from wadi.errors import WadiError
 
-__all__ = ["drawable", "enlarged", "growth", "interpolated_positions", "redilated", "resize", "tiled_decoding"]
+__all__ = ["drawable", "enlarged", "growth", "interpolated_positions", "is_large", "redilated", "resize", "tiled_decoding"]
 
 TILED_ABOVE = 1024 * 1024  # pixels
 
@@ -49,9 +49,14 @@ def resize(pipeline: Any, resolution: tuple[int, int]) -> None:
     pipeline.register_to_config(**{RESOLUTION: list(resolution)})
 
 
+def is_large(resolution: tuple[int, int]) -> bool:
+    """Whether the autoencoder works in tiles unless told otherwise: above a megapixel."""
+    return resolution[0] * resolution[1] > TILED_ABOVE
+
+
 @contextmanager
 def tiled_decoding(vae: Any, wanted: bool = True) -> Iterator[None]:
-    """Within the block the autoencoder works tile by tile, where it can: memory stays that of a tile."""
+    """Within the block the autoencoder works tile by tile, both ways, where it can: memory stays that of a tile."""
     if not wanted or not hasattr(vae, "enable_tiling"):
         yield
         return
@@ -83,9 +88,8 @@ def enlarged(
     Raises:
         WadiError: as `redilated` and `interpolated_positions`, and for options that do not apply to a transformer.
     """
-    large = wanted[0] * wanted[1] > TILED_ABOVE
     with ExitStack() as stack:
-        stack.enter_context(tiled_decoding(pipeline.vae, large if tiled is None else tiled))
+        stack.enter_context(tiled_decoding(pipeline.vae, is_large(wanted) if tiled is None else tiled))
         network: Any = getattr(pipeline, "unet", None)
         if network is not None:
             own = growth(native, wanted) if factor is None else factor
