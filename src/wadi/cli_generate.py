@@ -37,7 +37,7 @@ def add_options(parser: Any) -> None:
     add("--device", type=str, default=None, help="cpu, cuda, cuda:1, ...; default: the best there is")
     add("--steps", type=int, default=1, help="of the student: noise again and predict again (docs/steps.md)")
     add("--init", type=str, default=None, help="picture to start from")
-    add("--strength", type=float, default=None, help="how far to leave --init: above 0 (not at all) to 1; default 0.6")
+    add("--strength", type=float, default=None, help="how far to leave --init: above 0 (not at all) to 1; default 0.8")
     add("--size", type=str, default=None, help="WIDTHxHEIGHT in pixels, also beyond the training size (docs/highres.md)")
     add("--redilate", type=str, default=None, help="with --size: factor of what convolutions see, D or DOWNxACROSS; 1 = plain")
     add("--redilate_blocks", nargs="+", default=None, help="with --size: blocks to re-dilate, or all; default: the deepest")
@@ -122,7 +122,7 @@ def strength_of(args: Any) -> float:
     """``--strength``, or what it is unless given; 1 without ``--init``."""
     if args.init is None:
         return 1.0
-    return 0.6 if args.strength is None else float(args.strength)
+    return 0.8 if args.strength is None else float(args.strength)
 
 
 def size_of(text: str | None) -> tuple[int, int] | None:
