@@ -141,6 +141,11 @@ def test_controlled_does_what_the_pipeline_does(slim, tmp_path):
     expected = pixels(under, **control_arguments(under, picture)).permute(0, 3, 1, 2)
     torch.testing.assert_close(backbone.decode(x0), expected, atol=1e-5, rtol=0)
     assert (x0 - free).abs().mean() > 1e-3
+    t = torch.tensor([800])
+    with torch.no_grad(), controlled(plain.unet, net, image, strength=0.6):
+        weaker = backbone.process.x0(backbone.predict(z, t, backbone.encode(["red apple"])), z, t)
+    expected = pixels(under, **control_arguments(under, picture, 0.6)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(backbone.decode(weaker), expected, atol=1e-5, rtol=0)
     assert not plain.unet._forward_pre_hooks
 
 

@@ -117,6 +117,7 @@ def test_what_was_trained_loads_and_steers(tmp_path):
     pipeline = teacher(tmp_path)
     folder = train(small(tmp_path / "run"), pipeline, PROMPTS)
     assert weights(folder)["conv_in.weight"].dtype == torch.float16
+    assert all(p.grad is None for p in pipeline.unet.parameters()), "no gradient is computed for what is frozen"
     assert with_control(pipeline, folder).controlnet.config.down_block_types == ["DownBlock2D", "DownBlock2D"]
 
 
