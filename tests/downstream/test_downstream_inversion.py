@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from wadi.backbones import from_pipeline, load_pipeline
 from wadi.cli import main
+from wadi.downstream import inversion
 from wadi.downstream import inversion_state as states
 from wadi.downstream.inversion import InversionConfig, add_token, encode, invert_relation, read_token
 from wadi.downstream.inversion_token import check_new, insert, learning, towers
@@ -221,8 +222,6 @@ def test_learning_lowers_the_loss_and_steering_turns_the_token(sd_folder, exempl
 
 
 def test_gradients_that_are_not_finite_are_counted_then_end_it(sd_folder, exemplars, tmp_path, monkeypatch):
-    from wadi.downstream import inversion
-
     monkeypatch.setattr(inversion, "denoising_loss", lambda prediction, *_: prediction.sum() * float("nan"))
     with pytest.raises(WadiError, match="not finite in 10 of 10 steps"):
         learn(sd_folder, exemplars, tmp_path / "R.safetensors", steps=50)
@@ -260,6 +259,14 @@ def test_a_teacher_that_reads_otherwise(family, exemplars, tmp_path):
     with pytest.raises(WadiError, match=r"Expected CLIP's tokenizer and text model"):
         invert_relation(pipeline, exemplars, "<R>", "on", tmp_path / "R.safetensors")
     assert not (tmp_path / "R.safetensors").exists()
+
+
+def test_a_student_is_no_teacher(finished_run, exemplars, tmp_path):
+    from wadi.generate import load
+
+    with pytest.raises(WadiError, match="itself a distilled model"):
+        invert_relation(load(finished_run), exemplars, "<R>", "o", tmp_path / "R.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_files_that_hold_no_token(learned, sd_folder, sdxl_folder, tmp_path):

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wadi.backbones import Backbone, Condition, from_pipeline
+from wadi.backbones import Backbone, Condition, from_pipeline, refuse_distilled
 from wadi.downstream import inversion_state as states
 from wadi.downstream.inversion_data import Exemplars, latents_of, read_exemplars
 from wadi.downstream.inversion_loss import NEUTRAL, PREPOSITIONS, focal_density, focal_timesteps, steering_loss
@@ -109,14 +109,15 @@ def invert_relation(
         init: the word whose embedding the token starts from.
         out: ``.safetensors`` file in diffusers' textual-inversion format; figures go beside it as ``.jsonl``.
     Raises:
-        WadiError: on a teacher that does not read by CLIP, a token that exists, exemplars or settings that are not right, or a
-            loss that stays infinite.
+        WadiError: on a teacher that does not read by CLIP or is itself distilled, a token that exists, exemplars or settings
+            that are not right, or a loss that stays infinite.
     """
     config = config or InversionConfig()
     _check_out(out)
     check_new(pipeline, token)
     rows = first_rows(pipeline, init)
     backbone = from_pipeline(pipeline)
+    refuse_distilled(pipeline, backbone.network)
     if backbone.network.dtype == torch.float16:
         raise WadiError("The teacher is in float16, in which gradients vanish. Expected float32 or bfloat16.")
     found = read_exemplars(exemplars, token, backbone.resolution)
