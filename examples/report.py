@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from wadi.files import write_whole
 
@@ -25,6 +26,11 @@ def rewrite(page: Path, name: str, text: str) -> None:
         before, rest = content.split(begin, 1)
         after = rest.split(end, 1)[1]
         write_whole(page, f"{before}{begin}\n{text}\n{end}{after}".encode())
+
+
+def small(picture: Image.Image) -> Image.Image:
+    """A picture in 128 colours, undithered: a third of the bytes as PNG."""
+    return picture.quantize(128, dither=Image.Dither.NONE)
 
 
 def machine() -> str:
