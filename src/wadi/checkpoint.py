@@ -69,12 +69,10 @@ def _training_tensors(state: TrainState) -> dict[str, Tensor]:
 
 def _flat(moments: dict[str, Any]) -> dict[str, Any]:
     """Moments of one parameter by name; those of a group (bitsandbytes keeps what it quantizes in one) as ``group/name``."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in moments.items():
-        if isinstance(value, dict):
-            flat |= {
-                f"{name}/{inner}": tensor.clone() for inner, tensor in value.items()
-            }  # tables are shared, files share nothing
+        if isinstance(value, dict):  # its tables are shared by all parameters, and files share nothing
+            flat |= {f"{name}/{inner}": tensor.clone() for inner, tensor in value.items()}
         else:
             flat[name] = value
     return flat
