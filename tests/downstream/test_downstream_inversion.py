@@ -14,6 +14,7 @@ from wadi.cli import main
 from wadi.downstream import inversion
 from wadi.downstream import inversion_state as states
 from wadi.downstream.inversion import InversionConfig, add_token, encode, invert_relation, read_token
+from wadi.downstream.inversion_data import Exemplars
 from wadi.downstream.inversion_token import check_new, insert, learning, towers
 from wadi.errors import WadiError
 
@@ -219,6 +220,20 @@ def test_learning_lowers_the_loss_and_steering_turns_the_token(sd_folder, exempl
 
     assert cosine(steered) > cosine(plain) + 0.2
     assert steered.nearest[0] == "x"
+
+
+def test_every_step_draws_anew(sd_folder, exemplars, tmp_path):
+    found, _ = learn(sd_folder, exemplars, tmp_path / "R.safetensors", steps=3, lr=1e-12, batch=3)
+    figures = [json.loads(line)["denoise"] for line in found.path.with_suffix(".jsonl").read_text().splitlines()]
+    assert len(set(figures)) == 3
+
+
+def test_what_is_described_pushes_and_small_words_do_not(sd_folder):
+    (tower,) = towers(load_pipeline(sd_folder))
+    told = Exemplars(torch.zeros(2, 3, 16, 16), [["q , z", "x . k"], ["- z"]])
+    steering = inversion._steering(tower, "<R>", told, ("x", "y"))
+    assert set(steering.pull.tolist()) == {tower.ids("x")[0], tower.ids("y")[0]}
+    assert [set(push.tolist()) for push in steering.push] == [{tower.ids(w)[0] for w in words} for words in ("qzk", "z")]
 
 
 def test_gradients_that_are_not_finite_are_counted_then_end_it(sd_folder, exemplars, tmp_path, monkeypatch):
