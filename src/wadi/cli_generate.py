@@ -232,14 +232,13 @@ def customised(pipeline: Any, args: Any) -> Any:
 
 def controlled(pipeline: Any, args: Any, wanted: tuple[int, int]) -> tuple[Any, dict[str, Any]]:
     """``pipeline`` under ``--control``, and what its call is to be told."""
-    from wadi.downstream import conditions, hires
+    from wadi.downstream import conditions
     from wadi.downstream.control import control_arguments, with_control
 
     picture = conditions.read_picture(args.condition)
     if args.condition_from is not None:
         picture = conditions.condition(args.condition_from, conditions.fitted(picture, wanted))  # lines fade when shrunk
     pipeline = with_control(pipeline, args.control)
-    hires.resize(pipeline, wanted)  # a pipeline made from another does not inherit it
     return pipeline, control_arguments(pipeline, picture, 1.0 if args.control_scale is None else args.control_scale)
 
 

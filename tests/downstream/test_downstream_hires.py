@@ -153,6 +153,15 @@ def test_dispersed_kernels_need_a_factor_of_two_and_do_the_rest_by_dilation(unet
     assert torch.equal(answer(unet), plain)
 
 
+def test_what_dispersion_leaves_of_a_factor_is_dilated_on_each_axis(unet):
+    layer, x = unet.mid_block.resnets[0].conv1, torch.randn(1, 32, 8, 8)
+    W = disperse(layer.weight.detach(), dispersion())
+    with torch.no_grad():
+        wanted = redilated_conv(x, layer, (1.0, 2.0), W)
+        with redilated(unet, (2, 4), "mid_block", disperse=True):
+            assert torch.equal(layer(x), wanted)
+
+
 # --- the context --------------------------------------------------------------------------------------------------------------
 
 
