@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from report import drawer
 from torch import Tensor
 
-from wadi.cli_zoo import drawer
 from wadi.device import keep_freed_memory
 from wadi.downstream.inversion import InversionConfig, add_token, invert_relation
 from wadi.downstream.inversion_data import read_exemplars

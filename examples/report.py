@@ -1,15 +1,30 @@
-"""What the examples have in common: tables that go into pages, and what they were made on."""
+"""What the examples have in common: drawing, tables that go into pages, and what they were made on."""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from wadi.files import write_whole
+from wadi.generate import draw
+
+
+def drawer(pipeline: Any, steps: int = 1, guidance_scale: float = 0.0) -> Callable[[Sequence[str], Sequence[int]], Tensor]:
+    """A pipeline as a function from prompts and seeds to pictures ``(B, 3, h, w)`` in [0, 1]."""
+
+    def pictures(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        drawn = draw(pipeline, prompts, seeds, steps, guidance_scale, batch=64).pictures
+        return torch.from_numpy(np.stack([np.asarray(picture) for picture in drawn])).permute(0, 3, 1, 2) / 255
+
+    return pictures
 
 
 def row(*cells: str) -> str:

@@ -2,9 +2,9 @@
 
     python examples/steps.py              # writes docs/images/steps.png and the tables of docs/steps.md
 
-Steps: the measures of `wadi zoo eval` (Frechet distance to the teacher's pictures in a classifier's features, top-1, diversity
-within a prompt, milliseconds). Image to image: a picture of one concept is redrawn under the prompt of another; counted is how
-often the classifier names the one and the other, and how far the pixels have moved.
+Steps: the measures of `wadi.zoo.evaluate` (Frechet distance to the teacher's pictures in a classifier's features, top-1,
+diversity within a prompt, milliseconds). Image to image: a picture of one concept is redrawn under the prompt of another;
+counted is how often the classifier names the one and the other, and how far the pixels have moved.
 """
 
 from __future__ import annotations

@@ -57,6 +57,7 @@ def test_8_bit_moments_need_their_library(sd_folder, prompts_path, tmp_path, mon
 
 
 def test_a_run_with_8_bit_moments_resumes_to_the_bit(sd_folder, prompts_path, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes", reason="extra 8bit")
     changes = {"optimizer": "adamw8bit", "steps": 4, "student": {"rank": 32}}
     straight, broken = (tiny.settings(sd_folder, prompts_path, tmp_path / name, **changes) for name in ("straight", "broken"))
     distill(straight)

@@ -315,7 +315,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "invert-relation": ("learn a token for a relation from pictures that share it", _invert_relation),
     "dreambooth": ("teach a model one subject from a few pictures; its one-step student draws it too", _dreambooth),
     "report": ("write a run's report.html", _report),
-    "zoo": ("the embedded teacher: train, measure", _zoo),
+    "zoo": ("the embedded teacher: train, list its captions, ship a student", _zoo),
 }
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -126,8 +126,3 @@ def table(scores: Sequence[Score]) -> str:
             f"| {s.diversity:.2f} ± {s.diversity_spread:.2f} | {s.ms:.0f} ± {s.ms_spread:.0f} |"
         )
     return "\n".join(lines)
-
-
-def as_json(scores: Sequence[Score]) -> list[dict[str, Any]]:
-    """The scores as plain dictionaries."""
-    return [asdict(score) for score in scores]
