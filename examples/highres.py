@@ -34,6 +34,7 @@ WINDOW = 64
 SMALLEST = 0.03  # of the height squared: a region is an object from here on
 SHOWN = ["red apple", "cat face, fluent style", "rocket, on a black background", "penguin, on a pink background"]
 TIMED = 8  # pictures
+TEACHER_STEPS, TEACHER_GUIDANCE = 25, 2.5
 
 Way = Callable[[], AbstractContextManager]
 
@@ -155,6 +156,15 @@ def main() -> None:
             shown[label.replace(", ", ",\n")] = drawn(pipeline, way, SHOWN, range(len(SHOWN))).pictures
         sheets.append(images.grid(list(shown.values()), list(shown), SHOWN))
         shown = {}
+    slow = generate.teacher_of(args.run)
+    resize(slow, SQUARE)
+
+    def many(prompts: Sequence[str], seeds: Sequence[int], batch: int = 16) -> generate.Drawn:
+        with enlarged(slow, NATIVE, SQUARE):
+            return generate.draw(slow, prompts, seeds, TEACHER_STEPS, TEACHER_GUIDANCE, batch)
+
+    name = f"128 x 128, re-dilated 2, deepest blocks, the teacher in {TEACHER_STEPS} steps (one set)"
+    table.append(row(name, measured(judge, rows, 1, many)))
     whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
     for i, sheet in enumerate(sheets):
         whole.paste(sheet, (0, sum(s.height for s in sheets[:i])))

@@ -65,7 +65,8 @@ def steps_table(student: Student, teacher: Callable, judge: zoo.Classifier, args
     def drawer(steps: int) -> Callable[[Sequence[str], Sequence[int]], Tensor]:
         return lambda prompts, seeds: tensor(student.draw(prompts, seeds, steps))
 
-    drawers = {f"{steps} step{'s' * (steps > 1)}": drawer(steps) for steps in STEPS}
+    drawers = {f"teacher, {args.teacher_steps} steps (other noise; one set)": teacher}
+    drawers |= {f"{steps} step{'s' * (steps > 1)}": drawer(steps) for steps in STEPS}
     return table(evaluate(drawers, teacher, judge, args.sets, args.count))
 
 
