@@ -75,7 +75,8 @@ subjects = {
     "small": Subject(lambda count: network(torch.ones(count, 4)), network),
     "large": Subject(lambda count: torch.ones(50 * 2**20).sum(), network),
 }
-print(json.dumps({speed.name: speed.peak_memory_mib for speed in measure({name: subjects[name] for name in sys.argv[1:]}, 1, 1)}))
+found = measure({name: subjects[name] for name in sys.argv[1:]}, 1, 1)
+print(json.dumps({speed.name: speed.peak_memory_mib for speed in found}))
 """
 
 
