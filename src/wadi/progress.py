@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -56,3 +57,15 @@ def progress(title: str, total: int, done: int = 0, quiet: bool = False) -> Iter
     )  # fmt: skip
     with Progress(*columns, console=console) as bars:
         yield Bar(title, total, done, bars)
+
+
+@contextmanager
+def without_remarks(library: str) -> Iterator[None]:
+    """Within the block ``library``, 'diffusers' or 'transformers', logs errors only."""
+    logging = importlib.import_module(f"{library}.utils.logging")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -47,3 +47,10 @@ class asked:
 
     def __exit__(self, *_):
         self.hook.remove()
+
+
+def randomise(parameters, spread):
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))

@@ -5,6 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from onestep import randomise
 from PIL import Image
 
 from wadi import adapters
@@ -14,13 +15,6 @@ from wadi.downstream import lora
 from wadi.lorad import LoRaDConfig
 
 TARGETS = r".*(to_q|to_k|to_v|conv1|proj_in)"
-
-
-def randomise(parameters, spread):
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from onestep import randomise
 from safetensors.torch import load_file, save_file
 
 import tiny
@@ -26,13 +27,6 @@ def weights(pipeline):
 def changed(before, after):
     assert before.keys() == after.keys()
     return {name for name in before if not torch.equal(before[name], after[name])}
-
-
-def randomise(parameters, spread):
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
 
 
 @pytest.fixture(scope="module")

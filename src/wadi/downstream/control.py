@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from wadi.downstream.conditions import as_rgb, fitted, read_picture
 from wadi.downstream.control_fit import refuse_misfit
 from wadi.embedded import NAME, embedded
 from wadi.errors import WadiError
+from wadi.progress import without_remarks
 
 STRONGEST = 2.0
 
@@ -95,24 +95,12 @@ def _switched(pipeline: Any, name: str, argument: str, model: Any) -> Any:
     given: dict[str, Any] = {}
     if "requires_safety_checker" in inspect.signature(new_class.__init__).parameters:
         given["requires_safety_checker"] = False
-    with _quiet():  # it remarks on every cast, also to the dtype that is there already
+    with without_remarks("diffusers"):  # it remarks on every cast, also to the dtype that is there already
         given[argument] = model.to(device=backbone.device, dtype=pipeline.dtype).eval()
         made = new_class.from_pipe(pipeline, dtype=pipeline.dtype, **given)  # float32 unless told
     made.set_progress_bar_config(disable=True)
     register_family(name, f"{type(backbone).__module__}:{type(backbone).__qualname__}")
     return made
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    from diffusers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def load_control(control: str | Path, dtype: Any = None) -> Any:

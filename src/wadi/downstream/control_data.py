@@ -73,21 +73,29 @@ def load(path: Path, note: str) -> Pictures | None:
     Raises:
         WadiError: if the file is damaged or was made otherwise.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         return None
-    try:
-        with safe_open(path, framework="pt") as stored:
-            about = stored.metadata() or {}
-            latents, edges = stored.get_tensor("latents"), stored.get_tensor("edges").bool()
-    except SafetensorError as error:
-        raise WadiError(
-            f"{str(path)!r} is damaged ({error}). Expected it as it was written: delete it to draw anew."
-        ) from error
+    tensors, about = stored(path, "draw anew")
     if about.get("note") != note:
         raise WadiError(
             f"{str(path)!r} holds pictures made with other settings ({about.get('note')}; now {note}). Expected the same "
             "teacher, prompts and settings: restore them, delete the file, or choose another --out."
         )
-    return Pictures(latents, edges, json.loads(about["prompts"]))
+    return Pictures(tensors["latents"], tensors["edges"].bool(), json.loads(about["prompts"]))
+
+
+def stored(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and notes of a safetensors file.
+
+    Args:
+        remedy: what deleting the file will do.
+    Raises:
+        WadiError: if the file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise WadiError(f"{str(path)!r} is damaged ({error}). Expected it as it was written: delete it to {remedy}.") from error

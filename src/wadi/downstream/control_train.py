@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from wadi.backbones import Backbone, Condition, from_pipeline
 from wadi.checkpoint import fingerprint
 from wadi.downstream.conditions import soft_edges
-from wadi.downstream.control_data import Pictures, chosen_prompts, draw_pictures, load, save
+from wadi.downstream.control_data import Pictures, chosen_prompts, draw_pictures, load, save, stored
 from wadi.downstream.control_fit import refuse_misfit
 from wadi.downstream.control_net import controlled, controlnet_of
 from wadi.errors import WadiError
@@ -263,19 +263,10 @@ class _Run:
         Raises:
             WadiError: if it was made with other settings or is damaged.
         """
-        from safetensors import SafetensorError, safe_open
-
         self.path, self.note = path, note
         if not path.is_file():
             return
-        try:
-            with safe_open(path, framework="pt") as stored:
-                about = stored.metadata() or {}
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise WadiError(
-                f"{str(path)!r} is damaged ({error}). Expected it as it was written: delete it to start anew."
-            ) from error
+        tensors, about = stored(path, "start anew")
         if about.get("note") != note:
             raise WadiError(
                 f"{str(path.parent)!r} holds a training of other settings or of another network. Expected the same: restore "

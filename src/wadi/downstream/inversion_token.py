@@ -19,6 +19,7 @@ from torch import Tensor
 
 from wadi.errors import WadiError
 from wadi.files import write_whole
+from wadi.progress import without_remarks
 
 KEYS = ("clip_l", "clip_g")  # of a file for two encoders
 
@@ -120,26 +121,13 @@ def insert(pipeline: Any, token: str, rows: Sequence[Tensor]) -> None:
             f"The token's embeddings are {_widths(rows)} wide, the text encoders {' and '.join(map(str, wanted))}. Expected a "
             "token learned on this teacher's text encoder."
         )
-    with _quiet():
+    with without_remarks("transformers"):  # it remarks that a table grew, at every new token
         for tower, row in zip(found, rows, strict=True):
             pipeline.load_textual_inversion(row, token=token, tokenizer=tower.tokenizer, text_encoder=tower.encoder)
 
 
 def _widths(rows: Sequence[Tensor]) -> str:
     return " and ".join(str(row.shape[-1]) for row in rows)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' remark that a table grew, which it makes at every new token."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 @contextmanager
