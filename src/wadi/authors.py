@@ -1,7 +1,8 @@
-"""The authors' released students: full state dicts that were trained to be asked at t = 999 with alpha^2 = 0.0047.
+"""The authors' released students: full state dicts that were trained to generate at t = 999 with alpha^2 = 0.0047.
 
 That is the value of Stable Diffusion's schedule; they used it for PixArt too, whose own is 4.0e-5 there. It is the only place
-of this package where alpha does not come from a model's scheduler.
+of this package where alpha does not come from a model's scheduler. At all earlier timesteps the base's own schedule holds, so
+an image to start from and more steps work as they do for other students.
 """
 
 from __future__ import annotations
@@ -21,18 +22,32 @@ TIMESTEP = 999
 ALPHA_SQUARED = 0.0047
 
 
-def one_step_scheduler() -> Any:
-    """DDIM whose single step is ``(z - sqrt(1 - 0.0047) eps) / sqrt(0.0047)`` at t = 999: all its noise is in the last beta."""
+def one_step_scheduler(base: Any) -> Any:
+    """Return DDIM over the betas of the scheduler ``base``, except the last: there ``alpha^2`` becomes 0.0047, at t = 999.
+
+    Its single step is ``(z - sqrt(1 - 0.0047) eps) / sqrt(0.0047)``. The last beta is negative where the base's own ``alpha^2``
+    is already smaller, as in PixArt.
+
+    Raises:
+        WadiError: if the base's schedule is not that of 1,000 timesteps.
+    """
     from diffusers import DDIMScheduler
 
+    betas = torch.as_tensor(base.betas).float()
+    if len(betas) != TIMESTEP + 1:
+        raise WadiError(
+            f"The base's schedule has {len(betas)} timesteps. The authors' students need one of {TIMESTEP + 1}: give the "
+            "pipeline they were made from as --base."
+        )
+    before = float(torch.as_tensor(base.alphas_cumprod)[TIMESTEP - 1].double())
     return DDIMScheduler(
         num_train_timesteps=TIMESTEP + 1,
-        trained_betas=[0.0] * TIMESTEP + [1 - ALPHA_SQUARED],
+        trained_betas=[*betas[:TIMESTEP].tolist(), 1 - ALPHA_SQUARED / before],
         prediction_type="epsilon",
         timestep_spacing="trailing",
         set_alpha_to_one=True,
         clip_sample=False,
-        steps_offset=0,
+        steps_offset=1,  # not used by trailing spacing; diffusers warns of any other value
     )
 
 
@@ -66,6 +81,6 @@ def import_authors(file: Path, base: str, out: Path, dtype: torch.dtype = torch.
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])
-    pipeline.scheduler = one_step_scheduler()
+    pipeline.scheduler = one_step_scheduler(pipeline.scheduler)
     with whole_folder(out) as folder:
         pipeline.save_pretrained(folder)

@@ -6,12 +6,14 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from wadi import adapters, generate
+from wadi import adapters, authors, generate
 from wadi.authors import import_authors
 from wadi.backbones import from_pipeline, load_pipeline
 from wadi.cli import main
+from wadi.downstream import steps
 from wadi.errors import WadiError
 from wadi.extract import angles_between, extract, factors, measure
 from wadi.lorad import LoRaDConfig
@@ -157,6 +159,69 @@ def test_the_authors_weights_run_at_their_constant(released, tmp_path):
     torch.testing.assert_close(drawn.images, expected, rtol=1e-4, atol=1e-4)
     for key, tensor in network.state_dict().items():
         assert torch.equal(pipeline.transformer.state_dict()[key], tensor)
+
+
+@pytest.mark.parametrize("name", ["sd1", "pixart-sigma"])
+def test_between_steps_the_bases_schedule_holds(name, folder_of, tmp_path):
+    """From an image, and with more steps, noise is the base's at every timestep but the last, which has the constant."""
+    base = load_pipeline(folder_of(name))
+    network = base.unet if name == "sd1" else base.transformer
+    save_file(network.state_dict(), tmp_path / "rotated.safetensors")
+    assert (
+        main(
+            [
+                "import-authors",
+                str(tmp_path / "rotated.safetensors"),
+                "--base",
+                str(folder_of(name)),
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
+    )
+    scheduler, own = load_pipeline(tmp_path / "out").scheduler, base.scheduler.alphas_cumprod
+    assert float(scheduler.alphas_cumprod[999]) == pytest.approx(0.0047, rel=1e-5)
+    torch.testing.assert_close(scheduler.alphas_cumprod[:999], own[:999])
+    found = steps.schedule(scheduler, 1, 0.8)
+    assert found.alpha == pytest.approx(float(own[799].sqrt()), rel=1e-5)
+    assert found.sigma == pytest.approx(float((1 - own[799]).sqrt()), rel=1e-5)
+    four = steps.schedule(scheduler, 4)
+    four.scheduler.set_timesteps(4)
+    assert four.scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    torch.testing.assert_close(four.scheduler.alphas_cumprod[[749, 499, 249]], own[[749, 499, 249]])
+    picture = tmp_path / "start.png"
+    Image.new("RGB", (16, 16), "red").save(picture)
+    argv = ["generate", "red apple", "--run", str(tmp_path / "out"), "--device", "cpu", "--init", str(picture)]
+    assert main([*argv, "--strength", "0.8", "--out", str(tmp_path / "x.png")]) == 0
+    assert len(Image.open(tmp_path / "x.png").getcolors()) > 1
+
+
+@pytest.mark.parametrize("flags", [["--steps", "4"], ["--init", "START"], ["--init", "START", "--steps", "2"]])
+def test_a_schedule_of_one_step_alone_is_refused_for_others(flags, folder_of, tmp_path, capsys):
+    """As this package wrote it before: all noise in the last beta. One step is fine; nothing else has noise there."""
+    from diffusers import DDIMScheduler
+
+    pipeline = load_pipeline(folder_of("sd1"))
+    pipeline.scheduler = DDIMScheduler(
+        trained_betas=[0.0] * 999 + [1 - 0.0047], timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
+    )
+    pipeline.save_pretrained(tmp_path / "old")
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "start.png")
+    flags = [str(tmp_path / "start.png") if word == "START" else word for word in flags]
+    argv = ["generate", "red apple", "--run", str(tmp_path / "old"), "--device", "cpu", "--out", str(tmp_path / "x.png")]
+    capsys.readouterr()
+    assert main([*argv, *flags]) == 2
+    assert "no noise at timestep" in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()
+    assert main(argv) == 0
+
+
+def test_a_base_of_another_length_is_refused(folder_of):
+    from diffusers import DDIMScheduler
+
+    with pytest.raises(WadiError, match="500"):
+        authors.one_step_scheduler(DDIMScheduler(num_train_timesteps=500))
 
 
 def test_what_does_not_fit_the_base_is_one_line(released, folder_of, tmp_path):

@@ -13,6 +13,7 @@ more steps is a matter of measurement (docs/steps.md).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +73,7 @@ def _preserving(scheduler: Any, steps: int, strength: float) -> Schedule:
     first = max(1, round(strength * last))
     if steps > first:
         raise WadiError(f"Received {steps} steps to go from timestep {first}. Expected at most {first}: raise the strength.")
+    refuse_noiseless(scheduler, [round(first * (1 - i / steps)) for i in range(steps)])
     alpha2 = float(scheduler.alphas_cumprod[first].double())
     if steps == 1:
         made: Any = schedulers.one_ddim_step(scheduler, first)
@@ -84,6 +86,19 @@ def _preserving(scheduler: Any, steps: int, strength: float) -> Schedule:
             timestep_scaling=TIMESTEP_SCALING,
         )
     return Schedule(made, {"num_inference_steps": steps}, math.sqrt(alpha2), math.sqrt(1 - alpha2))
+
+
+def refuse_noiseless(scheduler: Any, timesteps: Sequence[int]) -> None:
+    """Raise `WadiError` if a variance-preserving schedule adds no noise at one of ``timesteps``.
+
+    An exported scheduler may hold the schedule of its single step alone: all noise in the last beta, none before it.
+    """
+    for t in timesteps:
+        if float(scheduler.alphas_cumprod[t]) >= 1:
+            raise WadiError(
+                f"The scheduler of this pipeline adds no noise at timestep {t}: it only holds the student's single step. Use "
+                "one step and no image to start from, or run `wadi import-authors` again: it now keeps its base's schedule."
+            )
 
 
 def _flow(scheduler: Any, steps: int, strength: float) -> Schedule:
