@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from wadi.backbones.base import RESOLUTION, Backbone
+from wadi.backbones.pooling import pool_pipeline_at_end_token
 from wadi.errors import WadiError
 
 # Pipeline class name -> "module:class" of its backbone. Imported on use, so that one family's needs are not everyone's.
@@ -73,6 +74,7 @@ def load_pipeline(path: str | Path, dtype: torch.dtype = torch.float32, device: 
     _refuse_incomplete(path, pipeline)
     if RESOLUTION in index:
         pipeline.register_to_config(**{RESOLUTION: index[RESOLUTION]})
+    pool_pipeline_at_end_token(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wadi.backbones.pooling import pool_at_end_token
 from wadi.errors import WadiError
 from wadi.files import write_whole
 from wadi.progress import without_remarks
@@ -124,6 +125,7 @@ def insert(pipeline: Any, token: str, rows: Sequence[Tensor]) -> None:
     with without_remarks("transformers"):  # it remarks that a table grew, at every new token
         for tower, row in zip(found, rows, strict=True):
             pipeline.load_textual_inversion(row, token=token, tokenizer=tower.tokenizer, text_encoder=tower.encoder)
+            pool_at_end_token(tower.tokenizer, tower.encoder)
 
 
 def _widths(rows: Sequence[Tensor]) -> str:
