@@ -1,6 +1,7 @@
 """Training a ControlNet for a frozen teacher or student: losses, resuming, refusals; and the command line around it."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -125,9 +126,9 @@ def test_other_settings_and_damage_are_refused(tmp_path):
     pipeline, out = teacher(tmp_path), tmp_path / "run"
     train(small(out), pipeline, PROMPTS)
     train(small(out, save_every=1), pipeline, PROMPTS)  # how often is no setting of the result
-    with pytest.raises(WadiError, match="other settings"):
+    with pytest.raises(WadiError, match=r"lr 0\.001 \(now 0\.0001\)"):
         train(small(out, lr=1e-4), pipeline, PROMPTS)
-    with pytest.raises(WadiError, match="pictures made with other settings"):
+    with pytest.raises(WadiError, match=r"pictures 4 \(now 5\)"):
         train(small(out, pictures=5), pipeline, PROMPTS)
     for file in ("training.safetensors", "pictures.safetensors"):
         whole = (out / file).read_bytes()
@@ -136,6 +137,74 @@ def test_other_settings_and_damage_are_refused(tmp_path):
             train(small(out), pipeline, PROMPTS)
         (out / file).write_bytes(whole)
     assert train(small(out), pipeline, PROMPTS) == out / "controlnet"
+
+
+def test_other_prompts_of_the_same_number_are_another_training(tmp_path):
+    pipeline, out = teacher(tmp_path), tmp_path / "run"
+    folder = train(small(out), pipeline, PROMPTS)
+    before = weights(folder)
+    with pytest.raises(WadiError, match=r"(?s)other prompts.*(green|blue|red).*violet"):
+        train(small(out), pipeline, ["violet cup", "grey hat", "pink pig"])
+    (out / "pictures.safetensors").unlink()  # new images do not continue the old training either
+    with pytest.raises(WadiError, match="images"):
+        train(small(out), pipeline, ["violet cup", "grey hat", "pink pig"])
+    assert all(torch.equal(value, before[name]) for name, value in weights(folder).items())
+
+
+def test_another_start_is_another_training(tmp_path):
+    pipeline, out = teacher(tmp_path), tmp_path / "run"
+
+    train(small(out), pipeline, PROMPTS, start=_seeded(pipeline, 1))
+    assert train(small(out), pipeline, PROMPTS, start=_seeded(pipeline, 1)) == out / "controlnet"
+    for other in (_seeded(pipeline, 2), None):
+        with pytest.raises(WadiError, match="start"):
+            train(small(out), pipeline, PROMPTS, start=other)
+
+
+def _seeded(pipeline, seed):
+    torch.manual_seed(seed)
+    return controlnet_of(pipeline.unet, 2)
+
+
+def test_a_training_stored_before_these_were_noted_is_continued(tmp_path):
+    """Its note has neither images, start nor timestep."""
+    from safetensors.torch import save_file
+
+    pipeline, out = teacher(tmp_path), tmp_path / "run"
+    train(small(out), pipeline, PROMPTS)
+    state = out / "training.safetensors"
+    tensors, about = control_data.stored(state, "")
+    note = {name: value for name, value in json.loads(about["note"]).items() if name not in ("images", "start", "timestep")}
+    save_file(tensors, state, {**about, "note": json.dumps(note)})
+    assert train(small(out), pipeline, PROMPTS) == out / "controlnet"
+    note["network"] = "0" * 16
+    save_file(tensors, state, {**about, "note": json.dumps(note)})
+    with pytest.raises(WadiError, match="network '0000000000000000'"):
+        train(small(out), pipeline, PROMPTS)
+
+
+def test_a_controlnet_that_is_not_ours_stays(tmp_path):
+    pipeline, out = teacher(tmp_path), tmp_path / "run"
+    _seeded(pipeline, 3).save_pretrained(out / "controlnet")
+    before = (out / "controlnet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    with pytest.raises(WadiError, match="controlnet"):
+        train(small(out), pipeline, PROMPTS)
+    assert [path.name for path in out.iterdir()] == ["controlnet"], "refused before any work"
+    (out / "controlnet").rename(tmp_path / "mine")
+    train(small(out), pipeline, PROMPTS)
+    shutil.rmtree(out / "controlnet")
+    (tmp_path / "mine").rename(out / "controlnet")  # put in the place of a finished training's result
+    with pytest.raises(WadiError, match="controlnet"):
+        train(small(out), pipeline, PROMPTS)
+    assert (out / "controlnet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+
+
+def test_more_steps_than_the_schedule_has(tmp_path):
+    pipeline = teacher(tmp_path)
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, num_train_timesteps=500)
+    with pytest.raises(WadiError, match="picture_steps is 1000"):
+        train(small(tmp_path / "run", picture_steps=1000), pipeline, PROMPTS)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_full_disk_loses_nothing(tmp_path, full_disk):
@@ -151,10 +220,16 @@ def test_networks_that_are_no_unet_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"steps": 0}, {"batch": 0}, {"lr": 0}, {"drop": 1.5}, {"keep_weight": -1}, {"pictures": -3}]
-)
+    "changes",
+    [
+        {"steps": 0}, {"batch": 0}, {"lr": 0}, {"drop": 1.5}, {"keep_weight": -1}, {"pictures": -3}, {"batch": 10**9},
+        {"lr": float("nan")}, {"lr": float("inf")}, {"drop": float("nan")}, {"edge_weight": float("nan")}, {"seed": -1},
+        {"guidance_scale": float("inf")}, {"guidance_scale": float("nan")}, {"picture_steps": 1001}, {"seed": 2**60},
+    ],
+)  # fmt: skip
 def test_settings_are_checked(changes):
-    with pytest.raises(WadiError, match="Expected"):
+    ((name, value),) = changes.items()
+    with pytest.raises(WadiError, match=rf"{name} is {value}".replace("+", r"\+")):
         ControlConfig(**changes)
 
 
@@ -185,7 +260,7 @@ def test_pictures_have_noise_of_their_own(tmp_path):
     assert some.edges.shape == (3, 1, 16, 16)
     assert some.conditions(torch.tensor([0, 2])).shape == (2, 3, 16, 16)
     control_data.save(tmp_path / "p.safetensors", some, "note")
-    found = control_data.load(tmp_path / "p.safetensors", "note")
+    found = control_data.load(tmp_path / "p.safetensors", "note", PROMPTS)
     assert torch.equal(found.edges, some.edges)
     assert found.prompts == PROMPTS
     counts = [control_data.chosen_prompts(PROMPTS, 7, 0).count(p) for p in PROMPTS]

@@ -197,6 +197,11 @@ def test_interrupted_and_resumed_equals_uninterrupted(learned, sd_folder, exempl
     assert not out.exists()
     with pytest.raises(WadiError, match=r"other settings.*delete"):
         learn(sd_folder, exemplars, out, lr=0.01)
+    other = load_pipeline(sd_folder)  # same text encoder and autoencoder, as fine-tuned models have them
+    with torch.no_grad():
+        other.unet.conv_out.bias.add_(1)
+    with pytest.raises(WadiError, match=r"another teacher"):
+        invert_relation(other, exemplars, "<R>", "o", out, InversionConfig(**FAST))
     found, _ = learn(sd_folder, exemplars, out, save_every=2)
     assert torch.equal(load_file(found.path)["<R>"], load_file(learned[0])["<R>"])
     figures = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]

@@ -55,7 +55,8 @@ def test_the_words_after_a_learned_token_enter_the_pooled_embedding(published, t
     assert float((red - blue).abs().max()) > 1e-3
     torch.testing.assert_close(torch.stack([red, blue]), right_pool(pipeline, ["a <R> red", "a <R> blu"]))
     assert torch.equal(pooled(pipeline, ["a red", "blue"]), plain)
-    first = pipeline.text_encoder(pipeline.tokenizer(["a <R> b", "a <R> c"], padding="max_length", return_tensors="pt").input_ids)
+    words = pipeline.tokenizer(["a <R> b", "a <R> c"], padding="max_length", return_tensors="pt").input_ids
+    first = pipeline.text_encoder(words)
     assert not torch.equal(*first.pooler_output)  # CLIPTextModel without a projection as well
 
 

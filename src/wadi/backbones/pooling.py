@@ -1,7 +1,7 @@
 """Where CLIP's pooled embedding is taken: at the end token, also when the vocabulary has grown.
 
-Published text encoders (SDXL's second one, for instance) say ``eos_token_id: 2``, which is wrong. `transformers` then pools at the
-largest id of the prompt. That is the end token of the original vocabulary, but a learned token has a larger id and would be
+Published text encoders (SDXL's second one, for instance) say ``eos_token_id: 2``, which is wrong. `transformers` then pools at
+the largest id of the prompt. That is the end token of the original vocabulary, but a learned token has a larger id and would be
 pooled instead, so that the words after it did not enter the pooled embedding.
 """
 

@@ -67,21 +67,31 @@ def save(path: Path, pictures: Pictures, note: str) -> None:
     write_whole(path, to_bytes(tensors, {"note": note, "prompts": json.dumps(pictures.prompts)}))
 
 
-def load(path: Path, note: str) -> Pictures | None:
-    """Pictures that were saved under the same ``note``; None if there are none.
+def load(path: Path, note: str, prompts: Sequence[str]) -> Pictures | None:
+    """Images that were saved under the same ``note`` and for the same ``prompts``, in this order; None if there are none.
 
     Raises:
-        WadiError: if the file is damaged or was made otherwise.
+        WadiError: if the file is damaged or was made with other settings or prompts.
     """
     if not path.is_file():
         return None
     tensors, about = stored(path, "draw anew")
+    remedy = "Restore the teacher, prompts and settings of before, delete the file, or choose another --out."
     if about.get("note") != note:
-        raise WadiError(
-            f"{str(path)!r} holds pictures made with other settings ({about.get('note')}; now {note}). Expected the same "
-            "teacher, prompts and settings: restore them, delete the file, or choose another --out."
-        )
-    return Pictures(tensors["latents"], tensors["edges"].bool(), json.loads(about["prompts"]))
+        raise WadiError(f"{str(path)!r} contains images made with other settings ({about.get('note')}; now {note}). {remedy}")
+    try:
+        own = json.loads(about["prompts"])
+        found = Pictures(tensors["latents"], tensors["edges"].bool(), own)
+        if not len(found.latents) == len(found.edges) == len(own):
+            raise ValueError("numbers of latents, edges and prompts differ")
+    except (KeyError, TypeError, ValueError) as error:
+        raise WadiError(f"{str(path)!r} is damaged ({error}). Delete it to draw anew.") from error
+    for now, then in zip(prompts, own, strict=True) if len(prompts) == len(own) else ():
+        if now != then:
+            raise WadiError(f"{str(path)!r} contains images of other prompts: {then!r:.80}, and now {now!r:.80}. {remedy}")
+    if len(own) != len(prompts):
+        raise WadiError(f"{str(path)!r} contains {len(own)} images, and {len(prompts)} are needed. {remedy}")
+    return found
 
 
 def stored(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import inspect
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,9 @@ from wadi.objectives.denoise import denoising_loss
 from wadi.progress import progress
 
 PICTURE_SEED = 1_000_000  # of the first picture to learn from: away from the small seeds that people and tests use
+COUNTS = {"pictures": 1_000_000, "picture_steps": 1000, "steps": 10_000_000, "batch": 65_536, "save_every": 10_000_000}
+LARGEST_WEIGHT = 1000.0
+SEEDS = 2**40  # generators are seeded with a million times the seed, plus the step, below 2^63
 
 
 @dataclass(frozen=True)
@@ -64,14 +68,16 @@ class ControlConfig:
     save_every: int = 100  # steps between checkpoints
 
     def __post_init__(self) -> None:
-        for name in ("pictures", "picture_steps", "steps", "batch", "save_every"):
-            if getattr(self, name) < 1:
-                raise WadiError(f"{name} is {getattr(self, name)}. Expected 1 or more.")
-        for name in ("picture_weight", "edge_weight", "keep_weight", "drop", "seed"):
-            if getattr(self, name) < 0:
-                raise WadiError(f"{name} is {getattr(self, name)}. Expected 0 or more.")
-        if not self.lr > 0 or self.drop > 1:
-            raise WadiError(f"lr is {self.lr} and drop is {self.drop}. Expected a positive lr and a drop of at most 1.")
+        for name, largest in COUNTS.items():
+            if not 1 <= getattr(self, name) <= largest:
+                raise WadiError(f"{name} is {getattr(self, name)}. Expected a whole number from 1 to {largest:,}.")
+        for name in ("picture_weight", "edge_weight", "keep_weight", "guidance_scale"):
+            if not 0 <= getattr(self, name) <= LARGEST_WEIGHT:
+                raise WadiError(f"{name} is {getattr(self, name)}. Expected a number from 0 to {LARGEST_WEIGHT:g}.")
+        if not 0 < self.lr <= 1 or not 0 <= self.drop <= 1:
+            raise WadiError(f"lr is {self.lr} and drop is {self.drop}. Expected an lr above 0 and at most 1, a drop of 0 to 1.")
+        if not 0 <= self.seed < SEEDS:
+            raise WadiError(f"seed is {self.seed}. Expected a whole number from 0 to {SEEDS - 1:,}.")
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------------
@@ -141,17 +147,79 @@ def train(config: ControlConfig, teacher: Any, prompts: Sequence[str], student: 
         raise WadiError(
             f"The teacher is a {type(teacher).__name__}. Expected a U-Net family (SD, SDXL) to train a ControlNet for."
         )
+    if config.picture_steps > drawer.process.num_timesteps:
+        raise WadiError(
+            f"picture_steps is {config.picture_steps}. The teacher's schedule has {drawer.process.num_timesteps} timesteps: "
+            "give at most as many."
+        )
     out = Path(config.out)
-    pictures = _pictures(config, drawer, prompts, out / "pictures.safetensors")
+    place, state = out / "controlnet", out / "training.safetensors"
+    if place.exists() and not state.is_file():
+        raise _not_ours(place)
     controlnet = start if start is not None else _fresh(config, backbone)
     refuse_misfit(teacher if student is None else student, controlnet)
-    note = {**dataclasses.asdict(config), "out": "", "save_every": 0, "network": fingerprint(backbone.network)}
-    run = _Run(config, backbone, None if student is None else student_timestep(student), controlnet, pictures)
-    run.resume(out / "training.safetensors", json.dumps(note))
+    timestep = None if student is None else student_timestep(student)
+    note = dataclasses.asdict(config) | {"out": "", "save_every": 0, "network": fingerprint(backbone.network)}
+    note |= {"timestep": timestep, "start": None if start is None else digest(start.state_dict())}
+    refuse_other(state, note)
+    pictures = _pictures(config, drawer, prompts, out / "pictures.safetensors")
+    note["images"] = digest({"latents": pictures.latents, "edges": pictures.edges}, json.dumps(pictures.prompts))
+    refuse_other(state, note)
+    run = _Run(config, backbone, timestep, controlnet, pictures)
+    run.resume(state, json.dumps(note))
+    if place.exists():
+        if run.step < config.steps or not _is_written(place, controlnet):
+            raise _not_ours(place)
+        return place
     run.loop()
-    with whole_folder(out / "controlnet") as folder:
+    with whole_folder(place) as folder:
         copy.deepcopy(controlnet).half().save_pretrained(folder)
-    return out / "controlnet"
+    return place
+
+
+def _not_ours(place: Path) -> WadiError:
+    return WadiError(
+        f"{str(place)!r} exists and is not the result of this training, which would replace it. Move it elsewhere, or choose "
+        "another --out."
+    )
+
+
+def _is_written(place: Path, controlnet: nn.Module) -> bool:
+    """Whether ``place`` holds the weights of ``controlnet``, in half precision as `train` writes them."""
+    file = place / "diffusion_pytorch_model.safetensors"
+    if not file.is_file():
+        return False
+    tensors, _ = stored(file, "write it anew")
+    wanted = controlnet.state_dict()
+    return tensors.keys() == wanted.keys() and all(torch.equal(tensors[k], v.half().cpu()) for k, v in wanted.items())
+
+
+def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """A hash of all values of ``tensors``, as float32, with their names and shapes, and of ``text``."""
+    total = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name}{tuple(tensor.shape)}".encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
+def refuse_other(path: Path, note: Mapping[str, Any]) -> None:
+    """Raise `WadiError`, naming what differs, if the training stored at ``path`` is not the one that ``note`` describes.
+
+    A training that was stored before a setting existed agrees with any value of it.
+    """
+    if not path.is_file():
+        return
+    _, about = stored(path, "start anew")
+    try:
+        own = json.loads(about["note"])
+        differing = [f"{name} {own[name]!r} (now {note[name]!r})" for name in note if name in own and own[name] != note[name]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise WadiError(f"{str(path)!r} is damaged ({error!r}). Delete it to start anew.") from error
+    if differing:
+        raise WadiError(
+            f"{str(path.parent)!r} contains a training with other settings: {', '.join(differing)}. Restore them to continue "
+            "it, or choose another --out."
+        )
 
 
 def _fresh(config: ControlConfig, backbone: Backbone) -> Any:
@@ -162,9 +230,9 @@ def _fresh(config: ControlConfig, backbone: Backbone) -> Any:
 def _pictures(config: ControlConfig, drawer: Backbone, prompts: Sequence[str], path: Path) -> Pictures:
     names = ("pictures", "picture_steps", "guidance_scale", "seed")
     about = {name: getattr(config, name) for name in names} | {"teacher": fingerprint(drawer.network), "prompts": len(prompts)}
-    found = load(path, json.dumps(about))
+    chosen = chosen_prompts(prompts, config.pictures, config.seed)
+    found = load(path, json.dumps(about), chosen)
     if found is None:
-        chosen = chosen_prompts(prompts, config.pictures, config.seed)
         found = draw_pictures(drawer, chosen, PICTURE_SEED + config.seed, config.picture_steps, config.guidance_scale)
         save(path, found, json.dumps(about))
     return found
@@ -258,22 +326,21 @@ class _Run:
         write_whole(self.path, to_bytes(plain, {"step": str(self.step), "note": self.note}))
 
     def resume(self, path: Path, note: str) -> None:
-        """Go on from ``path`` if it is there, to the bit.
+        """Go on from ``path`` if it is there, bit for bit; see `refuse_other` for whether it is the same training.
 
         Raises:
-            WadiError: if it was made with other settings or is damaged.
+            WadiError: if it is damaged.
         """
         self.path, self.note = path, note
         if not path.is_file():
             return
         tensors, about = stored(path, "start anew")
-        if about.get("note") != note:
-            raise WadiError(
-                f"{str(path.parent)!r} holds a training of other settings or of another network. Expected the same: restore "
-                "them, or choose another --out."
-            )
-        self.step = int(about["step"])
-        self.controlnet.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net.")})
+        weights = {k[4:]: v for k, v in tensors.items() if k.startswith("net.")}
+        try:
+            self.step = int(about["step"])
+            self.controlnet.load_state_dict(weights)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise WadiError(f"{str(path)!r} is damaged ({str(error).splitlines()[0]}). Delete it to start anew.") from error
         state = self.optimizer.state_dict()
         state["state"] = {}
         for name, value in tensors.items():

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wadi.backbones import Backbone, Condition, from_pipeline, refuse_distilled
+from wadi.checkpoint import fingerprint
 from wadi.downstream import inversion_state as states
 from wadi.downstream.inversion_data import Exemplars, latents_of, read_exemplars
 from wadi.downstream.inversion_loss import NEUTRAL, PREPOSITIONS, focal_density, focal_timesteps, steering_loss
@@ -128,7 +129,7 @@ def invert_relation(
     x0 = latents_of(backbone, found.pictures)
     job = _job(config, token, found, x0, rows)
     learn = _Inversion(backbone, config, token, found, x0, rows)
-    states.resume(out, learn.state, job)
+    states.resume(out, learn.state, job, learn.network)
     start = time.monotonic()
     with learning(pipeline, token, learn.state.rows):
         before = learn.held(rows)
@@ -207,7 +208,7 @@ class _Inversion:
         self, backbone: Backbone, config: InversionConfig, token: str, exemplars: Exemplars, x0: Tensor, rows: Sequence[Tensor]
     ) -> None:
         self.backbone, self.config, self.exemplars, self.x0 = backbone, config, exemplars, x0
-        self.towers = towers(backbone.pipeline)
+        self.towers, self.network = towers(backbone.pipeline), fingerprint(backbone.network)
         leaves = [row.clone().to(x0.device).requires_grad_() for row in rows]
         self.state = states.State(leaves, torch.optim.Adam(leaves, lr=config.lr))
         self.density = focal_density(backbone.process.num_timesteps, config.alpha)
@@ -265,7 +266,7 @@ class _Inversion:
                 self.state.stats.append({"step": self.state.step, **figures})
                 bar.advance(figures)
                 if self.state.step % self.config.save_every == 0 and self.state.step < total:
-                    states.save(out, self.state, job)
+                    states.save(out, self.state, job, self.network)
 
     @torch.no_grad()
     def held(self, rows: Sequence[Tensor]) -> float:

@@ -36,19 +36,19 @@ def stats_path(out: Path) -> Path:
     return out.with_suffix(".jsonl")
 
 
-def save(out: Path, state: State, job: str) -> None:
-    """Keep ``state``; ``job`` says what it is of."""
+def save(out: Path, state: State, job: str, network: str) -> None:
+    """Keep ``state``; ``job`` and ``network``, digests of settings and of the teacher's network, say what it is of."""
     from safetensors.torch import save as to_bytes
 
     tensors: dict[str, Tensor] = {}
     for i, row in enumerate(state.rows):
         moments = state.optimiser.state[row]
         tensors |= {f"{i}.row": row.detach(), f"{i}.m": moments["exp_avg"], f"{i}.v": moments["exp_avg_sq"]}
-    note = json.dumps({"step": state.step, "skipped": state.skipped, "stats": state.stats, "job": job})
+    note = json.dumps({"step": state.step, "skipped": state.skipped, "stats": state.stats, "job": job, "network": network})
     write_whole(partial_path(out), to_bytes({k: v.cpu().contiguous() for k, v in tensors.items()}, metadata={"note": note}))
 
 
-def resume(out: Path, state: State, job: str) -> None:
+def resume(out: Path, state: State, job: str, network: str) -> None:
     """Bring ``state`` to where an interrupted inversion into ``out`` stood, if there is one.
 
     Raises:
@@ -68,6 +68,11 @@ def resume(out: Path, state: State, job: str) -> None:
         raise WadiError(f"The unfinished inversion {str(path)!r} is damaged: {error}. {advice}") from error
     if note["job"] != job:
         raise WadiError(f"The unfinished inversion {str(path)!r} has other settings, exemplars or teacher. {advice}")
+    if note.get("network", network) != network:  # older states do not say it
+        raise WadiError(
+            f"The unfinished inversion {str(path)!r} was made on another teacher (network {note['network']}, now {network}). "
+            f"{advice}"
+        )
     for i, row in enumerate(state.rows):
         with torch.no_grad():
             row.copy_(tensors[f"{i}.row"])
