@@ -19,7 +19,7 @@ def pool_at_end_token(tokenizer: Any, encoder: Any) -> None:
     ``save_pretrained`` keeps the correction. Any other encoder is left as it is.
     """
     end = getattr(tokenizer, "eos_token_id", None)
-    config = getattr(encoder, "config", None)
+    config: Any = getattr(encoder, "config", None)
     if end is None or getattr(config, "model_type", "") != "clip_text_model" or config.eos_token_id != LEGACY:
         return
     if len(tokenizer) - 1 > end:
