@@ -13,6 +13,7 @@ ROOT = Path(wadi.__file__).parent
 RANKS = (
     {"errors", "_peft_hook"},
     {"files", "device", "ranks"},
+    {"io"},
     {"process", "config", "embedded", "images", "progress", "figures"},
     {"presets", "lorad", "data"},
     {"adapters"},

@@ -8,7 +8,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from wadi.errors import WadiError
-from wadi.report import plot, read_stats, write_report
+from wadi.report import plot, write_report
+from wadi.run import read_stats
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def test_a_run_that_was_killed_in_the_middle(run):
     stats = run / "stats.jsonl"
     stats.write_text("".join(line + "\n" for line in stats.read_text().splitlines()[:2]) + '{"step": 3, "lo')
     shutil.rmtree(run / "samples")
-    assert [line["step"] for line in read_stats(run)] == [1, 2]
+    assert [line["step"] for line in read_stats(run / "stats.jsonl")] == [1, 2]
     assert "No sample grid" in write_report(run).read_text()
 
 
@@ -88,7 +89,7 @@ def test_results_of_eval_are_tables(run):
     page = write_report(run).read_text()
     for text in (
         "Measured", "Frechet distance (lite0)", "5.901 ± 0.11", "<td>0.25</td>", "student &lt;one&gt;", "latency p50, ms",
-        "9,000", "zoo, protocol hash abcdef012345", "other.json is no result",
+        "9,000", "zoo, protocol hash abcdef012345", "other.json is not a result",
     ):  # fmt: skip
         assert text in page
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from wadi.errors import WadiError
 from wadi.files import whole_folder
+from wadi.io.records import Count, Record, Side, read_json
 
 if TYPE_CHECKING:
     from wadi.lorad import LoRaDConfig
@@ -207,14 +208,34 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise WadiError(f"{str(folder)!r} is no adapter folder. Expected {CONFIG} and {WEIGHTS} in it.")
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WadiError(f"Adapter {str(folder)!r} is damaged: {error}. Expected files as PEFT writes them.") from error
-    kind = config.get("peft_type") if isinstance(config, dict) else None
+    config: dict[str, Any] = read_json(folder / CONFIG, dict[str, Any], "Adapter config")
+    kind = config.get("peft_type")
     if kind != "LORAD":
         raise WadiError(f"Adapter {str(folder)!r} is of type {kind!r} by its {CONFIG}. Expected 'LORAD'.")
-    return dict(config)
+    return config
+
+
+class About(Record):
+    """``wadi.json`` of a student's adapter.
+
+    Attributes:
+        timestep: at which the student generates.
+        resolution: ``(height, width)`` that it was trained at; None in adapters that do not say: the model's own.
+        teacher: pipeline folder, Hub id or ``zoo``.
+    """
+
+    timestep: Count
+    resolution: tuple[Side, Side] | None = None
+    teacher: str = "zoo"
+
+
+def read_about(folder: Path) -> About:
+    """Read `About` from a student's adapter folder.
+
+    Raises:
+        WadiError: if the file is missing, damaged, or has no timestep.
+    """
+    return read_json(folder / "wadi.json", About, "The record of the student's timestep")
 
 
 def restore(model: nn.Module, name: str, tensors: dict[str, Tensor], source: object = "the checkpoint") -> None:

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from wadi import adapters
 from wadi.errors import WadiError
 from wadi.files import sha256, whole_folder
+from wadi.io.records import Count, Finite, Record, read_json
 from wadi.ranks import Ranks
 
 
@@ -42,6 +43,20 @@ class TrainState:
     prompts: str = ""  # hash of the prompts that ``drawn`` counts
     images: int = 0  # per step, of all processes
     ranks: Ranks = field(default_factory=Ranks)
+
+
+class Saved(Record):
+    """``state.json``: see `TrainState`. ``prompts`` and ``images`` are None in checkpoints of earlier versions."""
+
+    step: Count
+    drawn: Count
+    skipped: Count
+    skipped_in_a_row: dict[str, Count]
+    seconds: Finite
+    scalers: dict[str, dict[str, int | Finite]]
+    teacher: str
+    prompts: str | None = None
+    images: Count | None = None
 
 
 COUNTERS = ("step", "drawn", "skipped", "skipped_in_a_row", "seconds")
@@ -134,14 +149,16 @@ def _all(folder: Path) -> list[Path]:
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        if not isinstance(manifest, dict) or not {"state.json", "training.safetensors"} <= manifest.keys():
+        manifest: dict[str, str] = read_json(path / "manifest.json", dict[str, str], "Manifest")
+        if not {"state.json", "training.safetensors"} <= manifest.keys():
             return "manifest.json is truncated or altered"
         for name, digest in manifest.items():
             if sha256(path / name) != digest:
                 return f"{name} is truncated or altered"
-    except (OSError, ValueError) as error:
-        return f"{getattr(error, 'filename', None) or 'manifest.json'} cannot be read"
+    except WadiError:
+        return "manifest.json is truncated or altered"
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in a name
+        return f"{getattr(error, 'filename', None) or 'a file'} cannot be read"
     return None
 
 
@@ -173,20 +190,20 @@ def load(path: Path, state: TrainState, teacher: str) -> None:
     """
     from safetensors.torch import load_file
 
-    plain = json.loads((path / "state.json").read_text())
-    if plain["teacher"] != teacher:
+    plain: Saved = read_json(path / "state.json", Saved, "Checkpoint state")
+    if plain.teacher != teacher:
         raise WadiError(
-            f"Checkpoint {str(path)!r} was made on a teacher with fingerprint {plain['teacher']}; this teacher has {teacher}. "
+            f"Checkpoint {str(path)!r} was made on a teacher with fingerprint {plain.teacher}; this teacher has {teacher}. "
             "Expected the same weights: give the original teacher, or another --out."
         )
-    if state.prompts and plain.get("prompts", state.prompts) != state.prompts:
+    if state.prompts and plain.prompts not in (None, state.prompts):
         raise WadiError(
             f"Checkpoint {str(path)!r} was made with other prompts than there are now. Expected the same, as it stands amid "
             "them: restore the prompts, or choose another --out."
         )
-    if state.images and plain.get("images", state.images) != state.images:
+    if state.images and plain.images not in (None, state.images):
         raise WadiError(
-            f"Checkpoint {str(path)!r} was made with {plain['images']} images a step; now there are {state.images} ("
+            f"Checkpoint {str(path)!r} was made with {plain.images} images a step; now there are {state.images} ("
             f"{state.ranks.count} processes x batch x accumulate). Expected the same number: set --batch and --accumulate."
         )
     tensors = load_file(path / "training.safetensors")
@@ -194,12 +211,12 @@ def load(path: Path, state: TrainState, teacher: str) -> None:
         _, saved = adapters.read(path / role)
         adapters.restore(state.network, role, saved, repr(str(path)))
         _restore_optimizer(optimizer, role, tensors)
-        state.scalers[role].load_state_dict(plain["scalers"][role])
+        state.scalers[role].load_state_dict(plain.scalers[role])
     for key, value in state.ema.items():
         value.copy_(tensors[f"ema.{key}"])
     state.generator.set_state(tensors["generator"])
     for name in COUNTERS:
-        setattr(state, name, plain[name])
+        setattr(state, name, getattr(plain, name))
 
 
 def _restore_optimizer(optimizer: Optimizer, role: str, tensors: dict[str, Tensor]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from wadi.errors import WadiError
+from wadi.io.records import read_yaml
 
 
 @dataclass(frozen=True)
@@ -298,15 +299,14 @@ def load(path: Path) -> DistillConfig:
     Raises:
         WadiError: if the file is missing, is no YAML mapping, or holds an unknown or ill-typed setting.
     """
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise WadiError(f"Config {str(path)!r} cannot be read: {str(error).splitlines()[0]}. Expected a YAML file.") from error
+    values = read_yaml(path, "Config")
     if not isinstance(values, dict):
         raise WadiError(f"Config {str(path)!r} holds {type(values).__name__}. Expected a mapping of settings.")
-    return from_dict(values)
+    try:
+        config: DistillConfig = from_dict(values)
+    except WadiError as error:
+        raise WadiError(f"Config {str(path)!r}: {error}") from error
+    return config
 
 
 def differences(old: DistillConfig, new: DistillConfig) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,11 +52,11 @@ def load(
     folder, base = locate(run, adapter, teacher)
     about = about_of(folder)
     pipeline = load_pipeline(base, dtype, device)
-    backbone = from_pipeline(pipeline, _resolution(about))
+    backbone = from_pipeline(pipeline, about.resolution)
     adapters.refuse_adapted(backbone.network)
     adapters.load(backbone.network, folder, "student")
     adapters.fuse(backbone.network, "student")
-    pipeline.scheduler = one_step_scheduler(backbone, about["timestep"])
+    pipeline.scheduler = one_step_scheduler(backbone, about.timestep)
     backbone.remember_resolution()
     return pipeline
 
@@ -73,7 +72,7 @@ def teacher_of(
     """The many-step pipeline behind a student, with the family's deterministic sampler; arguments as of `load`."""
     folder, base = locate(run, adapter, teacher)
     pipeline = load_pipeline(base, dtype, device)
-    backbone = from_pipeline(pipeline, _resolution(about_of(folder)))
+    backbone = from_pipeline(pipeline, about_of(folder).resolution)
     pipeline.scheduler = backbone.sampler()
     backbone.remember_resolution()
     return pipeline
@@ -95,29 +94,18 @@ def locate(run: str | Path | None, adapter: str | Path | None, teacher: str | Pa
             raise WadiError(f"Run {str(run)!r} has saved no student yet. Expected a finished or interrupted run.")
     else:
         folder = Path(adapter) if adapter is not None else embedded("student")
-        named = about_of(folder).get("teacher", "zoo")
+        named = about_of(folder).teacher
     return folder, resolve_teacher(str(teacher or named))
 
 
-def about_of(folder: Path) -> dict[str, Any]:
-    """What a student's adapter folder says of it (``wadi.json``)."""
+def about_of(folder: Path) -> adapters.About:
+    """What a student's adapter folder says about it (``wadi.json``).
+
+    Raises:
+        WadiError: if the folder is not an adapter, or ``wadi.json`` is missing or damaged.
+    """
     adapters.read(folder)  # complain about the adapter before anything else
-    try:
-        about = json.loads((folder / "wadi.json").read_text(encoding="utf-8"))
-        if not isinstance(about.get("timestep"), int):
-            raise ValueError("no whole number under 'timestep'")
-    except (OSError, ValueError, AttributeError) as error:
-        raise WadiError(
-            f"Adapter {str(folder)!r} does not say at which timestep its student is asked ({error}). Expected wadi.json with a "
-            "'timestep' beside the weights, as `wadi distill` writes it."
-        ) from error
-    return about
-
-
-def _resolution(about: dict[str, Any]) -> tuple[int, int] | None:
-    """``(height, width)`` that a student was trained at; None in adapters that do not say: the model's own."""
-    height_width = about.get("resolution")
-    return (int(height_width[0]), int(height_width[1])) if height_width else None
+    return adapters.read_about(folder)
 
 
 @dataclass(frozen=True)

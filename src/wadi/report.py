@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from wadi.errors import WadiError
 from wadi.figures import canvas, look, styled, svg
 from wadi.files import write_whole
+from wadi.io.records import Record, read_json
+from wadi.run import read_stats
 
 # Figures: (title, what to make of it, series, logarithmic axis)
 CURVES: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
@@ -55,7 +57,9 @@ def write_report(run: Path) -> Path:
     config = run / "config.yaml"
     if not config.is_file():
         raise WadiError(f"{str(run)!r} is no run: it holds no config.yaml. Expected the --out of `wadi distill`.")
-    lines = read_stats(run)
+    lines = read_stats(run / "stats.jsonl")
+    if not lines:
+        raise WadiError(f"Run {str(run)!r} has no statistics. Expected at least one step: run `wadi distill` first.")
     grids = sorted((run / "samples").glob("step-*.png"))
     parts = [
         f"<h1>{html.escape(run.name)}</h1>",
@@ -70,24 +74,6 @@ def write_report(run: Path) -> Path:
     target = run / "report.html"
     write_whole(target, (head + "\n".join(parts)).encode())
     return target
-
-
-def read_stats(run: Path) -> list[dict[str, float]]:
-    """The lines of ``stats.jsonl``; a half-written last line is left out.
-
-    Raises:
-        WadiError: if there is none.
-    """
-    lines = []
-    path = run / "stats.jsonl"
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    if not lines:
-        raise WadiError(f"Run {str(run)!r} has no statistics. Expected at least one step: run `wadi distill` first.")
-    return lines
 
 
 def _summary(lines: Sequence[dict[str, float]]) -> str:
@@ -129,22 +115,46 @@ def _measured(run: Path) -> str:
     return "<h2>Measured</h2>" + "".join(tables) if tables else ""
 
 
+class Number(Record):
+    """A metric with its standard deviation."""
+
+    value: float
+    std: float | None = None
+
+
+class Row(Record):
+    """The measurements of one generator."""
+
+    name: str
+    images: int
+    metrics: dict[str, Number]
+    speed: dict[str, int | float | None] | None = None
+
+
+class Result(Record):
+    """What the report shows of a result of ``wadi eval``."""
+
+    rows: list[Row]
+    protocol: dict[str, Any]
+    protocol_hash: str
+
+
 def _result(path: Path) -> str:
     """Metrics and speed of a result file, a row for each generator; rows of one protocol hash may be compared."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        rows = [(row["name"], row["images"], row["metrics"], row.get("speed") or {}) for row in found["rows"]]
-        metrics = list(dict.fromkeys(name for *_, measured, _ in rows for name in measured))
-        speeds = [name for name, _ in SPEED if any(speed.get(name) is not None for *_, speed in rows)]
-        cells = [
-            [*(_number(m.get(name)) for name in metrics), *(_speed(speed.get(name)) for name in speeds)]
-            for *_, m, speed in rows
-        ]
-        told = f"{found['protocol'].get('protocol') or 'pictures'}, protocol hash {found['protocol_hash'][:12]}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"<p>{html.escape(path.name)} is no result of wadi eval and was left out ({html.escape(repr(error))}).</p>"
+        found: Result = read_json(path, Result)
+    except WadiError as error:
+        return f"<p>{html.escape(path.name)} is not a result of wadi eval and was left out ({html.escape(str(error))}).</p>"
+    metrics = list(dict.fromkeys(name for row in found.rows for name in row.metrics))
+    measured = [row.speed or {} for row in found.rows]
+    speeds = [name for name, _ in SPEED if any(speed.get(name) is not None for speed in measured)]
+    cells = [
+        [*(_number(row.metrics.get(name)) for name in metrics), *(_speed(speed.get(name)) for name in speeds)]
+        for row, speed in zip(found.rows, measured, strict=True)
+    ]
+    told = f"{found.protocol.get('protocol') or 'pictures'}, protocol hash {found.protocol_hash[:12]}"
     head = ["", "images", *(_title(name) for name in metrics), *(dict(SPEED)[name] for name in speeds)]
-    body = [[name, images, *values] for (name, images, *_), values in zip(rows, cells, strict=True)]
+    body = [[row.name, row.images, *values] for row, values in zip(found.rows, cells, strict=True)]
     return f"<h3>{html.escape(path.stem)}: {html.escape(told)}</h3>{_html_table([head, *body])}"
 
 
@@ -164,11 +174,10 @@ def _title(metric: str) -> str:
     return f"{METRICS[name].partition(' (')[0]} ({network})" if network and name in METRICS else METRICS.get(name, metric)
 
 
-def _number(number: dict[str, float | None] | None) -> str:
+def _number(number: Number | None) -> str:
     if number is None:
         return ""
-    spread = number.get("std")
-    return f"{number['value']:.4g}" + ("" if spread is None else f" ± {spread:.2g}")
+    return f"{number.value:.4g}" + ("" if number.std is None else f" ± {number.std:.2g}")
 
 
 def _speed(value: float | None) -> str:
@@ -198,29 +207,52 @@ ANALYSIS = (
 )
 
 
+class Summary(Record):
+    """Means over the layers, as shares of 1."""
+
+    layers: int
+    norm_mean: float | None
+    norm_std: float | None
+    direction_mean: float | None
+    direction_std: float | None
+    energy_30: float | None
+
+
+class Analysis(Record):
+    """What the report shows of a result of ``wadi analyze``."""
+
+    summary: Summary
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.3g} %"
+
+
 def _analysis(folder: Path) -> str:
     """The analysis of the weights, if the run has one: its summary and figures."""
-    try:
-        summary = json.loads((folder / "analysis.json").read_text(encoding="utf-8"))["summary"]
-        rows = [
-            (f"{title} change", *(f"{100 * summary[f'{change}_{of}']:.3g} %" for of in ("mean", "std")))
-            for change, title in (("norm", "norm"), ("direction", "direction"))
-        ]
-        energy = summary["energy_30"]
-        told = (
-            ""
-            if energy is None
-            else f"Energy of the direction residual in the top 30 % of singular values: {100 * energy:.1f} %."
-        )
-    except (OSError, ValueError, KeyError, TypeError):
+    path = folder / "analysis.json"
+    if not path.exists():
         return ""
+    try:
+        analysis: Analysis = read_json(path, Analysis)
+    except WadiError as error:
+        return f"<p>{html.escape(path.name)} is not a result of wadi analyze and was left out ({html.escape(str(error))}).</p>"
+    found = analysis.summary
+    rows = [
+        ("norm change", _percent(found.norm_mean), _percent(found.norm_std)),
+        ("direction change", _percent(found.direction_mean), _percent(found.direction_std)),
+    ]
+    energy = found.energy_30
+    told = (
+        "" if energy is None else f"Energy of the change of direction in the top 30 % of singular values: {100 * energy:.1f} %."
+    )
     shown = [(folder / f"{name}.png", html.escape(meaning)) for name, meaning in ANALYSIS]
     figures = [
         f'<figure><img alt="{path.stem}" src="{_inline(path)}"><figcaption>{meaning}</figcaption></figure>'
         for path, meaning in shown
         if path.is_file()
     ]
-    head = (f"{summary['layers']} layers", "mean over a layer's rows", "standard deviation over them")
+    head = (f"{found.layers} layers", "mean over a layer's rows", "standard deviation over them")
     return (
         f"<h2>What changed in the weights</h2>{_html_table([head, *rows])}<p>{told}</p>"
         f'<div class="figures">{"".join(figures)}</div>'

@@ -18,6 +18,7 @@ from wadi import config as configs
 from wadi.config import DistillConfig
 from wadi.errors import WadiError
 from wadi.files import unwritable, write_whole
+from wadi.io.records import Finite, read_json_lines
 from wadi.ranks import Ranks
 
 LOCK = ".lock"
@@ -96,15 +97,7 @@ class Run:
 
     def rewind(self, step: int) -> list[dict[str, float]]:
         """Drop statistics after ``step``, which a resumed run will write again; return those that stay."""
-        lines = []
-        if self.stats_file.exists():
-            for text in self.stats_file.read_text(encoding="utf-8").splitlines():
-                try:
-                    line = json.loads(text)
-                except ValueError:  # the last line of a killed run may be half a line
-                    break
-                if line["step"] <= step:
-                    lines.append(line)
+        lines = [line for line in read_stats(self.stats_file) if line["step"] <= step]
         write_whole(self.stats_file, "".join(json.dumps(line) + "\n" for line in lines).encode())
         return lines
 
@@ -116,6 +109,21 @@ class Run:
                 stream.write(json.dumps(finite) + "\n")
         except OSError as error:
             raise unwritable(self.stats_file, error) from error
+
+
+def read_stats(path: Path) -> list[dict[str, float]]:
+    """Return the lines of a ``stats.jsonl``, without a half-written last line; none if the file does not exist.
+
+    Raises:
+        WadiError: if another line is damaged, holds something other than numbers, or has no step.
+    """
+    if not path.exists():
+        return []
+    lines: list[dict[str, float]] = read_json_lines(path, dict[str, Finite], "Statistics", half_last_line=True)
+    for number, line in enumerate(lines, 1):
+        if "step" not in line:
+            raise WadiError(f"Statistics {str(path)!r} have no 'step' in entry {number}. Restore or delete the file.")
+    return lines
 
 
 def _locked(path: Path) -> list[int]:

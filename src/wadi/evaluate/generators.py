@@ -84,7 +84,7 @@ class Source:
         folder, base = generate.locate(self.run, self.adapter, self.teacher)
         about = {
             "kind": "student", "adapter": sha256(folder / "adapter_model.safetensors"), "teacher": weights_of(base),
-            "timestep": generate.about_of(folder)["timestep"], **self._call(1, guidance_scale),
+            "timestep": generate.about_of(folder).timestep, **self._call(1, guidance_scale),
         }  # fmt: skip
         return Generator(
             f"{'shipped student' if self.name == NAME else _short(self.name)}, one step", about,
@@ -111,7 +111,7 @@ class Source:
         """At which the student is asked; None of a pipeline, whose scheduler knows."""
         if self.pipeline:
             return None
-        return int(generate.about_of(generate.locate(self.run, self.adapter, self.teacher)[0])["timestep"])
+        return generate.about_of(generate.locate(self.run, self.adapter, self.teacher)[0]).timestep
 
     def last_timestep(self) -> int:
         """Of the teacher's schedule, by its own config."""
