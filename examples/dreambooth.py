@@ -11,7 +11,7 @@ from pathlib import Path
 import wadi.zoo
 from wadi.backbones import from_pipeline
 from wadi.downstream import dreambooth
-from wadi.downstream.dreambooth_data import draw_prior, encode_pictures, read_subject
+from wadi.downstream.dreambooth_data import draw_prior, read_subject
 from wadi.downstream.lora import apply_lora
 from wadi.generate import draw, load
 from wadi.images import grid, save_png
@@ -30,7 +30,7 @@ def main() -> None:
     config = dreambooth.DreamboothConfig(
         method="lorad", target_modules=preset("zoo").student.target_modules, lr=4e-3, steps=200
     )
-    dreambooth.train(backbone, encode_pictures(backbone, pictures), backbone.encode(["sks apple"]), prior, config)
+    dreambooth.train(backbone, backbone.encode_images(pictures), backbone.encode(["sks apple"]), prior, config)
     dreambooth.save(teacher, backbone, config, OUT, {"dreambooth": {"prompt": "sks apple"}})
 
     student = load()  # an ordinary pipeline that draws in one step ...

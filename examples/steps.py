@@ -21,6 +21,7 @@ from report import machine, rewrite, row, small
 from torch import Tensor
 
 from wadi import generate, images, zoo
+from wadi.backbones import from_pipeline
 from wadi.downstream.img2img import image_tensor, start
 from wadi.downstream.steps import schedule
 from wadi.zoo.evaluate import SEED_STEP, evaluate, table
@@ -55,7 +56,7 @@ class Student:
         """``picture`` under another prompt."""
         found = schedule(self.own, steps, strength)
         self.pipeline.scheduler = found.scheduler
-        begin = start(self.pipeline, image_tensor(picture, picture.size[::-1]), found)
+        begin = start(from_pipeline(self.pipeline), image_tensor(picture, picture.size[::-1]), found)
         return generate.draw(self.pipeline, [prompt], [seed], call=found.call, start=begin).pictures[0]
 
 

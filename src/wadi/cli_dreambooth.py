@@ -33,7 +33,7 @@ def run(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[s
     from wadi.backbones import from_pipeline
     from wadi.device import find_device, keep_freed_memory
     from wadi.downstream import dreambooth
-    from wadi.downstream.dreambooth_data import encode_pictures, pictures_in, read_subject
+    from wadi.downstream.dreambooth_data import pictures_in, read_subject
 
     config = _config(args)
     pictures_in(Path(args.subject))  # complain before a model is loaded
@@ -47,7 +47,7 @@ def run(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[s
     rows = [("the subject", shown)]
     if args.picture:
         rows.append(("before", _draw(pipeline, args)))
-    trained = dreambooth.train(backbone, encode_pictures(backbone, subject), condition, prior, config)
+    trained = dreambooth.train(backbone, backbone.encode_images(subject), condition, prior, config)
     dreambooth.save(pipeline, backbone, config, out, _about(args, config, trained.parameters))
     print(
         f"{trained.parameters:,} numbers trained in {trained.seconds:.0f} s, "

@@ -197,7 +197,8 @@ def prepare(pipeline: Any, args: Any, size: tuple[int, int] | None) -> Drawing:
     from wadi.downstream import hires, img2img, steps
 
     pipeline = customised(pipeline, args)
-    native = from_pipeline(pipeline).resolution
+    backbone = from_pipeline(pipeline)
+    native = backbone.resolution
     wanted = native if size is None else hires.drawable(pipeline, size)
     call: dict[str, Any] = {}
     if size is not None:
@@ -213,7 +214,7 @@ def prepare(pipeline: Any, args: Any, size: tuple[int, int] | None) -> Drawing:
     begin = None
     if init is not None:
         with hires.tiled_decoding(pipeline.vae, args.tiled_vae or hires.is_large(wanted)):
-            begin = img2img.start(pipeline, init, schedule)
+            begin = img2img.start(backbone, init, schedule)
     return Drawing(pipeline, native, wanted, call, begin)
 
 

@@ -7,7 +7,7 @@ from onestep import FAMILIES, asked, students
 from PIL import Image
 
 from wadi.backbones import from_pipeline
-from wadi.downstream.img2img import encode_image, image_tensor, read_image, start
+from wadi.downstream.img2img import image_tensor, read_image, start
 from wadi.downstream.steps import schedule
 from wadi.errors import WadiError
 from wadi.generate import draw, load
@@ -29,7 +29,7 @@ def redrawn(pipeline, picture, strength, steps=1, seed=5, count=1):
     image = image_tensor(picture, from_pipeline(pipeline).resolution)
     found = schedule(pipeline.scheduler, steps, strength)
     pipeline.scheduler = found.scheduler
-    begin = start(pipeline, image, found)
+    begin = start(from_pipeline(pipeline), image, found)
     seeds = list(range(seed, seed + count))
     return draw(pipeline, ["red"] * count, seeds, call=found.call, start=begin).pictures
 
@@ -39,21 +39,6 @@ def pixels(picture):
 
 
 # --- the start ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_latents_are_what_the_backbone_decodes(student_of, name):
-    """`encode_image` undoes the normalisation of ``decode`` (and the autoencoder in between is left as it is)."""
-    pipeline = student_of(name)
-    backbone = from_pipeline(pipeline)
-    image = torch.rand(1, 3, *backbone.resolution) * 2 - 1
-    z = encode_image(pipeline.vae, image)
-    assert z.shape[1:] == backbone.latent_shape
-    with torch.no_grad():
-        encoded = pipeline.vae.encode(image)
-        inner = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
-        wanted = (pipeline.vae.decode(inner, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
-    assert torch.allclose(backbone.decode(z), wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -69,7 +54,7 @@ def test_the_network_sees_the_picture_noised_to_its_share_of_the_time(student_of
     assert [t for t, _ in seen] == pytest.approx([800 * strength * (1 - i / steps) for i in range(steps)], abs=1.01)
     t = torch.tensor([round(800 * strength)])
     alpha, sigma = float(backbone.process.alpha(t)), float(backbone.process.sigma(t))
-    x0 = encode_image(pipeline.vae, image_tensor(picture, (height, width)))
+    x0 = backbone.encode_images((image_tensor(picture, (height, width)) + 1) / 2)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(5))
     x_t = alpha * x0 + sigma * noise
     if name == "flux":
@@ -111,7 +96,7 @@ def test_noise_of_later_steps_is_fresh_and_each_pictures_own(student_of, name):
         assert torch.allclose(second[i], alpha * x0[i] + sigma * noise, atol=1e-3 * float(x0.abs().max()))
     found = schedule(own, 2, 0.9)
     pipeline.scheduler = found.scheduler
-    begin = start(pipeline, image_tensor(picture, (16, 16)), found)
+    begin = start(backbone, image_tensor(picture, (16, 16)), found)
     alone = draw(pipeline, ["red"], [6], call=found.call, start=begin).pictures[0]
     assert np.abs(pixels(alone) - pixels(pictures[1])).max() <= 1
 
@@ -184,11 +169,17 @@ def test_the_command_line(finished_run, init, tmp_path):
 
 
 def test_a_large_start_is_encoded_in_tiles(finished_run, init, tmp_path, monkeypatch):
+    from wadi.backbones import Backbone
     from wadi.cli import main
-    from wadi.downstream import hires, img2img
+    from wadi.downstream import hires
 
-    tiled = []
-    monkeypatch.setattr(img2img, "encode_image", lambda vae, image: tiled.append(vae.use_tiling) or encode_image(vae, image))
+    tiled, encode = [], Backbone.encode_images
+
+    def noting(backbone, images):
+        tiled.append(backbone.pipeline.vae.use_tiling)
+        return encode(backbone, images)
+
+    monkeypatch.setattr(Backbone, "encode_images", noting)
     for above in (10**6, 16 * 16 - 1):
         monkeypatch.setattr(hires, "TILED_ABOVE", above)
         assert main(["generate", "a", "--run", str(finished_run), "--init", str(init), "--out", str(tmp_path / "o.png")]) == 0

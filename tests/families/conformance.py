@@ -47,14 +47,13 @@ class Family:
     guided_call: Callable[[Any], dict[str, Any]] = lambda backbone: {"guidance_scale": 2.0}
 
     def backbone(self, dtype: torch.dtype = torch.float32):
+        """Of a copy of the pipeline, for images twice as wide as high: height and width in each other's place show."""
+        own = from_pipeline(self.pipeline, self.resolution)
+        height, width = own.resolution
         pipeline = copy.copy(self.pipeline)
-        network = copy.deepcopy(getattr(pipeline, self._component)).to(dtype)
-        pipeline.register_modules(**{self._component: network})
-        return from_pipeline(pipeline, self.resolution)
-
-    @property
-    def _component(self) -> str:
-        return from_pipeline(self.pipeline, self.resolution).component
+        network = copy.deepcopy(own.network).to(dtype)
+        pipeline.register_modules(**{own.component: network})
+        return from_pipeline(pipeline, (height, 2 * width))
 
 
 def generators():
@@ -70,6 +69,27 @@ def network_inputs(backbone, dtype=torch.float32):
     """``x_t``, ``t``, condition: two rows, the second one the null prompt, at two timesteps."""
     condition = backbone.encode([PROMPTS[0], ""])
     return noise(backbone.latent_shape, SEEDS).to(dtype), torch.tensor([EARLY, 40]), condition
+
+
+def autoencoder_traffic(vae, monkeypatch):
+    """Notes what goes into and comes out of ``vae``: lists of ``images``, ``latents`` (encoded), ``decoded`` (latents)."""
+    seen = {"images": [], "latents": [], "decoded": []}
+    encode, decode = vae.encode, vae.decode
+
+    def encoding(x, **kwargs):
+        encoded = encode(x, **kwargs)
+        first = encoded[0]
+        seen["images"].append(x)
+        seen["latents"].append(first if isinstance(first, torch.Tensor) else first.mode())
+        return encoded
+
+    def decoding(z, **kwargs):
+        seen["decoded"].append(z)
+        return decode(z, **kwargs)
+
+    monkeypatch.setattr(vae, "encode", encoding)
+    monkeypatch.setattr(vae, "decode", decoding)
+    return seen
 
 
 def config(**changes):
@@ -184,16 +204,44 @@ class Conformance:
 
     def test_images_and_latents_have_the_sizes_it_says(self, family):
         backbone = family.backbone()
-        vae = family.pipeline.vae
         image = torch.rand(1, 3, *backbone.resolution)
-        with torch.no_grad():
-            encoded = vae.encode(image * 2 - 1)
-        latent = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
+        latent = backbone.encode_images(image)
         assert tuple(latent.shape[1:]) == backbone.latent_shape
         decoded = backbone.decode(latent)
         assert decoded.shape == image.shape
-        assert decoded.dtype == torch.float32
+        assert decoded.dtype == latent.dtype == torch.float32
         assert 0 <= decoded.min() <= decoded.max() <= 1
+
+    def test_encoding_images_inverts_decoding(self, family, monkeypatch):
+        """What the autoencoder gives reaches its decoder as it was, whatever lies between: scale, shift, moments."""
+        backbone = family.backbone()
+        seen = autoencoder_traffic(backbone.pipeline.vae, monkeypatch)
+        images = torch.rand(3, 3, *backbone.resolution)
+        latents = backbone.encode_images(images, batch=2)
+        torch.testing.assert_close(torch.cat(seen["images"]), 2 * images - 1)
+        raw = torch.cat(seen["latents"])
+        assert (latents - raw.reshape(latents.shape)).abs().max() > 0.01  # the config says something
+        backbone.decode(latents)
+        torch.testing.assert_close(seen["decoded"][0], raw, rtol=1e-5, atol=1e-5)
+
+    def test_an_autoencoder_that_overflows_in_half_precision_runs_in_single(self, family, monkeypatch):
+        backbone = family.backbone()
+        vae = backbone.pipeline.vae
+        if "force_upcast" not in vae.config:
+            pytest.skip(f"{type(vae).__name__} has no force_upcast")
+        images = torch.rand(1, 3, *backbone.resolution)
+        half = copy.deepcopy(vae).half()
+        half.register_to_config(force_upcast=True)
+        backbone.pipeline.register_modules(vae=copy.deepcopy(half).float())
+        exact = backbone.encode_images(images)
+        backbone.pipeline.register_modules(vae=half)
+        seen = autoencoder_traffic(half, monkeypatch)
+        latents = backbone.encode_images(images)
+        decoded = backbone.decode(latents)
+        assert {tensor.dtype for tensor in [*seen["images"], *seen["latents"], *seen["decoded"]]} == {torch.float32}
+        assert half.dtype == torch.float16
+        assert torch.equal(latents, exact)
+        assert decoded.isfinite().all()
 
     def test_adapters_land_on_the_documented_layers(self, family):
         backbone = family.backbone()

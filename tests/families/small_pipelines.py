@@ -94,7 +94,8 @@ def sdxl(folder: Path):
         projection_class_embeddings_input_dim=6 * 8 + 16,
     )  # fmt: skip
     return StableDiffusionXLPipeline(
-        vae=autoencoder(), text_encoder=clip_text(words, 16), text_encoder_2=clip_text(words, 16, 16), tokenizer=words,
+        vae=autoencoder(scaling_factor=0.7, latents_mean=[-0.2, 0.1, 0.3, 0.0], latents_std=[0.9, 1.2, 0.8, 1.5]),
+        text_encoder=clip_text(words, 16), text_encoder_2=clip_text(words, 16, 16), tokenizer=words,
         tokenizer_2=words, unet=network, force_zeros_for_empty_prompt=True, add_watermarker=False,
         scheduler=EulerDiscreteScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
@@ -167,6 +168,7 @@ def sana(folder: Path):
     network = SanaTransformer2DModel(
         patch_size=1, in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=8,
         num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=32, sample_size=2,
+        timestep_scale=0.7,
     )  # fmt: skip
     scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction")
     return SanaPipeline(tokenizer=words, text_encoder=text, vae=autoencoder_dc(), transformer=network, scheduler=scheduler)

@@ -1,10 +1,12 @@
 """What is particular to one family and no law of all."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+import wadi
 from wadi.backbones import from_pipeline, load_pipeline
 from wadi.backbones.schedulers import flow_shift, one_step, sampler
 from wadi.errors import WadiError
@@ -101,3 +103,10 @@ def test_a_student_cannot_be_asked_past_its_teachers_schedule(folder_of):
     scheduler = load_pipeline(folder_of("sd1")).scheduler
     with pytest.raises(WadiError, match="ends at 999"):
         one_step(scheduler, 1000)
+
+
+@pytest.mark.parametrize("words", ["vae.encode(", "vae.decode(", "latents_mean"])
+def test_the_package_has_one_encoder_and_decoder_of_images(words):
+    root = Path(wadi.__file__).parent
+    having = {path.relative_to(root).as_posix() for path in root.rglob("*.py") if words in path.read_text()}
+    assert having == {"backbones/autoencoder.py"}

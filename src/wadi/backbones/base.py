@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from wadi.backbones import schedulers
+from wadi.backbones import autoencoder, schedulers
 from wadi.errors import WadiError
 from wadi.process import Process
 
@@ -170,31 +170,24 @@ class Backbone(ABC):
             "Expected a method condition_shapes() in its backbone."
         )
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents ``(B, C, H, W)`` to images ``(B, 3, height, width)`` in ``[0, 1]``, float32.
 
         Inverse of the autoencoder's normalisation, then the autoencoder in its own dtype (in float32 where its config says
         that half precision overflows).
         """
-        vae = self.pipeline.vae
-        config = vae.config
-        latents = latents.float()
-        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-            mean, std = (torch.tensor(config[key], device=latents.device).view(1, -1, 1, 1) for key in _MOMENTS)
-            latents = latents * std / config.scaling_factor + mean
-        else:
-            latents = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
-        dtype = vae.dtype
-        upcast = dtype == torch.float16 and config.get("force_upcast")
-        try:
-            if upcast:
-                vae.to(torch.float32)
-            images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-        finally:
-            if upcast:
-                vae.to(dtype)
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+        return autoencoder.decode(self.pipeline.vae, latents)
+
+    def encode_images(self, images: Tensor, batch: int = 4) -> Tensor:
+        """Images ``(B, 3, height, width)`` in ``[0, 1]`` to latents ``(B, C, H, W)``, float32: the inverse of `decode`.
+
+        The one encoder of customisation, image to image and inversion. A family that overrides `decode` overrides this too.
+        """
+        return autoencoder.encode(self.pipeline.vae, images, batch)
+
+    def call_latents(self, latents: Tensor) -> Tensor:
+        """Latents ``(B, C, H, W)`` in the shape and dtype that a call of the pipeline takes as its ``latents``."""
+        return latents.to(self.network.dtype)
 
     def sampler(self) -> Any:
         """A fresh diffusers scheduler for the teacher's deterministic many-step sampling, first order."""
@@ -220,9 +213,6 @@ class Backbone(ABC):
         """Where the network lies."""
         found: torch.device = next(self.network.parameters()).device
         return found
-
-
-_MOMENTS = ("latents_mean", "latents_std")
 
 
 def default_argument(pipeline: Any, name: str) -> Any:

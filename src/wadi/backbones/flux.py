@@ -44,6 +44,11 @@ class Flux(Backbone):
         """A quarter of what the network sees: it sees 2 x 2 latents at once."""
         return int(config.in_channels) // 4
 
+    def call_latents(self, latents: Tensor) -> Tensor:
+        """See `Backbone.call_latents`: packed, ``(B, H W / 4, 4 C)``."""
+        packed: Tensor = self.pipeline._pack_latents(latents, *latents.shape)
+        return super().call_latents(packed)
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:
         """``prompt_embeds`` ``(B, tokens, width)`` of T5 and ``pooled`` ``(B, width)`` of CLIP."""

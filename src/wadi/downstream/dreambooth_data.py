@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -16,7 +15,6 @@ from wadi.errors import WadiError
 from wadi.sampling import many_steps, noise, one_step
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_MOMENTS = ("latents_mean", "latents_std")
 
 
 @dataclass(frozen=True)
@@ -74,23 +72,6 @@ def _fit(picture: Image.Image, resolution: tuple[int, int]) -> Image.Image:
 def _tensor(picture: Image.Image) -> Tensor:
     height, width = picture.height, picture.width
     return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1) / 255
-
-
-@torch.no_grad()
-def encode_pictures(backbone: Backbone, pictures: Tensor) -> Tensor:
-    """Latents ``(N, C, H, W)``, float32, of pictures in [0, 1]: inverse of `Backbone.decode`, the posterior's mode."""
-    vae = backbone.pipeline.vae
-    encoded = [_mode(vae.encode((2 * part - 1).to(vae.device, vae.dtype))) for part in pictures.split(4)]
-    latents, config = torch.cat(encoded).float(), vae.config
-    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-        mean, std = (torch.tensor(config[key], device=latents.device).view(1, -1, 1, 1) for key in _MOMENTS)
-        return (latents - mean) / std * config.scaling_factor
-    return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
-
-
-def _mode(encoded: Any) -> Tensor:
-    found: Tensor = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
-    return found
 
 
 @torch.no_grad()

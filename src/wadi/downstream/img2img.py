@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from wadi.backbones import Backbone
 from wadi.downstream.steps import Schedule
 from wadi.errors import WadiError
 
@@ -62,31 +62,8 @@ def image_tensor(picture: Image.Image, resolution: tuple[int, int], name: str = 
     return values.view(1, height, width, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-@torch.no_grad()
-def encode_image(vae: Any, images: Tensor) -> Tensor:
-    """Latents ``(B, C, H, W)``, float32, of images in [-1, 1]: what the backbone's ``decode`` takes.
-
-    The mean of what the autoencoder says, normalised as its config has it; in float32 where half precision overflows.
-    """
-    config, dtype = vae.config, vae.dtype
-    upcast = dtype == torch.float16 and bool(config.get("force_upcast"))
-    try:
-        if upcast:
-            vae.to(torch.float32)
-        place = next(vae.parameters())
-        encoded = vae.encode(images.to(place.device, place.dtype))
-    finally:
-        if upcast:
-            vae.to(dtype)
-    z = (encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent).float()
-    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-        mean, std = (torch.tensor(config[key], device=z.device).view(1, -1, 1, 1) for key in ("latents_mean", "latents_std"))
-        return (z - mean) / std * config.scaling_factor
-    return (z - (config.get("shift_factor") or 0.0)) * config.scaling_factor
-
-
-def start(pipeline: Any, image: Tensor, schedule: Schedule) -> Start:
-    """From generators, one per picture, to the ``latents`` of a call of ``pipeline`` that redraws ``image``.
+def start(backbone: Backbone, image: Tensor, schedule: Schedule) -> Start:
+    """From generators, one per picture, to the ``latents`` of a call of the backbone's pipeline that redraws ``image``.
 
     Noise is drawn as the pipeline would draw its own, so that what a generator gives later on is fresh.
 
@@ -94,14 +71,10 @@ def start(pipeline: Any, image: Tensor, schedule: Schedule) -> Start:
         image: ``(1, 3, height, width)`` in [-1, 1].
         schedule: the one whose scheduler the pipeline has.
     """
-    x0 = encode_image(pipeline.vae, image)
-    network = getattr(pipeline, "unet", None) or pipeline.transformer
+    x0 = backbone.encode_images((image + 1) / 2)
 
     def latents(generators: Sequence[torch.Generator]) -> Tensor:
         noise = torch.cat([torch.randn(x0.shape, generator=generator) for generator in generators]).to(x0.device)
-        x_t = schedule.alpha * x0 + schedule.sigma * noise
-        if hasattr(pipeline, "_pack_latents"):  # FLUX hands its network 2 x 2 latents as a token
-            x_t = pipeline._pack_latents(x_t, *x_t.shape)
-        return x_t.to(network.dtype)
+        return backbone.call_latents(schedule.alpha * x0 + schedule.sigma * noise)
 
     return latents

@@ -29,7 +29,7 @@ from torch import Tensor
 from wadi.backbones import Backbone, Condition, from_pipeline, refuse_distilled
 from wadi.checkpoint import fingerprint
 from wadi.downstream import inversion_state as states
-from wadi.downstream.inversion_data import Exemplars, latents_of, read_exemplars
+from wadi.downstream.inversion_data import Exemplars, read_exemplars
 from wadi.downstream.inversion_loss import NEUTRAL, PREPOSITIONS, focal_density, focal_timesteps, steering_loss
 from wadi.downstream.inversion_token import (
     Tower,
@@ -126,7 +126,7 @@ def invert_relation(
     _check_length(pipeline, token, found)
     for module in (backbone.network, *(tower.encoder for tower in towers(pipeline))):
         module.requires_grad_(False).eval()
-    x0 = latents_of(backbone, found.pictures)
+    x0 = backbone.encode_images(found.pictures, batch=16)
     job = _job(config, token, found, x0, rows)
     learn = _Inversion(backbone, config, token, found, x0, rows)
     states.resume(out, learn.state, job, learn.network)

@@ -141,15 +141,3 @@ def read_picture(path: Path, resolution: tuple[int, int]) -> Tensor:
     white = Image.new("RGBA", picture.size, "white")
     fitted = ImageOps.fit(Image.alpha_composite(white, picture).convert("RGB"), (width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255
-
-
-@torch.no_grad()
-def latents_of(backbone: Any, pictures: Tensor, batch: int = 16) -> Tensor:
-    """Latents ``(N, C, h, w)`` float32 that decode to ``pictures``: the mode of the autoencoder's posterior, normalised."""
-    vae = backbone.pipeline.vae
-    scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
-    parts = []
-    for part in pictures.split(batch):
-        posterior = vae.encode((2 * part - 1).to(vae.device, vae.dtype)).latent_dist
-        parts.append((posterior.mode().float() - shift) * scale)
-    return torch.cat(parts)
