@@ -32,7 +32,8 @@ class asked:
 
     def __init__(self, pipeline):
         self.network = from_pipeline(pipeline).network
-        self.scale = 1000 if type(self.network).__name__.startswith("Flux") else 1
+        flux = type(self.network).__name__.startswith("Flux")
+        self.scale = 1000 if flux else 1 / (self.network.config.get("timestep_scale") or 1)
 
     def __enter__(self):
         seen = []
