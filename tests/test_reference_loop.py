@@ -1,8 +1,8 @@
 """The training loop against one written again here, in plain torch and float64, from the method's formulas alone.
 
 The other tests of training compare the loop with itself: resumed, recomputed, on several processes. A loop that is wrong in the
-same way each time passes them. This one shares with the package only what a run begins from: the initial angles (`B`; `A` is zero)
-and the order of the random draws, which every resumed run depends on.
+same way each time passes them. This one shares two things with the package: the initial angles, and the order of the random draws,
+which every resumed run depends on.
 """
 
 import copy
@@ -193,7 +193,7 @@ REPORTED = ("loss_student", "student_grad_norm", "loss_fake", "fake_grad_norm")
 # --- the law ------------------------------------------------------------------------------------------------------------------
 
 EVERYTHING = {
-    "steps": 4, "batch": 2, "accumulate": 2, "guidance_scale": 2.5, "t_range": (0.35, 0.45), "clip": 0.02,
+    "steps": 4, "batch": 2, "accumulate": 3, "guidance_scale": 2.5, "t_range": (0.35, 0.45), "clip": 0.02,
     "betas": (0.5, 0.8), "weight_decay": 0.3, "lr_schedule": "cosine", "lr_warmup": 2,
     "student": {"rank": 3, "lr": 0.02, "timestep": 700, "ema": 0.3, "weighting": "dmd"},
     "fake": {"rank": 2, "lr": 0.03, "guidance_scale": 1.6, "updates": 2, "weighting": "none", "null_probability": 0.5},

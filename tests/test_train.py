@@ -242,3 +242,23 @@ def test_learning_rates(sd_folder, prompts_path):
     cosine = [0.1 + 0.45 * (1 + math.cos(math.pi * step / 10)) for step in range(11)]
     assert [student for student, _ in rates] == pytest.approx([0.5 * cosine[0], *cosine[1:]])
     assert rates[10][0] == pytest.approx(0.1)
+
+
+# --- one role's update ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss_scale", [1.0, 2.0**16])
+def test_the_gradient_that_a_step_takes_is_no_longer_than_clip_whatever_the_loss_scale(loss_scale):
+    """Plain descent at rate 1 moves the angles by the gradient itself. A scaled loss is unscaled before it is clipped."""
+    from wadi.checkpoint import TrainState
+    from wadi.optimizers import update
+
+    for gradient, moved in ((torch.tensor([3.0, 4.0]), torch.tensor([0.3, 0.4])), (torch.tensor([0.03, 0.04]), None)):
+        angle = torch.nn.Parameter(torch.zeros(2))
+        optimizer = torch.optim.SGD([angle], lr=1.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=loss_scale, enabled=loss_scale != 1)
+        state = TrainState(None, {"fake": optimizer}, {"fake": scaler}, torch.Generator())
+        scaler.scale((angle * gradient).sum()).backward()
+        norm = update(state, "fake", tiny.settings("t", "p", "o", clip=0.5))
+        assert_close(norm, gradient.norm())
+        assert_close(-angle.detach(), gradient if moved is None else moved, rtol=1e-4, atol=1e-7)
