@@ -1,8 +1,8 @@
 """The training loop against one written again here, in plain torch and float64, from the method's formulas alone.
 
 The other tests of training compare the loop with itself: resumed, recomputed, on several processes. A loop that is wrong in the
-same way each time passes them. This one shares two things with the package: the initial angles, and the order of the random draws,
-which every resumed run depends on.
+same way each time passes them. This one shares two things with the package: the initial angles, and the order of the random
+draws, which every resumed run depends on.
 """
 
 import copy
