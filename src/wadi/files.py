@@ -1,88 +1,463 @@
-"""Files and folders written whole or not at all: a temporary name beside the target, flushed to disk, then renamed."""
+"""Files and folders: only regular files are read; whatever is written is written whole, and nothing of the user's is deleted.
+
+Reading: `read_bytes`, `read_text`, and `regular` for libraries that open a path themselves. A pipe, socket or device in the
+place of a file would block or never end; it is refused before it is opened.
+
+Writing: a temporary name beside the target, flushed to disk, then renamed. Temporary names are random, are created anew (never
+through a symbolic link) and are locked while their process lives, so that the next writer can tell what a killed one left.
+"""
 
 from __future__ import annotations
 
 import errno
+import fnmatch
 import glob
 import hashlib
 import os
+import secrets
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from wadi.errors import WadiError
+
+KINDS = (
+    (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)  # fmt: skip
+JUNK = {".DS_Store", "Thumbs.db", "desktop.ini"}  # file managers leave these anywhere
+_NAME_BYTES = 180  # of a name within a temporary name: file systems allow 255
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------------
+
+
+def exists(path: str | Path) -> bool:
+    """Whether there is something at ``path``; False where a path cannot be one (too long, NUL, lone surrogates)."""
+    return os.path.exists(path)
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether ``path`` is a regular file; False as `exists`."""
+    return os.path.isfile(path)
+
+
+def is_dir(path: str | Path) -> bool:
+    """Whether ``path`` is a folder; False as `exists`."""
+    return os.path.isdir(path)
+
+
+def shown(path: str | Path) -> str:
+    """A path in quotes for a message; the middle of a very long one is left out."""
+    text = repr(str(path))
+    return text if len(text) <= 300 else f"{text[:140]}...{text[-140:]}"
+
+
+def regular(path: str | Path, limit: int | None = None, what: str = "File") -> Path:
+    """Return ``path`` if it is a regular file that can be read.
+
+    Args:
+        limit: largest size in bytes.
+        what: names the file in errors, with a capital letter ("Adapter", "Image").
+    Raises:
+        WadiError: if it is missing, a folder, a pipe, a socket or a device, larger than ``limit``, or may not be read.
+    """
+    open_regular(path, limit, what).close()
+    return Path(path)
+
+
+def open_regular(path: str | Path, limit: int | None = None, what: str = "File") -> BinaryIO:
+    """Open a regular file for reading bytes.
+
+    Raises:
+        WadiError: as `regular`.
+    """
+    try:
+        _refuse_special(os.stat(path), path, what)  # before opening: opening a device may already do something
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except (OSError, ValueError) as error:  # ValueError: NUL bytes, lone surrogates
+        raise unreadable(path, error, what) from error
+    try:
+        status = os.fstat(descriptor)
+        _refuse_special(status, path, what)
+        if limit is not None and status.st_size > limit:
+            raise WadiError(
+                f"{what} {shown(path)} has {status.st_size:,} bytes. The limit is {limit:,}: give a smaller file, or check the "
+                "path."
+            )
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_bytes(path: str | Path, limit: int | None = None, what: str = "File") -> bytes:
+    """Return the content of a regular file.
+
+    Raises:
+        WadiError: as `regular`.
+    """
+    with open_regular(path, limit, what) as stream:
+        try:
+            data = stream.read() if limit is None else stream.read(limit + 1)
+        except OSError as error:
+            raise unreadable(path, error, what) from error
+    if limit is not None and len(data) > limit:  # files below /proc have size 0
+        raise WadiError(f"{what} {shown(path)} has more than {limit:,} bytes. Give a smaller file, or check the path.")
+    return data
+
+
+def read_text(path: str | Path, limit: int | None = None, what: str = "File") -> str:
+    """Return the content of a regular file in UTF-8, with line ends as ``\\n``.
+
+    Raises:
+        WadiError: as `regular`, or if it is not UTF-8.
+    """
+    data = read_bytes(path, limit, what)
+    try:
+        return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise WadiError(
+            f"{what} {shown(path)} is not UTF-8 text: byte {data[error.start]:#04x} at position {error.start:,}. Save it as "
+            "UTF-8."
+        ) from error
+
+
+def _refuse_special(status: os.stat_result, path: str | Path, what: str) -> None:
+    for matches, kind in KINDS:
+        if matches(status.st_mode):
+            raise WadiError(f"{what} {shown(path)} is {kind}. A regular file is needed here: check the path.")
+
+
+def unreadable(path: str | Path, error: BaseException, what: str = "File") -> WadiError:
+    """Return the error for a path that could not be read, with the system's own reason."""
+    if isinstance(error, WadiError):
+        return error
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        return WadiError(f"{what} {shown(path)} does not exist. Check the path.")
+    return WadiError(f"{what} {shown(path)} cannot be read: {_reason(error)}. Check the path and its permissions.")
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def sha256(path: Path) -> str:
+    """Return the hex digest of a regular file's content.
+
+    Raises:
+        WadiError: as `regular`.
+    """
+    digest = hashlib.sha256()
+    with open_regular(path) as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------------
+
+
+def check_writable(path: str | Path, suffixes: Sequence[str] = (), folder: bool = False) -> None:
+    """Check that a file (or folder) can be written at ``path``. Call it before the work whose result goes there.
+
+    Leaves nothing behind: folders that do not exist yet are not created.
+
+    Args:
+        suffixes: endings that the name may have, in small letters, each with its dot; none = any.
+        folder: whether ``path`` is to be a folder.
+    Raises:
+        WadiError: if the name has another ending, something else is in the way, or the folder above cannot be written.
+    """
+    path = Path(path)
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise WadiError(f"Cannot write {shown(path)}: the name must end in {' or '.join(suffixes)}.")
+    try:
+        _refuse_in_the_way(path, folder)
+        above = path if folder else path.parent
+        while not above.exists() and above != above.parent:
+            above = above.parent
+        if not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{shown(above)} is not a folder")
+        longest = os.pathconf(above, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+        if any(len(os.fsencode(part)) > longest for part in path.parts):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        descriptor, trial = _create(above / "check")
+        os.close(descriptor)
+        trial.unlink()
+    except (OSError, ValueError) as error:
+        raise unwritable(path, error) from error
 
 
 def write_whole(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data``; on any failure what was there before is still there.
 
     Raises:
-        WadiError: if the folder cannot be written or the disk is full.
+        WadiError: if the folder cannot be written, the disk is full, or ``path`` is not a regular file.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    descriptor, temporary = -1, None
     try:
+        _refuse_in_the_way(path, folder=False)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as stream:
+        _sweep_files(path.parent)
+        descriptor, temporary = _create(path)
+        with os.fdopen(descriptor, "wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
+            if os.name == "nt":  # Windows renames no open file; elsewhere the lock is held to the end
+                stream.close()
+            os.replace(temporary, path)
     except BaseException as error:
-        with suppress(OSError):  # it may never have come to be, or its folder may be a file
-            temporary.unlink()
-        if isinstance(error, OSError):
+        if temporary is not None:
+            with suppress(OSError):
+                temporary.unlink()
+        if isinstance(error, (OSError, ValueError)):
             raise unwritable(path, error) from error
         raise
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, known: Iterable[str] = ()) -> Iterator[Path]:
     """A temporary folder to fill, which becomes ``path`` when the block ends and vanishes if it fails.
 
+    A folder that is there already is replaced if each of its files is written anew or matches ``known``. Files that we did
+    not write are never deleted. Of two writers at the same time one wins with all its files.
+
+    Args:
+        known: patterns of relative paths (``*.png``) that earlier results may contain and this one may lack. Call
+            `refuse_foreign` with all names before long work: here the check comes last.
     Raises:
-        WadiError: if the disk is full or the place cannot be written.
+        WadiError: if the folder contains a file of the user's, the disk is full, or the place cannot be written.
     """
-    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    held, temporary, known = -1, None, tuple(known)
     try:
-        if path.exists() and not path.is_dir():
-            raise FileExistsError(errno.EEXIST, "a file of that name is in the way")
-        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of a killed process
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        path = Path(os.path.realpath(path))  # a link to a folder stays; its folder is replaced
+        _refuse_in_the_way(path, folder=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(path.parent) as alone:
+            _sweep(path, alone)
+        temporary, held = _create_folder(path)
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as stream:
-                    os.fsync(stream.fileno())
-        if path.exists():
-            # A folder cannot be replaced in one call: the old one steps aside and goes last.
-            os.replace(path, old)
-        os.replace(temporary, path)
+        _finish(temporary)
+        with _alone(path.parent) as alone:
+            _sweep(path, alone)
+            refuse_foreign(path, (*known, *map(glob.escape, _files_in(temporary))))
+            _swap(temporary, path)
     except BaseException as error:
-        if old.exists() and not path.exists():
-            os.replace(old, path)
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
         # safetensors reports a full disk through an exception class of its own
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             raise unwritable(path, error) from error
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if held >= 0:
+            os.close(held)
 
 
-def unwritable(path: Path, error: BaseException) -> WadiError:
-    """The error for a path that could not be written, with the system's own reason."""
-    reason = getattr(error, "strerror", None) or str(error)
+def refuse_foreign(folder: Path, known: Iterable[str]) -> None:
+    """Check, before the work, that `whole_folder` may replace ``folder``: that it contains only files that match ``known``.
+
+    Args:
+        known: patterns of paths relative to ``folder``, with ``/``, which ``*`` does not match.
+    Raises:
+        WadiError: if it contains another file (which).
+    """
+    patterns = tuple(known)
+    for name in _files_in(folder):
+        if name.rpartition("/")[2] not in JUNK and not any(_matches(name, pattern) for pattern in patterns):
+            raise WadiError(
+                f"Folder {shown(folder)} contains {shown(name)}, which this command did not write and would delete. Move the "
+                "file elsewhere, or choose another folder."
+            )
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts, patterns = name.split("/"), pattern.split("/")
+    return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder; renamed first, so that a process killed meanwhile leaves no half of it under its name."""
+    with _alone(path.parent) as alone:
+        _sweep(path, alone)
+        doomed = _spare(path, "doomed")
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)
+
+
+def unwritable(path: str | Path, error: BaseException) -> WadiError:
+    """Return the error for a path that could not be written, with the system's own reason."""
+    if isinstance(error, WadiError):
+        return error
     return WadiError(
-        f"Cannot write {str(path)!r}: {reason}. Expected a writable folder with free space; what was saved before is "
+        f"Cannot write {shown(path)}: {_reason(error)}. Expected a writable folder with free space; what was saved before is "
         "untouched. Free some space or choose another folder, then run the same command again."
     )
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _refuse_in_the_way(path: Path, folder: bool) -> None:
+    """Raise what stands at ``path`` and is of another kind than what is to be written there."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if folder and not stat.S_ISDIR(mode):
+        raise FileExistsError(errno.EEXIST, "a file of that name is in the way")
+    if not folder and not stat.S_ISREG(mode):
+        kind = next((kind for matches, kind in KINDS if matches(mode)), "not a file")
+        raise FileExistsError(errno.EEXIST, f"it is {kind}")
+
+
+# --- temporary names --------------------------------------------------------------------------------------------------------
+
+_swept: set[str] = set()  # folders in which this process looked for leftovers of files
+
+
+def _spare(path: Path, end: str) -> Path:
+    """A new name beside ``path`` that nobody can foresee."""
+    return path.with_name(f"{_stem(path)}.{secrets.token_hex(8)}.{end}")
+
+
+def _stem(path: Path) -> str:
+    return "." + os.fsencode(path.name)[:_NAME_BYTES].decode("utf-8", "ignore")
+
+
+def _create(path: Path) -> tuple[int, Path]:
+    """A new, locked temporary file for ``path``, readable as the umask says: its descriptor and name."""
+    while True:
+        temporary = _spare(path, "wadi.tmp")
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        if _keep(descriptor, temporary):
+            return descriptor, temporary
+
+
+def _create_folder(path: Path) -> tuple[Path, int]:
+    """A new, locked temporary folder for ``path``, and the descriptor that holds the lock (-1 where there is none)."""
+    while True:
+        temporary = _spare(path, "tmp")
+        temporary.mkdir()
+        try:
+            descriptor = os.open(temporary, os.O_RDONLY)
+        except PermissionError:  # Windows opens no folders
+            return temporary, -1
+        if _keep(descriptor, temporary):
+            return temporary, descriptor
+
+
+def _keep(descriptor: int, path: Path) -> bool:
+    """Lock what was just created; False if another process took it for a leftover in between."""
+    _flock(descriptor, wait=True)
+    if exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+        return True
+    os.close(descriptor)
+    return False
+
+
+def _flock(descriptor: int, wait: bool) -> bool:
+    """Take the lock of an open file; False if another process has it, or if the system has no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # held elsewhere, or a network file system without locks
+        return False
+    return True
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Within the block no other process renames in ``folder`` through this module; False where that cannot be had."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        yield False
+        return
+    try:
+        yield _flock(descriptor, wait=True)
+    finally:
+        os.close(descriptor)
+
+
+def _dead(path: Path) -> bool:
+    """Whether no living process holds ``path``, a temporary file or folder."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    except OSError:
+        return False
+    try:
+        return _flock(descriptor, wait=False)
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(path: Path, alone: bool) -> None:
+    """Clear what killed processes left of writing the folder ``path``, and bring back the only copy if one stepped aside."""
+    name = glob.escape(_stem(path))
+    for old in sorted(path.parent.glob(f"{name}.*.old")) if alone else ():  # of a swap, during which its writer was alone
+        if exists(path):
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(old, path)
+    for doomed in path.parent.glob(f"{name}.*doomed") if alone else ():
+        shutil.rmtree(doomed, ignore_errors=True)
+    for leftover in path.parent.glob(f"{name}.*.tmp"):
+        if leftover.is_dir() and _dead(leftover):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _sweep_files(folder: Path) -> None:
+    """Clear temporary files of killed processes; once per folder, which may contain many files."""
+    if str(folder) in _swept:
+        return
+    _swept.add(str(folder))
+    for leftover in folder.glob(".*.wadi.tmp"):
+        if leftover.is_file() and _dead(leftover):
+            with suppress(OSError):
+                leftover.unlink()
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------------
+
+
+def _files_in(folder: Path) -> list[str]:
+    """Paths of all files below ``folder``, relative and with ``/``, sorted; links are not followed."""
+    found = []
+    for above, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(above, name))]
+        found += [Path(above, name).relative_to(folder).as_posix() for name in (*files, *links)]
+    return sorted(found)
+
+
+def _finish(folder: Path) -> None:
+    """Give files the permissions that the umask allows (libraries write them for their owner alone) and flush them to disk."""
+    readable = stat.S_IMODE(folder.stat().st_mode) & 0o666  # a new folder has what the umask leaves of 777
+    for name in _files_in(folder):
+        file = folder / name
+        if file.is_symlink():
+            continue
+        with suppress(PermissionError):
+            file.chmod(stat.S_IMODE(file.stat().st_mode) | readable)
+        with open(file, "rb") as stream:
+            os.fsync(stream.fileno())
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Put ``new`` in the place of ``path``. One call cannot replace a folder: the old one steps aside and goes last."""
+    if not exists(path):
+        os.replace(new, path)
+        return
+    old = _spare(path, "old")
+    os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except BaseException:
+        os.replace(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
