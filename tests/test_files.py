@@ -14,7 +14,8 @@ import pytest
 
 from wadi import files
 from wadi.errors import WadiError
-from wadi.files import check_writable, read_bytes, read_text, refuse_foreign, regular, sha256, whole_folder, write_whole
+from wadi.files import check_writable, refuse_foreign, sha256, whole_folder, write_whole
+from wadi.io.regular import exists, is_dir, is_file, read_bytes, read_text, regular
 
 
 def everything_in(folder: Path) -> dict[str, bytes | None]:
@@ -184,9 +185,9 @@ def test_only_regular_files_are_read(special, kind, read):
 @pytest.mark.parametrize("kind", SPECIAL)
 def test_questions_about_any_path_have_an_answer(special, kind):
     path = special[kind]
-    assert not files.is_file(path)
-    assert files.is_dir(path) == (kind == "folder")
-    assert files.exists(path) == (kind in ("pipe", "folder", "socket", "link", "device"))
+    assert not is_file(path)
+    assert is_dir(path) == (kind == "folder")
+    assert exists(path) == (kind in ("pipe", "folder", "socket", "link", "device"))
 
 
 def test_a_file_without_permission(tmp_path):
@@ -374,6 +375,18 @@ def test_leftovers_go_when_their_process_is_dead_and_not_before(tmp_path, what):
         with pytest.raises(RuntimeError), whole_folder(tmp_path / "run"):
             raise RuntimeError  # even a writer that fails brings the only copy back
     assert everything_in(tmp_path) == before
+
+
+def test_leftovers_of_other_steps_and_of_earlier_versions_go(tmp_path):
+    fill(tmp_path, "x", ".step-7.doomed/a", ".step-8.1f.doomed/a", ".step-9.123.tmp/a", ".step-3.123.old/a", "step-3/a")
+    fill(tmp_path, "x", ".step-4.123.old/a", ".other.123.tmp/a", ".step-5.old/a", ".step-6.tmp/a", ".step-1.123.tmp")
+    (tmp_path / ".step-2.123.tmp").symlink_to(tmp_path / ".other.123.tmp")
+    files.sweep(tmp_path, "step-*")
+    files.sweep(tmp_path / "missing", "step-*")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".other.123.tmp", ".step-1.123.tmp", ".step-2.123.tmp", ".step-5.old", ".step-6.tmp", "step-3", "step-4",
+    ]  # fmt: skip
+    assert (tmp_path / ".other.123.tmp" / "a").is_file()
 
 
 def test_of_two_writers_one_wins_with_all_its_files(tmp_path):

@@ -12,8 +12,8 @@ ROOT = Path(wadi.__file__).parent
 # Lowest first. A name is a module of the package or a folder with all that is in it.
 RANKS = (
     {"errors", "_peft_hook"},
-    {"files", "device", "ranks"},
     {"io"},
+    {"files", "device", "ranks"},
     {"process", "config", "embedded", "images", "progress", "figures"},
     {"presets", "lorad", "data"},
     {"adapters"},

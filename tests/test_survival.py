@@ -103,6 +103,49 @@ def test_a_lock_is_given_back_whatever_happens(sd_folder, prompts_path, tmp_path
         pass
 
 
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_a_lock_that_is_not_a_file_is_not_followed(sd_folder, prompts_path, tmp_path, kind):
+    run, victim = Run(tiny.settings(sd_folder, prompts_path, tmp_path / "run")), tmp_path / "victim"
+    victim.write_text("mine")
+    run.folder.mkdir()
+    lock = run.folder / LOCK
+    {"link": lambda: lock.symlink_to(victim), "pipe": lambda: os.mkfifo(lock), "folder": lock.mkdir}[kind]()
+    with pytest.raises(WadiError, match=str(run.folder)), run.locked():
+        pass
+    assert victim.read_text() == "mine"
+    assert os.path.lexists(lock)
+
+
+def test_a_file_of_the_users_in_an_adapters_folder_stays(sd_folder, prompts_path, tmp_path):
+    """It is named before the first step, and the run goes on when it is out of the way."""
+    config = tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=1)
+    distill(config)
+    mine = tmp_path / "run" / "student" / "notes.txt"
+    mine.write_text("mine")
+    longer = dataclasses.replace(config, steps=2)
+    with pytest.raises(WadiError, match=r"notes\.txt"):
+        distill(longer)
+    assert mine.read_text() == "mine"
+    assert not (tmp_path / "run" / LOCK).exists()
+    mine.unlink()
+    distill(longer)
+
+
+def test_leftovers_of_a_killed_save_go_with_the_next_run(sd_folder, prompts_path, tmp_path):
+    config = tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=1)
+    distill(config)
+    before = sorted((tmp_path / "run").rglob("*"))
+    for leftover in (
+        ".student.123.old",
+        ".fake.abc.tmp",
+        "checkpoints/.step-0000000.doomed",
+        "checkpoints/.step-09.7.tmp",
+    ):
+        (tmp_path / "run" / leftover / "student").mkdir(parents=True)
+    distill(config)
+    assert sorted((tmp_path / "run").rglob("*")) == before
+
+
 def test_a_clock_that_goes_backwards(sd_folder, prompts_path, tmp_path, monkeypatch):
     """Nothing that is kept, found or told depends on the time of day."""
     configs = [tiny.settings(sd_folder, prompts_path, tmp_path / name, checkpoint_every=1) for name in ("plain", "odd")]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+FILES = (WEIGHTS, CONFIG, "wadi.json")  # all that `save` writes
 _PREFIX = "base_model.model."  # how PeftModel names what it wraps; with it, PeftModel.from_pretrained reads the folder too
 
 

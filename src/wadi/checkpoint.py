@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch.optim import Optimizer
 
 from wadi import adapters
 from wadi.errors import WadiError
-from wadi.files import sha256, whole_folder
+from wadi.files import remove_folder, sha256, whole_folder
 from wadi.io.records import Count, Finite, Record, read_json
 from wadi.ranks import Ranks
 
@@ -119,7 +118,7 @@ def save(folder: Path, state: TrainState, teacher: str, keep: int, keep_every: i
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
     for old in _all(folder)[:-keep]:
         if keep_every == 0 or step_of(old) % keep_every:
-            _remove(old)
+            remove_folder(old)
     return target
 
 
@@ -133,13 +132,6 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _remove(path: Path) -> None:
-    """Remove a checkpoint; renamed first, so that a process killed meanwhile leaves no half of one under its name."""
-    doomed = path.with_name(f".{path.name}.doomed")
-    path.rename(doomed)
-    shutil.rmtree(doomed)
-
-
 def _all(folder: Path) -> list[Path]:
     """Checkpoint folders, oldest first; temporary names and copies under other names are not among them."""
     numbered = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
@@ -150,15 +142,16 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
         manifest: dict[str, str] = read_json(path / "manifest.json", dict[str, str], "Manifest")
-        if not {"state.json", "training.safetensors"} <= manifest.keys():
-            return "manifest.json is truncated or altered"
-        for name, digest in manifest.items():
-            if sha256(path / name) != digest:
-                return f"{name} is truncated or altered"
     except WadiError:
         return "manifest.json is truncated or altered"
-    except (OSError, ValueError) as error:  # ValueError: a NUL character in a name
-        return f"{getattr(error, 'filename', None) or 'a file'} cannot be read"
+    if not {"state.json", "training.safetensors"} <= manifest.keys():
+        return "manifest.json is truncated or altered"
+    for name, digest in manifest.items():
+        try:
+            if sha256(path / name) != digest:
+                return f"{name} is truncated or altered"
+        except WadiError:
+            return f"{name} cannot be read"
     return None
 
 

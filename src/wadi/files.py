@@ -1,9 +1,6 @@
-"""Files and folders: only regular files are read; whatever is written is written whole, and nothing of the user's is deleted.
+"""Files and folders are written whole or not at all, and no file of the user's is deleted.
 
-Reading: `read_bytes`, `read_text`, and `regular` for libraries that open a path themselves. A pipe, socket or device in the
-place of a file would block or never end; it is refused before it is opened.
-
-Writing: a temporary name beside the target, flushed to disk, then renamed. Temporary names are random, are created anew (never
+A temporary name next to the target is filled, flushed to disk, then renamed. Temporary names are random, are created anew (never
 through a symbolic link) and are locked while their process lives, so that the next writer can tell what a killed one left.
 """
 
@@ -14,151 +11,32 @@ import fnmatch
 import glob
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
 
 from wadi.errors import WadiError
+from wadi.io.regular import exists, is_dir, kind_of, open_regular, reason, shown
 
-KINDS = (
-    (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-)  # fmt: skip
 JUNK = {".DS_Store", "Thumbs.db", "desktop.ini"}  # file managers leave these anywhere
 _NAME_BYTES = 180  # of a name within a temporary name: file systems allow 255
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------------
-
-
-def exists(path: str | Path) -> bool:
-    """Whether there is something at ``path``; False where a path cannot be one (too long, NUL, lone surrogates)."""
-    return os.path.exists(path)
-
-
-def is_file(path: str | Path) -> bool:
-    """Whether ``path`` is a regular file; False as `exists`."""
-    return os.path.isfile(path)
-
-
-def is_dir(path: str | Path) -> bool:
-    """Whether ``path`` is a folder; False as `exists`."""
-    return os.path.isdir(path)
-
-
-def shown(path: str | Path) -> str:
-    """A path in quotes for a message; the middle of a very long one is left out."""
-    text = repr(str(path))
-    return text if len(text) <= 300 else f"{text[:140]}...{text[-140:]}"
-
-
-def regular(path: str | Path, limit: int | None = None, what: str = "File") -> Path:
-    """Return ``path`` if it is a regular file that can be read.
-
-    Args:
-        limit: largest size in bytes.
-        what: names the file in errors, with a capital letter ("Adapter", "Image").
-    Raises:
-        WadiError: if it is missing, a folder, a pipe, a socket or a device, larger than ``limit``, or may not be read.
-    """
-    open_regular(path, limit, what).close()
-    return Path(path)
-
-
-def open_regular(path: str | Path, limit: int | None = None, what: str = "File") -> BinaryIO:
-    """Open a regular file for reading bytes.
-
-    Raises:
-        WadiError: as `regular`.
-    """
-    try:
-        _refuse_special(os.stat(path), path, what)  # before opening: opening a device may already do something
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    except (OSError, ValueError) as error:  # ValueError: NUL bytes, lone surrogates
-        raise unreadable(path, error, what) from error
-    try:
-        status = os.fstat(descriptor)
-        _refuse_special(status, path, what)
-        if limit is not None and status.st_size > limit:
-            raise WadiError(
-                f"{what} {shown(path)} has {status.st_size:,} bytes. The limit is {limit:,}: give a smaller file, or check the "
-                "path."
-            )
-        return os.fdopen(descriptor, "rb")
-    except BaseException:
-        os.close(descriptor)
-        raise
-
-
-def read_bytes(path: str | Path, limit: int | None = None, what: str = "File") -> bytes:
-    """Return the content of a regular file.
-
-    Raises:
-        WadiError: as `regular`.
-    """
-    with open_regular(path, limit, what) as stream:
-        try:
-            data = stream.read() if limit is None else stream.read(limit + 1)
-        except OSError as error:
-            raise unreadable(path, error, what) from error
-    if limit is not None and len(data) > limit:  # files below /proc have size 0
-        raise WadiError(f"{what} {shown(path)} has more than {limit:,} bytes. Give a smaller file, or check the path.")
-    return data
-
-
-def read_text(path: str | Path, limit: int | None = None, what: str = "File") -> str:
-    """Return the content of a regular file in UTF-8, with line ends as ``\\n``.
-
-    Raises:
-        WadiError: as `regular`, or if it is not UTF-8.
-    """
-    data = read_bytes(path, limit, what)
-    try:
-        return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
-    except UnicodeDecodeError as error:
-        raise WadiError(
-            f"{what} {shown(path)} is not UTF-8 text: byte {data[error.start]:#04x} at position {error.start:,}. Save it as "
-            "UTF-8."
-        ) from error
-
-
-def _refuse_special(status: os.stat_result, path: str | Path, what: str) -> None:
-    for matches, kind in KINDS:
-        if matches(status.st_mode):
-            raise WadiError(f"{what} {shown(path)} is {kind}. A regular file is needed here: check the path.")
-
-
-def unreadable(path: str | Path, error: BaseException, what: str = "File") -> WadiError:
-    """Return the error for a path that could not be read, with the system's own reason."""
-    if isinstance(error, WadiError):
-        return error
-    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        return WadiError(f"{what} {shown(path)} does not exist. Check the path.")
-    return WadiError(f"{what} {shown(path)} cannot be read: {_reason(error)}. Check the path and its permissions.")
-
-
-def _reason(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or str(error)
 
 
 def sha256(path: Path) -> str:
     """Return the hex digest of a regular file's content.
 
     Raises:
-        WadiError: as `regular`.
+        WadiError: if it cannot be read; see `wadi.io.regular`.
     """
     digest = hashlib.sha256()
     with open_regular(path) as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------------
 
 
 def check_writable(path: str | Path, suffixes: Sequence[str] = (), folder: bool = False) -> None:
@@ -239,12 +117,12 @@ def whole_folder(path: Path, known: Iterable[str] = ()) -> Iterator[Path]:
         _refuse_in_the_way(path, folder=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(path.parent) as alone:
-            _sweep(path, alone)
+            _sweep(path.parent, [glob.escape(path.name)], alone)
         temporary, held = _create_folder(path)
         yield temporary
         _finish(temporary)
         with _alone(path.parent) as alone:
-            _sweep(path, alone)
+            _sweep(path.parent, [glob.escape(path.name)], alone)
             refuse_foreign(path, (*known, *map(glob.escape, _files_in(temporary))))
             _swap(temporary, path)
     except BaseException as error:
@@ -283,8 +161,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 def remove_folder(path: Path) -> None:
     """Remove a folder; renamed first, so that a process killed meanwhile leaves no half of it under its name."""
-    with _alone(path.parent) as alone:
-        _sweep(path, alone)
+    with _alone(path.parent):
         doomed = _spare(path, "doomed")
         os.replace(path, doomed)
         shutil.rmtree(doomed)
@@ -295,7 +172,7 @@ def unwritable(path: str | Path, error: BaseException) -> WadiError:
     if isinstance(error, WadiError):
         return error
     return WadiError(
-        f"Cannot write {shown(path)}: {_reason(error)}. Expected a writable folder with free space; what was saved before is "
+        f"Cannot write {shown(path)}: {reason(error)}. Expected a writable folder with free space; what was saved before is "
         "untouched. Free some space or choose another folder, then run the same command again."
     )
 
@@ -309,22 +186,24 @@ def _refuse_in_the_way(path: Path, folder: bool) -> None:
     if folder and not stat.S_ISDIR(mode):
         raise FileExistsError(errno.EEXIST, "a file of that name is in the way")
     if not folder and not stat.S_ISREG(mode):
-        kind = next((kind for matches, kind in KINDS if matches(mode)), "not a file")
-        raise FileExistsError(errno.EEXIST, f"it is {kind}")
+        raise FileExistsError(errno.EEXIST, f"it is {kind_of(mode)}")
 
 
 # --- temporary names --------------------------------------------------------------------------------------------------------
 
+# `.run.<random>.tmp`, `.run.<random>.old`, `.run.<random>.doomed`; earlier versions put a process number there, or nothing
+_LEFTOVER = re.compile(r"\.(?P<name>.+?)\.(?:[0-9a-f]+\.(?P<end>tmp|old)|(?:[0-9a-f]+\.)?doomed)")
 _swept: set[str] = set()  # folders in which this process looked for leftovers of files
 
 
 def _spare(path: Path, end: str) -> Path:
     """A new name beside ``path`` that nobody can foresee."""
-    return path.with_name(f"{_stem(path)}.{secrets.token_hex(8)}.{end}")
+    return path.with_name(f".{_stem(path)}.{secrets.token_hex(8)}.{end}")
 
 
 def _stem(path: Path) -> str:
-    return "." + os.fsencode(path.name)[:_NAME_BYTES].decode("utf-8", "ignore")
+    """The name of ``path`` within temporary names, or a short one where the whole would be too long for a file system."""
+    return path.name if len(os.fsencode(path.name)) <= _NAME_BYTES else "long-name"
 
 
 def _create(path: Path) -> tuple[int, Path]:
@@ -397,19 +276,32 @@ def _dead(path: Path) -> bool:
         os.close(descriptor)
 
 
-def _sweep(path: Path, alone: bool) -> None:
-    """Clear what killed processes left of writing the folder ``path``, and bring back the only copy if one stepped aside."""
-    name = glob.escape(_stem(path))
-    for old in sorted(path.parent.glob(f"{name}.*.old")) if alone else ():  # of a swap, during which its writer was alone
-        if exists(path):
-            shutil.rmtree(old, ignore_errors=True)
+def sweep(folder: Path, *names: str) -> None:
+    """Clear what killed processes left in ``folder`` of folders with these names, which may be patterns (``step-*``).
+
+    A folder that stepped aside for one that never came is put back: it is the only copy.
+    """
+    if is_dir(folder):
+        with _alone(folder) as alone:
+            _sweep(folder, names, alone)
+
+
+def _sweep(folder: Path, names: Iterable[str], alone: bool) -> None:
+    """`sweep` by a process that is alone with ``folder``, or else clears only what is locked by its writer."""
+    with os.scandir(folder) as entries:
+        left = [(entry.name, found) for entry in entries if (found := _LEFTOVER.fullmatch(entry.name))]
+    for leftover, found in sorted(left):
+        path, target = folder / leftover, folder / found["name"]
+        if not any(fnmatch.fnmatchcase(found["name"], name) for name in names) or path.is_symlink() or not path.is_dir():
+            continue
+        if found["end"] == "tmp" and not _dead(path):
+            continue
+        if found["end"] != "tmp" and not alone:  # renamed by a process that was alone
+            continue
+        if found["end"] == "old" and not exists(target):
+            os.replace(path, target)
         else:
-            os.replace(old, path)
-    for doomed in path.parent.glob(f"{name}.*doomed") if alone else ():
-        shutil.rmtree(doomed, ignore_errors=True)
-    for leftover in path.parent.glob(f"{name}.*.tmp"):
-        if leftover.is_dir() and _dead(leftover):
-            shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _sweep_files(folder: Path) -> None:

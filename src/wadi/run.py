@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import signal
 import socket
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,14 +16,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from wadi import adapters
 from wadi import config as configs
 from wadi.config import DistillConfig
 from wadi.errors import WadiError
-from wadi.files import unwritable, write_whole
+from wadi.files import refuse_foreign, sweep, unwritable, write_whole
 from wadi.io.records import Finite, read_json_lines
+from wadi.io.regular import read_text
 from wadi.ranks import Ranks
 
 LOCK = ".lock"
+ROLES = ("student", "fake")  # the adapter folders of a run
 
 
 class Run:
@@ -69,7 +74,7 @@ class Run:
         """Within the block no other run writes into the folder. The lock goes with the process that holds it.
 
         Raises:
-            WadiError: if another process holds it; if the folder cannot be written.
+            WadiError: if another process holds it, the folder cannot be written, or an adapter's folder contains other files.
         """
         path, held = self.folder / LOCK, list[int]()
 
@@ -80,14 +85,18 @@ class Run:
             except OSError as error:
                 raise unwritable(self.folder, error) from error
             if not held:
-                holder = path.read_text(encoding="utf-8").strip() if path.exists() else "just ended"
+                holder = read_text(path, limit=1000).strip() if path.exists() else "just ended"
                 raise WadiError(
                     f"Another run is writing into {str(self.folder)!r} ({holder}). Expected one at a time: wait for it or stop "
                     "it, or choose another --out."
                 )
+            for role in ROLES:  # each save replaces these folders
+                refuse_foreign(self.folder / role, adapters.FILES)
+            sweep(self.folder, *ROLES)
+            sweep(self.checkpoints, "step-*")
 
-        self.ranks.first(take)
         try:
+            self.ranks.first(take)
             yield
         finally:
             for stream in held:
@@ -133,8 +142,10 @@ def _locked(path: Path) -> list[int]:
     except ImportError:  # a system without: two runs in one folder go unnoticed there
         return [os.open(path, os.O_RDWR | os.O_CREAT)]
     while True:
-        stream = os.open(path, os.O_RDWR | os.O_CREAT)
+        stream = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)  # what a link leads to would be emptied
         try:
+            if not stat.S_ISREG(os.fstat(stream).st_mode):
+                raise FileExistsError(errno.EEXIST, f"{path.name} is not a regular file")
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and os.path.samestat(os.fstat(stream), path.stat()):  # not one that its holder just removed
                 os.truncate(stream, 0)
