@@ -222,6 +222,8 @@ def _create_folder(path: Path) -> tuple[Path, int]:
         temporary.mkdir()
         try:
             descriptor = os.open(temporary, os.O_RDONLY)
+        except FileNotFoundError:  # another process took it for a leftover
+            continue
         except PermissionError:  # Windows opens no folders
             return temporary, -1
         if _keep(descriptor, temporary):
