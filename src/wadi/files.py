@@ -1,7 +1,8 @@
 """Files and folders are written whole or not at all, and no file of the user's is deleted.
 
-A temporary name next to the target is filled, flushed to disk, then renamed. Temporary names are random, are created anew (never
-through a symbolic link) and are locked while their process lives, so that the next writer can tell what a killed one left.
+A temporary name next to the target is filled, flushed to disk, then renamed. Temporary names are random, are created anew
+(never through a symbolic link) and are locked while their process lives, so that the next writer can tell what a killed one
+left.
 """
 
 from __future__ import annotations
