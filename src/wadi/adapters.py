@@ -95,10 +95,26 @@ def parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     return found
 
 
-def full_rank(model: nn.Module, name: str) -> int:
-    """The largest rank that the angles of any layer of adapter ``name`` can have, ``min(out, fan_in // 2)``."""
-    found = parameters(model, name)
-    return max(min(len(A), found[key[:-1] + "B"].shape[1]) for key, A in found.items() if key.endswith("lorad_A"))
+def full_rank(model: nn.Module, target_modules: str) -> int | None:
+    """The largest rank that the angles of any layer can have, ``min(out, fan_in // 2)``; nothing is attached.
+
+    Args:
+        target_modules: regular expression that matches whole names of layers.
+    Returns:
+        None if it names no layer, or is no regular expression: `attach` says so.
+    """
+    try:
+        pattern = re.compile(target_modules)
+    except re.error:
+        return None
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and pattern.fullmatch(name):
+            out, fan_in = module.weight.flatten(1).shape
+            if isinstance(module, nn.Linear):  # the weight of a quantized one has another shape
+                out, fan_in = module.out_features, module.in_features
+            found.append(min(out, fan_in // 2))
+    return max(found, default=None)
 
 
 @contextmanager

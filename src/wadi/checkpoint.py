@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -93,22 +95,27 @@ def _flat(moments: dict[str, Any]) -> dict[str, Any]:
 
 
 def save(folder: Path, state: TrainState, teacher: str, keep: int, keep_every: int = 0) -> Path:
-    """Write ``folder/step-N`` and then remove all but the newest ``keep``.
+    """Write ``folder/step-N`` and then remove the intact checkpoints older than the newest ``keep`` intact ones.
 
     Args:
         teacher: fingerprint of the frozen weights.
         keep_every: checkpoints of steps that this divides are never removed; 0 = none.
     Raises:
-        WadiError: if the disk is full or the folder is not writable; earlier checkpoints stay.
+        WadiError: if the disk is full, the folder is not writable, or the state has a number that is not finite; earlier
+            checkpoints stay.
     """
     from safetensors.torch import save_file
 
+    refuse_not_finite(state)
+    tensors = _training_tensors(state)
+    if name := _not_finite(tensors.items()):
+        raise _not_saved(state, name)
     target = place(folder, state.step)
     with whole_folder(target) as temporary:
         for role in state.optimizers:
             (temporary / role).mkdir()
             adapters.write(state.network, role, temporary / role)
-        save_file(_training_tensors(state), temporary / "training.safetensors")
+        save_file(tensors, temporary / "training.safetensors")
         plain = {name: getattr(state, name) for name in COUNTERS}
         plain["scalers"] = {role: scaler.state_dict() for role, scaler in state.scalers.items()}
         plain |= {"teacher": teacher, "prompts": state.prompts, "images": state.images}
@@ -116,10 +123,44 @@ def save(folder: Path, state: TrainState, teacher: str, keep: int, keep_every: i
         files = sorted(file for file in temporary.rglob("*") if file.is_file())
         manifest = {file.relative_to(temporary).as_posix(): sha256(file) for file in files}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
-    for old in _all(folder)[:-keep]:
-        if keep_every == 0 or step_of(old) % keep_every:
-            remove_folder(old)
+    for old in surplus(folder, state.step, keep, keep_every):
+        remove_folder(old)
     return target
+
+
+def surplus(folder: Path, step: int, keep: int, keep_every: int = 0) -> list[Path]:
+    """Return the checkpoints to remove once that of ``step`` is written: those older than the newest ``keep`` intact ones.
+
+    A damaged checkpoint does not count. One of a later step is left alone: a run that continues from ``step`` passed over it
+    because it is damaged, and writes it anew when it gets there.
+    """
+    older = [path for path in reversed(_all(folder)) if step_of(path) < step]
+    intact = 1
+    for position, path in enumerate(older):
+        if intact == keep:
+            return [old for old in older[position:] if keep_every == 0 or step_of(old) % keep_every]
+        intact += _damage(path, _versions(path)) is None
+    return []
+
+
+def refuse_not_finite(state: TrainState) -> None:
+    """Raise `WadiError` if an angle is NaN or infinite: no run could continue from it, and no image could be generated."""
+    for role in state.optimizers:
+        angles = {name: value.detach() for name, value in adapters.parameters(state.network, role).items()}
+        if name := _not_finite(angles.items()):
+            raise _not_saved(state, f"{role}'s {name}")
+
+
+def _not_saved(state: TrainState, name: str) -> WadiError:
+    return WadiError(
+        f"At step {state.step} a number is not finite ({name}). Nothing was written; earlier checkpoints are untouched. Start "
+        "anew with a lower student.lr and fake.lr, or with dtype bfloat16 or float32."
+    )
+
+
+def _not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Name of the first tensor that has a NaN or an infinity."""
+    return next((name for name, value in tensors if value.is_floating_point() and not value.isfinite().all()), None)
 
 
 def place(folder: Path, step: int) -> Path:
@@ -139,7 +180,19 @@ def _all(folder: Path) -> list[Path]:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
+    """What is wrong with a checkpoint's files or with the numbers in them, or None."""
+    return _damage.__wrapped__(path, ()) or _unusable(path)
+
+
+def _versions(path: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """Names, sizes, times and inodes of a checkpoint's files: equal as long as no program changes one."""
+    found = [(file, file.lstat()) for file in sorted(path.rglob("*"))]
+    return tuple((str(file), status.st_size, status.st_mtime_ns, status.st_ino) for file, status in found)
+
+
+@lru_cache(maxsize=256)
+def _damage(path: Path, versions: tuple[tuple[str, int, int, int], ...]) -> str | None:
+    """What differs from the manifest, or None; kept by ``versions``, as hashing takes a second per GB."""
     try:
         manifest: dict[str, str] = read_json(path / "manifest.json", dict[str, str], "Manifest")
     except WadiError:
@@ -153,6 +206,30 @@ def damage(path: Path) -> str | None:
         except WadiError:
             return f"{name} cannot be read"
     return None
+
+
+def _unusable(path: Path) -> str | None:
+    """What a run could not continue from although the manifest agrees, or None."""
+    from safetensors import SafetensorError
+
+    try:
+        plain: Saved = read_json(path / "state.json", Saved, "Checkpoint state")
+        if plain.step != step_of(path):
+            return f"state.json is of step {plain.step}"
+        for file in sorted(path.rglob("*.safetensors")):
+            if name := _not_finite(_tensors_of(file)):
+                return f"{name} in {file.relative_to(path).as_posix()} is not finite"
+    except (OSError, ValueError, SafetensorError) as error:  # WadiError is a ValueError
+        return f"its contents cannot be read: {str(error).splitlines()[0]}"
+    return None
+
+
+def _tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a safetensors file, one at a time."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as tensors:
+        yield from ((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118
 
 
 def latest(folder: Path) -> tuple[Path | None, list[str]]:

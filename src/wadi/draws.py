@@ -17,7 +17,7 @@ from wadi.checkpoint import TrainState
 from wadi.config import DistillConfig
 from wadi.data.prompts import PromptOrder
 from wadi.embed import Conditions
-from wadi.run import Run, Stop
+from wadi.run import WARM_START, Run, Stop
 from wadi.warm_start import Pairs, load_pairs, make_pairs, save_pairs
 
 
@@ -67,15 +67,17 @@ def draw(
 
 
 def warm_start_pairs(conditions: Conditions, config: DistillConfig, run: Run, order: PromptOrder, stop: Stop) -> Pairs | None:
-    """The run's pairs, made once and kept in its folder; every process makes the same, the first one writes."""
+    """The run's pairs, made once and kept in its folder; every process makes the same, the first one writes.
+
+    Raises:
+        Stopped: as `make_pairs`.
+    """
     if config.warm_start.pairs == 0:
         return None
-    path = run.folder / "warm_start.safetensors"
+    path = run.folder / WARM_START
     if not run.ranks.first(path.exists):
         rows = order.rows(0, config.warm_start.pairs)
         pairs = make_pairs(conditions.backbone, conditions, rows, config.warm_start, config.seed * 1_000_003, stop)
-        if pairs is None:
-            return None
         run.ranks.first(lambda: save_pairs(pairs, path))
     return load_pairs(path, torch.device("cpu"))
 

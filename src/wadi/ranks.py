@@ -69,13 +69,15 @@ class Ranks:
         """``act()`` on the first process while the others wait; its number (0 for None) is given to all.
 
         Raises:
-            WadiError: on the first process what ``act`` raised; on the others that it did.
+            Exception: on the first process what ``act`` raised.
+            WadiError: on the others, if it raised something.
         """
-        failed, number = None, 0
+        failed: Exception | None = None
+        number = 0
         if self.index == 0:
             try:
                 number = int(act() or 0)
-            except WadiError as error:
+            except Exception as error:  # whatever it is, the others wait for a number
                 failed, number = error, -1
         number = self.largest(number if self.index == 0 else -1)  # numbers are 0 or more
         if failed is not None:

@@ -6,6 +6,8 @@ import errno
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import socket
 import stat
@@ -20,20 +22,25 @@ from wadi import adapters
 from wadi import config as configs
 from wadi.config import DistillConfig
 from wadi.errors import WadiError
-from wadi.files import refuse_foreign, sweep, unwritable, write_whole
+from wadi.files import check_writable, refuse_foreign, sweep, unwritable, write_whole
 from wadi.io.records import Finite, read_json_lines
 from wadi.io.regular import read_text
+from wadi.progress import console
 from wadi.ranks import Ranks
 
 LOCK = ".lock"
 ROLES = ("student", "fake")  # the adapter folders of a run
+STEP_0 = "step-0000000"  # a checkpoint of it has nothing that a new start has not
+WARM_START = "warm_start.safetensors"
+_FIRST_FILES = rf"{re.escape(LOCK)}|\.config\.yaml\..*tmp"
 
 
 class Run:
-    """``runs/NAME`` on disk. Naming it checks that it is new or holds the same config; `open` writes.
+    """``runs/NAME`` on disk. Naming it checks that it is new, holds the same config, or holds no checkpoint; `open` writes.
 
     Raises:
-        WadiError: if the folder holds a run of another config (the difference is shown), or something else.
+        WadiError: if the folder cannot be written, or holds a run of another config (the difference is shown) or something
+            else. On every process, whichever of them noticed.
     """
 
     def __init__(self, config: DistillConfig, ranks: Ranks | None = None) -> None:
@@ -44,30 +51,56 @@ class Run:
         self.samples = self.folder / "samples"
         self.stats_file = self.folder / "stats.jsonl"
         self.config_file = self.folder / "config.yaml"
-        if self.config_file.exists():
-            changed = configs.differences(configs.load(self.config_file), config)
-            if changed:
+        self.ranks.first(self._check)
+
+    def _check(self) -> None:
+        try:
+            if self.config_file.exists():
+                changed = configs.differences(configs.load(self.config_file), self.config)
+                if changed and self._begun():
+                    raise WadiError(
+                        f"{str(self.folder)!r} holds a run of another config. Different: {'; '.join(changed)}. Expected the "
+                        "same command as before, or another --out."
+                    )
+            elif self.folder.exists() and (not self.folder.is_dir() or self._foreign()):
                 raise WadiError(
-                    f"{str(self.folder)!r} holds a run of another config. Different: {'; '.join(changed)}. Expected the same "
-                    "command as before, or another --out."
+                    f"--out {str(self.folder)!r} exists and is no run (it holds no config.yaml). Expected a new or empty "
+                    "folder: choose another --out."
                 )
-        elif self.folder.exists() and (not self.folder.is_dir() or {path.name for path in self.folder.iterdir()} - {LOCK}):
-            raise WadiError(
-                f"--out {str(self.folder)!r} exists and is no run (it holds no config.yaml). Expected a new or empty folder: "
-                "choose another --out."
-            )
+            check_writable(self.folder, folder=True)
+        except OSError as error:
+            raise unwritable(self.folder, error) from error
+
+    def _begun(self) -> bool:
+        """Whether there is something to continue, damaged or not."""
+        return any(STEP_0 not in path.name for pattern in ("step-*", ".step-*") for path in self.checkpoints.glob(pattern))
+
+    def _foreign(self) -> set[str]:
+        """Names in the folder that are not of a start that was killed before it wrote the config."""
+        names = {path.name for path in self.folder.iterdir() if not re.fullmatch(_FIRST_FILES, path.name)}
+        return names - ({"samples"} if self.samples.is_dir() and not any(self.samples.iterdir()) else set())
 
     def open(self) -> None:
         """Create the folder and write the config; after everything else was checked, so that a mistyped run leaves no folder.
+
+        What a start with other settings left, which made no checkpoint, is removed: its pairs and images are of those.
 
         Raises:
             WadiError: if the folder cannot be written.
         """
         try:
+            if self.config_file.exists() and (changed := configs.differences(configs.load(self.config_file), self.config)):
+                console.print(
+                    f"{self.folder} has no checkpoint of its earlier settings. It starts anew; changed: {'; '.join(changed)}.",
+                    soft_wrap=True,
+                )
+                for path in (self.folder / WARM_START, self.stats_file, *self.samples.glob("step-*.png")):
+                    path.unlink(missing_ok=True)
+                shutil.rmtree(self.checkpoints / STEP_0, ignore_errors=True)
+            configs.save(self.config, self.config_file)
             self.samples.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise unwritable(self.folder, error) from error
-        configs.save(self.config, self.config_file)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -110,12 +143,26 @@ class Run:
         write_whole(self.stats_file, "".join(json.dumps(line) + "\n" for line in lines).encode())
         return lines
 
+    def amend(self, history: list[dict[str, float]], stats: dict[str, float]) -> None:
+        """Add ``stats`` to the last line of ``history``, on disk too; nothing if there is no line yet."""
+        if history:
+            history[-1] |= stats
+            lines = "".join(_as_line(line) for line in history)
+            self.ranks.first(lambda: write_whole(self.stats_file, lines.encode()))
+
+    def grid_file(self, step: int) -> Path:
+        """Where the sample grid of ``step`` lies."""
+        return self.samples / f"step-{step:07d}.png"
+
+    def grid_exists(self, step: int) -> bool:
+        """Whether the sample grid of ``step`` is there; the same on all processes."""
+        return bool(self.ranks.first(self.grid_file(step).exists))
+
     def log(self, line: dict[str, float]) -> None:
-        """Append one line of statistics; what is not finite has no place in JSON and is left out."""
-        finite = {name: value for name, value in line.items() if math.isfinite(value)}
+        """Append one line of statistics."""
         try:
             with open(self.stats_file, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps(finite) + "\n")
+                stream.write(_as_line(line))
         except OSError as error:
             raise unwritable(self.stats_file, error) from error
 
@@ -133,6 +180,11 @@ def read_stats(path: Path) -> list[dict[str, float]]:
         if "step" not in line:
             raise WadiError(f"Statistics {str(path)!r} have no 'step' in entry {number}. Restore or delete the file.")
     return lines
+
+
+def _as_line(stats: dict[str, float]) -> str:
+    """A line of statistics as JSON; what is not finite has no place there and is left out."""
+    return json.dumps({name: value for name, value in stats.items() if math.isfinite(value)}) + "\n"
 
 
 def _locked(path: Path) -> list[int]:
@@ -168,34 +220,71 @@ class Interrupted(Exception):
         self.signal = signal
 
 
+class Stopped(Exception):
+    """Ends work that a stop makes pointless: the images of a grid, warm-start pairs. Raised by `Stop.check`."""
+
+
 @dataclass
 class Stop:
-    """Set by SIGINT and SIGTERM; the loop looks at it between two steps. All processes see the same."""
+    """Set by a signal; looked at between two pieces of work. `agreed` and `check` are the same on all processes."""
 
     signal: int | None = None
     ranks: Ranks = field(default_factory=Ranks)
 
-    def __bool__(self) -> bool:
+    def agreed(self) -> bool:
+        """Whether any process received a signal; every process must call it at the same place."""
         self.signal = self.ranks.largest(self.signal or 0) or None
         return self.signal is not None
+
+    def check(self) -> None:
+        """Raise `Stopped` if any process received a signal; every process must call it at the same place."""
+        if self.agreed():
+            raise Stopped
+
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 @contextmanager
 def stop_on_signals(ranks: Ranks | None = None) -> Iterator[Stop]:
-    """Within the block SIGINT and SIGTERM ask for a stop instead of making one; a second SIGINT interrupts at once."""
+    """Within the block SIGINT, SIGTERM and SIGHUP ask for a stop instead of making one; a second SIGINT interrupts at once.
+
+    A signal that is ignored stays ignored: ``nohup`` ignores SIGHUP, and a shell SIGINT for what runs in its background.
+    """
     stop = Stop(ranks=ranks or Ranks())
+    terminals = [stream for stream in (0, 1, 2) if _is_terminal(stream)]
 
     def ask(number: int, frame: FrameType | None) -> None:
         if stop.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if number not in (signal.SIGINT, signal.SIGTERM):
+            _let_go(terminals)
         stop.signal = number
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield stop
         return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, ask)
     try:
         yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _is_terminal(stream: int) -> bool:
+    try:
+        return os.isatty(stream)
+    except OSError:
+        return False
+
+
+def _let_go(terminals: list[int]) -> None:
+    """Point streams of a terminal that hung up to nowhere: writing to it would fail, and nothing would be saved."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in terminals:
+        os.dup2(nowhere, stream)
+    os.close(nowhere)

@@ -5,7 +5,7 @@ Image ``i`` depends on its own seed alone: noise is drawn per image, on the CPU,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,13 +58,25 @@ def predict_guided(
 
 @torch.no_grad()
 def many_steps(
-    backbone: Backbone, condition: Condition, null: Condition, z: Tensor, steps: int, guidance_scale: float
+    backbone: Backbone,
+    condition: Condition,
+    null: Condition,
+    z: Tensor,
+    steps: int,
+    guidance_scale: float,
+    before_step: Callable[[], None] | None = None,
 ) -> Tensor:
-    """``x0`` by the family's deterministic sampler from noise ``z``, shape ``(B, C, H, W)``."""
+    """``x0`` by the family's deterministic sampler from noise ``z``, shape ``(B, C, H, W)``.
+
+    Args:
+        before_step: called before each step; may raise to end early.
+    """
     scheduler = backbone.sampler()
     scheduler.set_timesteps(steps, device=z.device)
     x_t = z * getattr(scheduler, "init_noise_sigma", 1.0)
     for t in scheduler.timesteps:
+        if before_step is not None:
+            before_step()
         prediction = predict_guided(backbone, x_t, t.expand(len(z)), condition, null, guidance_scale)
         x_t = scheduler.step(prediction, t, x_t).prev_sample
     return x_t

@@ -16,6 +16,7 @@ network's own arithmetic is float32. Several processes share a step's images (ra
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from wadi import adapters, checkpoint, health, validation
 from wadi.backbones import Backbone, from_pipeline, load_pipeline, refuse_distilled
 from wadi.checkpoint import TrainState
-from wadi.config import DistillConfig
+from wadi.config import DistillConfig, FakeConfig, StudentConfig
 from wadi.data.embeddings import Embeddings
 from wadi.data.prompts import PromptOrder
 from wadi.device import find_device, keep_freed_memory
@@ -41,7 +42,7 @@ from wadi.objectives.vsd import vsd_gradient, vsd_loss
 from wadi.optimizers import averaged, initial_state, set_learning_rates, update, update_average
 from wadi.progress import console, progress
 from wadi.ranks import Ranks, make_accelerator, shard_frozen
-from wadi.run import Interrupted, Run, stop_on_signals
+from wadi.run import Interrupted, Run, Stop, Stopped, stop_on_signals
 from wadi.sampling import one_step, predict_guided, student_timestep
 
 WARN_EVERY = 100  # steps between looks at the run's health, besides every sample grid
@@ -52,7 +53,7 @@ def distill(config: DistillConfig) -> Path:
 
     Raises:
         WadiError: on bad input (see each part), or if gradients stay non-finite.
-        Interrupted: on SIGINT or SIGTERM, after saving.
+        Interrupted: on SIGINT, SIGTERM or SIGHUP, after saving.
     """
     from accelerate.utils import set_seed
 
@@ -88,6 +89,7 @@ def distill(config: DistillConfig) -> Path:
     ranks.first(lambda: None)  # nobody writes before everybody has looked at the folder
 
     def save() -> None:
+        checkpoint.refuse_not_finite(state)
         with averaged(state):
             extra = {
                 "timestep": timestep,
@@ -101,47 +103,48 @@ def distill(config: DistillConfig) -> Path:
         checkpoint.save(run.checkpoints, state, teacher, config.keep_checkpoints, config.keep_every)
 
     with run.locked(), stop_on_signals(ranks) as stop:
-        history = resume(run, state, teacher)
-        if state.step >= config.steps:
+        history, saved = resume(run, state, teacher)
+        drawn = run.grid_exists(state.step) or not look_at(state.step, config)
+        if (state.step > config.steps or (state.step == config.steps and drawn)) and not stop.agreed():
             return run.folder
-        accelerator.init_trackers(run.folder.name)
-        pairs = warm_start_pairs(conditions, config, run, order, stop)
-        check = Validator(prepare_validation(conditions, config, timestep), backbone, run, state, timestep)
-        if isinstance(prompts, Embeddings):
-            free_encoders(backbone)
-        if state.step == 0:
-            check()
-        with progress("distilling", config.steps, state.step) as bar:
-            while state.step < config.steps and not stop:
-                start = time.perf_counter()
-                batch = draw(conditions, order, null, pairs, config, state)
-                stats = train_step(backbone, batch, timestep, config, state)
-                state.step += 1
-                elapsed = time.perf_counter() - start
-                state.seconds += elapsed
-                stats |= {"step": state.step, "seconds": state.seconds, "skipped": state.skipped}
-                stats |= {"images_per_second": state.images / elapsed, "peak_memory_mib": health.peak_memory(device)}
+        with suppress(Stopped):
+            accelerator.init_trackers(run.folder.name)
+            pairs = warm_start_pairs(conditions, config, run, order, stop)
+            check = Validator(prepare_validation(conditions, config, timestep, stop), backbone, run, state, timestep, stop)
+            if isinstance(prompts, Embeddings):
+                free_encoders(backbone)
+            if not drawn:  # at the start, or a stop came first
+                run.amend(history, check())
+            with progress("distilling", config.steps, state.step) as bar:
+                while state.step < config.steps and not stop.agreed():
+                    start = time.perf_counter()
+                    batch = draw(conditions, order, null, pairs, config, state)
+                    stats = train_step(backbone, batch, timestep, config, state)
+                    state.step += 1
+                    elapsed = time.perf_counter() - start
+                    state.seconds += elapsed
+                    stats |= {"step": state.step, "seconds": state.seconds, "skipped": state.skipped}
+                    stats |= {"images_per_second": state.images / elapsed, "peak_memory_mib": health.peak_memory(device)}
 
-                # once in a while: look at the student, save
-                last = state.step == config.steps
-                if look := last or due(state.step, config.sample_every):
-                    stats |= check()
-                for line in health.warnings(stats, history) if look or due(state.step, WARN_EVERY) else ():
-                    console.print(f"[yellow]step {state.step}: {line}[/]", soft_wrap=True)
-                ranks.first(partial(run.log, stats))
-                history = [*history[-500:], stats]
-                accelerator.log(stats, step=state.step)
-                if last or due(state.step, config.checkpoint_every):
-                    ranks.first(save)
-                shown = ("loss_fake", "student_angle_rms", "images_per_second")
-                bar.advance({name.replace("_", " "): stats[name] for name in shown if name in stats})
-        if stop.signal is not None and state.step < config.steps:
+                    # once in a while: look at the student, save
+                    if look := look_at(state.step, config):
+                        with suppress(Stopped):
+                            stats |= check()
+                    for line in health.warnings(stats, history) if look or due(state.step, WARN_EVERY) else ():
+                        console.print(f"[yellow]step {state.step}: {line}[/]", soft_wrap=True)
+                    ranks.first(partial(run.log, stats))
+                    history = [*history[-500:], stats]
+                    accelerator.log(stats, step=state.step)
+                    if state.step == config.steps or due(state.step, config.checkpoint_every):
+                        ranks.first(save)
+                        saved = state.step
+                    shown = ("loss_fake", "student_angle_rms", "images_per_second")
+                    bar.advance({name.replace("_", " "): stats[name] for name in shown if name in stats})
+        if stop.agreed() and saved != state.step:
             ranks.first(save)
-            accelerator.end_training()
-            raise Interrupted(
-                stop.signal, f"Stopped at step {state.step} of {config.steps}, saved. The same command continues."
-            )
     accelerator.end_training()
+    if stop.signal is not None:
+        raise Interrupted(stop.signal, f"Stopped at step {state.step} of {config.steps}, saved. The same command continues.")
     return run.folder
 
 
@@ -248,22 +251,22 @@ def attach_roles(backbone: Backbone, config: DistillConfig) -> None:
     from wadi.lorad import LoRaDConfig
 
     adapters.refuse_adapted(backbone.network)
-    for role, settings, default in (
-        ("student", config.student, backbone.student_targets),
-        ("fake", config.fake, backbone.fake_targets),
-    ):
+    roles: dict[str, tuple[StudentConfig | FakeConfig, str]]
+    roles = {"student": (config.student, backbone.student_targets), "fake": (config.fake, backbone.fake_targets)}
+    for role, (settings, default) in roles.items():  # before a number of them is allocated
+        full = adapters.full_rank(backbone.network, settings.target_modules or default)
+        if full is not None and settings.rank > full:
+            raise WadiError(
+                f"{role}.rank is {settings.rank}. Expected at most {full}, the rank that the angles of its largest layer can "
+                f"have: set --{role}.rank."
+            )
+    for role, (settings, default) in roles.items():
         targets = settings.target_modules or default
         adapters.attach(
             backbone.network,
             role,
             LoRaDConfig(r=settings.rank, target_modules=targets, recompute=config.recompute),
         )
-        full = adapters.full_rank(backbone.network, role)
-        if settings.rank > full:
-            raise WadiError(
-                f"{role}.rank is {settings.rank}. Expected at most {full}, the rank that the angles of its largest layer can "
-                f"have: set --{role}.rank."
-            )
     backbone.network.eval()
     if config.gradient_checkpointing:
         backbone.network.enable_gradient_checkpointing()
@@ -275,50 +278,79 @@ def attach_roles(backbone: Backbone, config: DistillConfig) -> None:
                 module.eval()  # ... and there dropout would make three different teachers of one
 
 
-def resume(run: Run, state: TrainState, teacher: str) -> list[dict[str, float]]:
-    """Open the run's folder and put ``state`` where its last intact checkpoint left it; the statistics up to there."""
+def resume(run: Run, state: TrainState, teacher: str) -> tuple[list[dict[str, float]], int | None]:
+    """Put ``state`` where the run's last intact checkpoint left it, and open the folder.
+
+    Nothing in the folder changes before the checkpoint is known to fit, or if the run is longer than its settings now say.
+
+    Returns:
+        The statistics up to there, and the step of the checkpoint; None if there is none.
+    """
     history: list[dict[str, float]] = []
 
     def newest() -> int:
-        run.open()
         found, complaints = checkpoint.latest(run.checkpoints)
         for line in complaints:
             console.print(f"[yellow]{line}[/]", soft_wrap=True)
-        return 0 if found is None else checkpoint.step_of(found)
+        return 0 if found is None else 1 + checkpoint.step_of(found)
 
-    def rewind() -> None:
+    def open_and_rewind() -> None:
+        run.open()
         history.extend(run.rewind(state.step))
 
-    step = run.ranks.first(newest)
-    if step:
-        checkpoint.load(checkpoint.place(run.checkpoints, step), state, teacher)
-        console.print(f"Continuing {run.folder} from step {step} of {run.config.steps}.", soft_wrap=True)
-    run.ranks.first(rewind)
-    return history
+    saved = run.ranks.first(newest) - 1
+    if saved >= 0:
+        checkpoint.load(checkpoint.place(run.checkpoints, saved), state, teacher)
+    if state.step > run.config.steps:
+        console.print(
+            f"{run.folder} already has {state.step} steps; --steps {run.config.steps} changes nothing. To train on, give more "
+            "steps.",
+            soft_wrap=True,
+        )
+        return history, saved
+    if state.step:
+        console.print(f"Continuing {run.folder} from step {state.step} of {run.config.steps}.", soft_wrap=True)
+    run.ranks.first(open_and_rewind)
+    return history, saved if saved >= 0 else None
 
 
-def prepare_validation(conditions: Conditions, config: DistillConfig, timestep: int) -> validation.Validation:
-    """The teacher's side of the sample grids."""
+def prepare_validation(conditions: Conditions, config: DistillConfig, timestep: int, stop: Stop) -> validation.Validation:
+    """The teacher's side of the sample grids.
+
+    Raises:
+        Stopped: if a signal asks for a stop meanwhile.
+    """
     shown = config.sample_prompts or tuple(conditions.prompts[:8])
     steps, guidance_scale = config.teacher_steps, config.teacher_guidance_scale
-    return validation.prepare(conditions.backbone, shown, config.sample_seeds, steps, guidance_scale, timestep)
+    backbone, seeds = conditions.backbone, config.sample_seeds
+    return validation.prepare(backbone, shown, seeds, steps, guidance_scale, timestep, between=stop.check)
 
 
 @dataclass
 class Validator:
-    """Draws the student's grid of the current step, with the moving average if there is one; the first process writes it."""
+    """Draws the student's grid of the current step, with the moving average if there is one; the first process writes it.
+
+    Raises:
+        Stopped: when called, if a signal asks for a stop meanwhile.
+    """
 
     sampled: validation.Validation
     backbone: Backbone
     run: Run
     state: TrainState
     timestep: int
+    stop: Stop
 
     def __call__(self) -> dict[str, float]:
         with averaged(self.state):
-            stats, picture = validation.validate(self.backbone, self.sampled, self.timestep)
-        self.run.ranks.first(lambda: save_png(picture, self.run.samples / f"step-{self.state.step:07d}.png"))
+            stats, picture = validation.validate(self.backbone, self.sampled, self.timestep, self.stop.check)
+        self.run.ranks.first(lambda: save_png(picture, self.run.grid_file(self.state.step)))
         return stats
+
+
+def look_at(step: int, config: DistillConfig) -> bool:
+    """Whether a grid is drawn at ``step``: at the start, at the end, and every so many steps between."""
+    return step in (0, config.steps) or due(step, config.sample_every)
 
 
 def due(step: int, every: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,8 +46,13 @@ def prepare(
     guidance_scale: float,
     timestep: int,
     quiet: bool = False,
+    between: Callable[[], None] | None = None,
 ) -> Validation:
-    """Draw the teacher's images for ``prompts`` with seeds ``0 .. seeds - 1``; the network must hold the latents' device."""
+    """Draw the teacher's images for ``prompts`` with seeds ``0 .. seeds - 1``; the network must hold the latents' device.
+
+    Args:
+        between: called before each step of the sampler and each batch; may raise to end early.
+    """
     device = next(backbone.network.parameters()).device
     z = noise(backbone.latent_shape, list(range(seeds)) * len(prompts)).to(device)
     encoded, null = backbone.encode(prompts), backbone.encode([""])
@@ -55,12 +61,12 @@ def prepare(
     many, start = [], time.perf_counter()
     with adapters.active(backbone.network, None), progress("teacher's grid", len(z), quiet=quiet) as bar:
         for part in torch.arange(len(z), device=device).split(BATCH):
-            latents = many_steps(backbone, condition[part], null, z[part], steps, guidance_scale)
+            latents = many_steps(backbone, condition[part], null, z[part], steps, guidance_scale, between)
             many.append(decode_in_batches(backbone, latents))
             bar.advance(by=len(part))
     elapsed = time.perf_counter() - start
     shape = (len(prompts), seeds)
-    once = draw_one_step(backbone, None, condition, z, timestep)[0]
+    once = draw_one_step(backbone, None, condition, z, timestep, between)[0]
     return Validation(
         prompts,
         condition,
@@ -73,18 +79,37 @@ def prepare(
 
 
 @torch.no_grad()
-def draw_one_step(backbone: Backbone, role: str | None, condition: Condition, z: Tensor, timestep: int) -> tuple[Tensor, float]:
-    """One-step images ``(rows, 3, h, w)`` in ``role``, and milliseconds per image, decoding included."""
+def draw_one_step(
+    backbone: Backbone,
+    role: str | None,
+    condition: Condition,
+    z: Tensor,
+    timestep: int,
+    between: Callable[[], None] | None = None,
+) -> tuple[Tensor, float]:
+    """One-step images ``(rows, 3, h, w)`` in ``role``, and milliseconds per image, decoding included.
+
+    Args:
+        between: called before each batch; may raise to end early.
+    """
     start, drawn = time.perf_counter(), []
     with adapters.active(backbone.network, role):
         for part in torch.arange(len(z), device=z.device).split(BATCH):
+            if between is not None:
+                between()
             drawn.append(decode_in_batches(backbone, one_step(backbone, condition[part], z[part], timestep)))
     return torch.cat(drawn), 1000 * (time.perf_counter() - start) / len(z)
 
 
-def validate(backbone: Backbone, validation: Validation, timestep: int) -> tuple[dict[str, float], images.Image.Image]:
-    """The student's grid; before it its diversity and contrast beside the teacher's, and its time per image."""
-    drawn, student_ms = draw_one_step(backbone, "student", validation.condition, validation.z, timestep)
+def validate(
+    backbone: Backbone, validation: Validation, timestep: int, between: Callable[[], None] | None = None
+) -> tuple[dict[str, float], images.Image.Image]:
+    """The student's grid; before it its diversity and contrast beside the teacher's, and its time per image.
+
+    Args:
+        between: called before each batch; may raise to end early.
+    """
+    drawn, student_ms = draw_one_step(backbone, "student", validation.condition, validation.z, timestep, between)
     student = drawn.unflatten(0, validation.teacher.shape[:2])
     stats = {
         "diversity": health.diversity(student),

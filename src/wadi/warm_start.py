@@ -38,17 +38,20 @@ def make_pairs(
     seed: int,
     stop: Stop,
     quiet: bool = False,
-) -> Pairs | None:
-    """The teacher's samples for prompts ``rows`` from noise of seeds ``seed, seed + 1, ...``; None if stopped meanwhile."""
+) -> Pairs:
+    """The teacher's samples for prompts ``rows`` from noise of seeds ``seed, seed + 1, ...``.
+
+    Raises:
+        Stopped: if a signal asks for a stop; looked at before each step of the sampler.
+    """
     device = next(backbone.network.parameters()).device
     z = noise(backbone.latent_shape, range(seed, seed + len(rows))).to(device)
     null, made = backbone.encode([""]), []
     with adapters.active(backbone.network, None), progress("warm-start pairs", len(rows), quiet=quiet) as bar:
         for part in torch.arange(len(rows)).split(BATCH):
-            if stop:
-                return None
             condition = conditions(rows[part])
-            made.append(many_steps(backbone, condition, null, z[part], config.sampler_steps, config.guidance_scale))
+            steps, guidance_scale = config.sampler_steps, config.guidance_scale
+            made.append(many_steps(backbone, condition, null, z[part], steps, guidance_scale, stop.check))
             bar.advance(by=len(part))
     return Pairs(z, torch.cat(made), rows)
 
