@@ -97,7 +97,8 @@ class Run:
                 for path in (self.folder / WARM_START, self.stats_file, *self.samples.glob("step-*.png")):
                     path.unlink(missing_ok=True)
                 shutil.rmtree(self.checkpoints / STEP_0, ignore_errors=True)
-            configs.save(self.config, self.config_file)
+            if not (self.config_file.exists() and configs.load(self.config_file) == self.config):
+                configs.save(self.config, self.config_file)
             self.samples.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise unwritable(self.folder, error) from error
@@ -140,15 +141,20 @@ class Run:
     def rewind(self, step: int) -> list[dict[str, float]]:
         """Drop statistics after ``step``, which a resumed run will write again; return those that stay."""
         lines = [line for line in read_stats(self.stats_file) if line["step"] <= step]
-        write_whole(self.stats_file, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        text = "".join(_as_line(line) for line in lines).encode()
+        if not self.stats_file.exists() or self.stats_file.read_bytes() != text:
+            write_whole(self.stats_file, text)
         return lines
 
     def amend(self, history: list[dict[str, float]], stats: dict[str, float]) -> None:
         """Add ``stats`` to the last line of ``history``, on disk too; nothing if there is no line yet."""
-        if history:
-            history[-1] |= stats
-            lines = "".join(_as_line(line) for line in history)
-            self.ranks.first(lambda: write_whole(self.stats_file, lines.encode()))
+
+        def act() -> None:
+            if history:  # on the first process alone
+                history[-1] |= stats
+                write_whole(self.stats_file, "".join(_as_line(line) for line in history).encode())
+
+        self.ranks.first(act)
 
     def grid_file(self, step: int) -> Path:
         """Where the sample grid of ``step`` lies."""
@@ -175,7 +181,7 @@ def read_stats(path: Path) -> list[dict[str, float]]:
     """
     if not path.exists():
         return []
-    lines: list[dict[str, float]] = read_json_lines(path, dict[str, Finite], "Statistics", half_last_line=True)
+    lines: list[dict[str, float]] = read_json_lines(path, dict[str, int | Finite], "Statistics", half_last_line=True)
     for number, line in enumerate(lines, 1):
         if "step" not in line:
             raise WadiError(f"Statistics {str(path)!r} have no 'step' in entry {number}. Restore or delete the file.")
