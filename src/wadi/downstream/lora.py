@@ -1,4 +1,4 @@
-"""Adapters made for the many-step model, on its one-step student: applied by weight, so that nothing of them is left to carry.
+"""Adapters made for the many-step model, on its one-step student: applied to the weights, so that nothing stays attached.
 
 A LoRA adds ``dW = s (alpha / r) B A`` to each weight ``W``; a LoRaD adapter turns it by ``s A B``. The student's weight is the
 teacher's, turned by the student's own angles: ``W_s = rot(W, theta_s)``.
@@ -13,10 +13,10 @@ docs/dreambooth.md measures which keeps what.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +25,47 @@ from torch import Tensor, nn
 
 from wadi import adapters
 from wadi.backbones import from_pipeline
+from wadi.downstream.lora_delta import change
+from wadi.downstream.lora_file import (
+    FILE,
+    MERGE,
+    PEFT_CONFIG,
+    PEFT_FILE,
+    Entry,
+    LoraFile,
+    entries,
+    peft_type,
+    read,
+    read_settings,
+    refuse_odd_shapes,
+    refuse_unknown,
+    scaling,
+)
+from wadi.downstream.lora_names import Place, converted, places, resolve
+from wadi.downstream.tensors import PICKLES, UNPICKLE
 from wadi.errors import WadiError
 
 NAME = "customisation"
-FILE = "pytorch_lora_weights.safetensors"  # diffusers' name for the file in a folder
 LARGEST = 4.0  # of a scale; sliders and the like stay below
-_PART = re.compile(r"\.lora_(A|B)(\.\w+)?\.(weight|bias)$")
+PEFT_TYPES = ("LORA", "LOHA", "LOKR")
 
 
 def apply_lora(pipeline: Any, file: str | Path, scale: float = 1.0, student: str | Path | None = None) -> int:
-    """Put a style LoRA or a DreamBooth adapter into the weights of ``pipeline``, in place; returns how many layers changed.
+    """Put a LoRA or a DreamBooth adapter into the weights of ``pipeline``, in place; returns how many layers changed.
 
-    Made for a one-step pipeline (`wadi.generate.load`) and an adapter trained on its many-step teacher; any pipeline of a
-    family with a LoRA loader will do. Afterwards the pipeline is an ordinary one: no adapter is attached, one more can be
-    applied, ``save_pretrained`` writes what it draws with.
+    Made for a one-step pipeline (`wadi.generate.load`) and an adapter trained on its many-step teacher; a many-step pipeline
+    works as well. Afterwards the pipeline is an ordinary one: no adapter is attached, one more can be applied,
+    ``save_pretrained`` writes the changed weights.
 
     Args:
-        file: a LoRA as diffusers or kohya write it (``.safetensors``, or a folder with ``pytorch_lora_weights.safetensors``),
-            or the folder of a LoRaD adapter made by `wadi dreambooth`.
-        scale: of the change; 0 leaves the pipeline as it is, to the bit; from -4 to 4.
+        file: LoRA, DoRA, LoHa or LoKr as diffusers, PEFT, kohya, LyCORIS or ComfyUI's trainers write them (``.safetensors``, or
+            the folder that contains it), or the folder of a LoRaD adapter made by `wadi dreambooth`.
+        scale: of the change, from -4 to 4; 0 leaves the pipeline as it is, bit for bit.
         student: adapter folder of the student that ``pipeline`` is: a LoRA is then turned by its angles along with the weight.
             For LoRaD the two are the same.
     Raises:
-        WadiError: if the file is missing, damaged, of a kind that cannot be applied (DoRA, a pickle, a student's own adapter)
-            or made for another model (which keys), or ``scale`` is out of range. The pipeline is then as it was.
+        WadiError: if the file is missing, damaged, of a kind that cannot be applied (a pickle, OFT, a student's own adapter),
+            has NaN values or keys that fit no layer, or ``scale`` is out of range. The pipeline is then as it was.
     """
     check_scale(scale)
     path = find(file)
@@ -56,54 +73,59 @@ def apply_lora(pipeline: Any, file: str | Path, scale: float = 1.0, student: str
     adapters.refuse_adapted(backbone.network)
     if path.is_dir():
         return _turn(backbone.network, path, scale)
-    loaded = _checked(pipeline, backbone.component, path)
-    angles = None if student is None else angles_of(backbone.network, Path(student))
-    if scale == 0:
-        return len(loaded)
-    try:
-        _load(pipeline, path)
-        if angles is None:
-            pipeline.fuse_lora(lora_scale=scale)
-        else:
-            _fuse_turned(pipeline, backbone.component, scale, angles)
-    finally:
-        pipeline.unload_lora_weights()
-    return len(loaded)
+    changes = changes_of(pipeline, backbone.component, read(path))
+    angles = {} if student is None else angles_of(backbone.network, Path(student))
+    if scale != 0:
+        for one in changes:
+            _apply(pipeline, one, scale, angles.get(one.layer) if one.part == backbone.component else None)
+    return len(changes)
 
 
 def check_scale(scale: float) -> None:
-    """Raise `WadiError` if ``scale`` is none that an adapter can sensibly have."""
+    """Raise `WadiError` if ``scale`` is not a sensible strength of an adapter."""
     if not math.isfinite(scale) or abs(scale) > LARGEST:
         raise WadiError(
             f"The scale of the LoRA is {scale}. Expected a number from {-LARGEST:g} to {LARGEST:g}; 1 is as it was trained, "
-            "0 none of it."
+            "0 leaves it out."
         )
 
 
 def find(file: str | Path) -> Path:
-    """The LoRA's file, or the folder of a LoRaD adapter, that ``file`` names.
+    """Return the LoRA's file, or the folder of a LoRaD adapter, that ``file`` names.
 
     Raises:
-        WadiError: if there is none, or it is not one of these.
+        WadiError: if there is none, or it is something else.
     """
     path = Path(file)
     if path.is_dir():
-        if (path / FILE).is_file():
-            return path / FILE
-        if (path / adapters.CONFIG).is_file():
-            return path
-        raise WadiError(
-            f"{str(path)!r} holds no adapter. Expected {FILE} (a LoRA) or {adapters.CONFIG} (LoRaD) in it, or the LoRA's own "
-            ".safetensors file."
-        )
+        return _in_folder(path)
     if not path.is_file():
-        raise WadiError(f"LoRA {str(path)!r} does not exist. Expected a .safetensors file, or a folder of `wadi dreambooth`.")
-    if path.suffix != ".safetensors":
-        raise WadiError(
-            f"LoRA {str(path)!r} is not a .safetensors file. Expected one: pickled weights (.bin, .pt, .ckpt) can run code "
-            "when they are read; convert them."
-        )
+        raise WadiError(f"LoRA {str(path)!r} does not exist. Give a .safetensors file or an adapter's folder.")
+    if path.suffix.lower() != ".safetensors":
+        raise WadiError(f"LoRA {str(path)!r} is not a .safetensors file. {UNPICKLE if path.suffix in PICKLES else ''}".rstrip())
     return path
+
+
+def _in_folder(path: Path) -> Path:
+    if (path / FILE).is_file():
+        return path / FILE
+    if (path / PEFT_CONFIG).is_file():
+        kind = peft_type(path)
+        if kind == "LORAD":
+            return path
+        if kind not in PEFT_TYPES:
+            raise WadiError(
+                f"{str(path)!r} contains a PEFT adapter of type {kind!r}. --lora takes {', '.join(PEFT_TYPES)} and LORAD. "
+                f"{MERGE}"
+            )
+    files = sorted(path.glob("*.safetensors"))
+    if (path / PEFT_FILE).is_file() or len(files) == 1:
+        return path / PEFT_FILE if (path / PEFT_FILE).is_file() else files[0]
+    if files:
+        raise WadiError(f"{str(path)!r} contains {len(files)} .safetensors files. Name one of them, such as {files[0].name}.")
+    if pickled := [file.name for file in sorted(path.iterdir()) if file.suffix in PICKLES]:
+        raise WadiError(f"{str(path)!r} contains its adapter only as {pickled[0]}. {UNPICKLE}")
+    raise WadiError(f"{str(path)!r} holds no adapter. Give a folder with {FILE} or {PEFT_FILE}, or the LoRA's own file.")
 
 
 # --- LoRaD ------------------------------------------------------------------------------------------------------------------
@@ -112,10 +134,10 @@ def find(file: str | Path) -> Path:
 def _turn(network: nn.Module, folder: Path, scale: float) -> int:
     """`rot(W, scale theta)` for every layer of a LoRaD adapter."""
     about = folder / "wadi.json"
-    if about.is_file() and "timestep" in json.loads(about.read_text(encoding="utf-8")):
+    if about.is_file() and "timestep" in read_settings(about):
         raise WadiError(
-            f"{str(folder)!r} is a student's own adapter. Expected a customisation (`wadi dreambooth`): to draw with this "
-            "student give it as --adapter."
+            f"{str(folder)!r} is a student's own adapter. --lora takes a customisation (`wadi dreambooth`): to generate with "
+            "this student give it as --adapter."
         )
     try:
         adapters.load(network, folder, NAME)
@@ -164,110 +186,96 @@ def angles_of(network: nn.Module, folder: Path) -> dict[str, Tensor]:
 # --- LoRA -------------------------------------------------------------------------------------------------------------------
 
 
-def _checked(pipeline: Any, component: str, file: Path) -> set[str]:
-    """Names of the layers that the LoRA in ``file`` changes in ``pipeline``, which is not touched.
+@dataclass(frozen=True)
+class Change:
+    """What a file changes in one layer of a part of the pipeline; ``scale`` is alpha over rank."""
 
-    diffusers passes over keys that belong to no part of the pipeline, and some of those that fit no layer, with no more than a
-    remark: the student would be drawn without its LoRA.
+    part: str
+    layer: str
+    entry: Entry
+    scale: float
+
+
+def changes_of(pipeline: Any, component: str, file: LoraFile) -> list[Change]:
+    """Return what the LoRA changes in ``pipeline``, which is not touched. Every tensor of the file is in one of the changes.
+
+    Raises:
+        WadiError: if a tensor fits no layer, has another shape than its layer needs, or is of a format that is not supported.
     """
-    tensors = _read(pipeline, file)
-    parts = list(getattr(pipeline, "_lora_loadable_modules", ()))
-    lost, reshaped, layers = [], [], set()
-    for key, tensor in tensors.items():
-        part, _, rest = key.partition(".")
-        if part not in parts or getattr(pipeline, part, None) is None:
-            lost.append(key)
-        elif part == component:
-            layer, which = _PART.sub("", rest), _PART.search(rest)
-            weight = getattr(_module(getattr(pipeline, part), layer), "weight", None)
-            if which is None or weight is None:
-                lost.append(key)
-            elif which[3] == "weight" and _side(tensor, which[1]) != _side(weight, which[1]):
-                reshaped.append(key)
-            layers.add(f"{part}.{layer}")
-        else:
-            layers.add(f"{part}.{_PART.sub('', rest)}")  # the text encoder's own loader knows its old names
+    found, unknown = entries(file.tensors)
+    table = places(pipeline, component)
+    where = resolve(pipeline, found, table)
+    if len(where) < len(found) or unknown:
+        found, unknown, where = _by_converter(pipeline, file, table) or (found, unknown, where)
+    refuse_unknown(file.path, unknown, len(file.tensors))
+    lost = [key for module, entry in found.items() if module not in where for key in entry.keys.values()]
+    changes, reshaped = [], []
+    for module, (part, layer) in where.items():
+        entry = found[module]
+        refuse_odd_shapes(entry)
+        config = file.configs.get("", {}) | file.configs.get(part, {})
+        one = Change(part, layer, entry, scaling(entry, config, part, layer))
+        reshaped += _misfits(one, _module(getattr(pipeline, part), layer))
+        changes.append(one)
     told = [
         f"{len(keys)} {what} (first: {keys[0]})"
         for keys, what in ((sorted(lost), "keys that fit no layer"), (sorted(reshaped), "of another shape"))
         if keys
     ]
-    if told or not layers:
+    if told:
         raise WadiError(
-            f"LoRA {str(file)!r} is for another base than this {type(pipeline).__name__}: {', '.join(told) or 'it is empty'} "
-            f"of {len(tensors)}. Expected one trained on this model or its teacher."
+            f"LoRA {str(file.path)!r} is for another base than this {type(pipeline).__name__}: {', '.join(told)} of "
+            f"{len(file.tensors)}. Use one that was trained on this model or its teacher."
         )
-    return layers
+    if len({(one.part, one.layer) for one in changes}) < len(changes):
+        raise WadiError(f"LoRA {str(file.path)!r} names a layer twice, in two spellings. Keep one of them.")
+    return changes
 
 
-def _side(tensor: Tensor, which: str) -> int:
-    """Fan-in of ``A`` and of a weight seen from it, fan-out of ``B``."""
-    return int(tensor.shape[1 if which == "A" else 0])
-
-
-def _read(pipeline: Any, file: Path) -> Mapping[str, Tensor]:
-    """The LoRA's tensors under diffusers' names, ``unet.LAYER.lora_A.weight`` and so on, whoever wrote them."""
-    from safetensors import SafetensorError, safe_open
-
-    if not hasattr(pipeline, "load_lora_weights"):
-        raise WadiError(
-            f"diffusers has no LoRA loader for {type(pipeline).__name__}. Expected a LoRaD adapter folder there (`wadi "
-            "dreambooth --method lorad`), or the LoRA merged into the teacher."
-        )
+def _by_converter(pipeline: Any, file: LoraFile, table: Mapping[str, Place]) -> Any:
+    """``(entries, unknown, places)`` of a transformer's LoRA after diffusers' renaming; None where that does not help."""
+    if getattr(pipeline, "transformer", None) is None or not hasattr(pipeline, "lora_state_dict"):
+        return None
+    if any("dora_scale" in name or "magnitude" in name for name in file.tensors):  # the converter would drop them
+        return None
     try:
-        with safe_open(file, framework="pt") as opened:
-            names = list(opened.keys())
-    except (OSError, SafetensorError) as error:
-        raise WadiError(f"LoRA {str(file)!r} is damaged: {error}. Expected a safetensors file.") from error
-    if dora := [name for name in names if "dora_scale" in name or "lora_magnitude" in name]:
-        raise WadiError(
-            f"{str(file)!r} is a DoRA (it has {dora[0]}), whose norms diffusers drops. Expected a plain LoRA: merge it into "
-            "the teacher instead."
-        )
-    from diffusers.utils import convert_unet_state_dict_to_peft
+        found, unknown = entries(converted(pipeline, file.tensors))
+    except Exception:  # the keys are then reported as they are in the file
+        return None
+    return found, unknown, resolve(pipeline, found, table)
 
+
+def _misfits(one: Change, layer: Any) -> list[str]:
+    """Keys of a change if it does not fit its layer; computed without any value."""
     try:
-        with _quiet():
-            found = pipeline.lora_state_dict(str(file.parent), weight_name=file.name, **_hints(pipeline))
-        tensors = found[0] if isinstance(found, tuple) else found
-        if any("lora_A" not in name for name in tensors if name.startswith("unet.")):
-            tensors = convert_unet_state_dict_to_peft(tensors)
-    except Exception as error:
-        raise WadiError(
-            f"LoRA {str(file)!r} cannot be read for {type(pipeline).__name__} (first key: {names[0] if names else 'none'}): "
-            f"{_first_line(error)}. Expected one trained on this model or its teacher."
-        ) from error
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith(".alpha")}
-
-
-def _hints(pipeline: Any) -> dict[str, Any]:
-    """SDXL's block numbers in kohya's files follow from the U-Net's config, as its own loader tells."""
-    return {"unet_config": pipeline.unet.config} if "XL" in type(pipeline).__name__ else {}
-
-
-def _load(pipeline: Any, file: Path) -> None:
-    try:
-        with _quiet():
-            pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=NAME)
-    except Exception as error:
-        raise WadiError(
-            f"LoRA {str(file)!r} does not fit this {type(pipeline).__name__}: {_first_line(error)}. Expected one trained on "
-            "this model or its teacher."
-        ) from error
+        change(one.entry, one.scale, layer.weight.to("meta"))
+        if "up_bias" in one.entry.tensors and one.entry.tensors["up_bias"].shape != getattr(layer.bias, "shape", None):
+            return [one.entry.keys["up_bias"]]
+    except (RuntimeError, IndexError, ValueError):
+        keys, tensors = one.entry.keys, one.entry.tensors
+        wrong = []
+        if "down" in tensors and "mid" not in tensors:  # which side it is
+            wrong += [keys["down"]] * (tensors["down"].shape[1] != layer.weight.shape[1])
+            wrong += [keys["up"]] * (len(tensors["up"]) != len(layer.weight))
+        return wrong or list(keys.values())
+    return []
 
 
 @torch.no_grad()
-def _fuse_turned(pipeline: Any, component: str, scale: float, angles: Mapping[str, Tensor]) -> None:
-    """``W_s + scale rot(dW, theta_s)`` where the student has angles, ``W_s + scale dW`` elsewhere."""
+def _apply(pipeline: Any, one: Change, scale: float, angles: Tensor | None) -> None:
+    """``W + scale dW``; with a student's angles ``W + scale rot(dW, theta_s)``, where DoRA's norms are the teacher's."""
     from wadi.lorad.rotation import rotate
 
-    for part in pipeline._lora_loadable_modules:
-        for name, layer in getattr(pipeline, part).named_modules() if getattr(pipeline, part, None) is not None else ():
-            if NAME in getattr(layer, "lora_A", {}):
-                weight, change = layer.get_base_layer().weight, layer.get_delta_weight(NAME).float()
-                if part == component and name in angles:
-                    change = rotate(change, angles[name])
-                weight.copy_(weight.float() + scale * change)
+    layer: Any = _module(getattr(pipeline, one.part), one.layer)
+    W = layer.weight.float()
+    if angles is None:
+        delta = change(one.entry, one.scale, W)
+    else:
+        delta = rotate(change(one.entry, one.scale, rotate(W, -angles)), angles)
+    layer.weight.copy_(W + scale * delta)
+    if "up_bias" in one.entry.tensors:
+        added = one.entry.tensors["up_bias"].to(layer.bias.device).float()
+        layer.bias.copy_(layer.bias.float() + scale * one.scale * added)
 
 
 def attach(network: nn.Module, rank: int, target_modules: str) -> list[nn.Parameter]:
@@ -322,18 +330,3 @@ def _module(model: nn.Module, name: str) -> nn.Module | None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:300]
-
-
-class _quiet:
-    """Without diffusers' remarks on parts that a LoRA does not have: what does not fit was refused before."""
-
-    def __enter__(self) -> None:
-        from diffusers.utils import logging
-
-        self.before = logging.get_verbosity()
-        logging.set_verbosity_error()
-
-    def __exit__(self, *_: object) -> None:
-        from diffusers.utils import logging
-
-        logging.set_verbosity(self.before)
