@@ -103,7 +103,7 @@ def test_sdxl_in_the_names_of_the_original_checkpoint(dotted, sdxl_folder, tmp_p
     names = {
         "input_blocks.3.1.transformer_blocks.1.attn2.to_v": "unet.down*1.attentions.0.*1.attn2.to_v",
         "middle_block.1.transformer_blocks.0.ff.net.2": "unet.mid_block.attentions.0.transformer_blocks.0.ff.net.2",
-        "output_blocks.1.1.transformer_blocks.0.attn1.to_out.0": "unet.*up_blocks.0.attentions.1.*attn1.to_out.0",
+        "output_blocks.1.1.transformer_blocks.0.attn1.to_out.0": "unet.up*0.attentions.1.*.0.attn1.to_out.0",
         "time_embed.0": "unet.time_embedding.linear_1",
         "lora_te1_text_model_encoder_layers_0_mlp_fc1": "text_encoder.*layers.0.mlp.fc1",
         "lora_te2_text_model_encoder_layers_1_self_attn_out_proj": "text_encoder_2.*layers.1.self_attn.out_proj",
