@@ -12,7 +12,7 @@ ROOT = Path(wadi.__file__).parent
 # Lowest first. A name is a module of the package or a folder with all that is in it.
 RANKS = (
     {"errors", "_peft_hook"},
-    {"io"},
+    {"io", "bounds"},
     {"files", "device", "ranks"},
     {"process", "config", "embedded", "images", "progress", "figures"},
     {"presets", "lorad", "data"},
@@ -27,6 +27,7 @@ RANKS = (
     {"evaluate"},
     {
         "cli",
+        "cli_guard",
         "cli_zoo",
         "cli_control",
         "cli_embed",

@@ -102,7 +102,7 @@ def test_patterns_read_files_by_name_of_mixed_formats(tmp_path):
     [
         ("p.jsonl", b'{"a": 1}\n{"b": 2}\n', ("no row", "prompts_field", "fields are a")),
         ("p.jsonl", b'{"prompt": "x"}\n[1]\n', ("line 2", "list")),
-        ("p.jsonl", b'{"prompt": "x"}\n{"pro\n', ("line 2", "no json")),
+        ("p.jsonl", b'{"prompt": "x"}\n{"pro\n', ("line 2", "not json")),
         ("p.jsonl", b'{"prompt": "x\xff"}\n', ("utf-8", "line 1")),
         ("p.csv", b"a,b\n1,2\n", ("no row", "fields are a, b")),
         ("p.csv", b"", ("no prompt",)),

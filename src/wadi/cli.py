@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wadi.cli_guard import BAD_INPUT, forgiving_output, guard, refuse_undecodable, split_debug
 from wadi.errors import WadiError
 
 if TYPE_CHECKING:
@@ -15,12 +16,20 @@ if TYPE_CHECKING:
 
     from wadi.config import DistillConfig
 
-BAD_INPUT = 2
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 on bad input (one line on stderr), 128 + n after a stop by signal n."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Run one command; returns the exit code: 0, 2 on bad input (one line on stderr), 128 + n after a stop by signal n.
+
+    1 is an unexpected failure; see `wadi.cli_guard`.
+    """
+    arguments, debug = split_debug(sys.argv[1:] if argv is None else argv)
+    command = f"wadi {arguments[0]}" if arguments and arguments[0] in COMMANDS else "wadi"
+    return guard(command, lambda: _run(arguments), debug)
+
+
+def _run(arguments: list[str]) -> int:
+    forgiving_output()
+    refuse_undecodable(arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview())
         return 0 if arguments else BAD_INPUT
@@ -29,26 +38,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"wadi {__version__}")
         return 0
-    try:
-        if arguments[0] not in COMMANDS:
-            raise WadiError(f"There is no command {arguments[0]!r}. Expected one of {', '.join(COMMANDS)}: see `wadi --help`.")
-        return COMMANDS[arguments[0]][1](arguments[1:])
-    except WadiError as error:
-        print(f"wadi: {' '.join(str(error).split())}", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        print("wadi: interrupted.", file=sys.stderr)
-        return 130
+    if arguments[0] not in COMMANDS:
+        raise WadiError(f"There is no command {arguments[0]!r}. Expected one of {', '.join(COMMANDS)}: see `wadi --help`.")
+    return COMMANDS[arguments[0]][1](arguments[1:])
 
 
 def overview() -> str:
     """What ``wadi --help`` prints."""
     commands = "\n".join(f"  {name:<14} {summary}" for name, (summary, _) in COMMANDS.items())
     return (
-        "usage: wadi COMMAND [options]    (wadi COMMAND --help tells them)\n\n"
+        "usage: wadi COMMAND [options]    (wadi COMMAND --help lists them)\n\n"
         "One-step text-to-image generators from diffusers pipelines, by training rotation angles only.\n\n"
         f"{commands}\n\n"
-        "Bad input ends with one line and exit code 2. `wadi --version` prints the version."
+        "Bad input ends with one line and exit code 2, an unexpected failure with one line and exit code 1. --debug, anywhere\n"
+        "on the line, prints the traceback as well. `wadi --version` prints the version."
     )
 
 

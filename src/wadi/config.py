@@ -14,6 +14,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from wadi.bounds import (
+    BATCH,
+    COUNT,
+    GUIDANCE,
+    RANK,
+    RATE,
+    SHARE,
+    SIDE,
+    STEPS,
+    TIMESTEP,
+    UPDATES,
+    Number,
+    Whole,
+)  # fmt: skip
 from wadi.errors import WadiError
 from wadi.io.records import read_yaml
 
@@ -181,50 +195,35 @@ BOOKKEEPING = frozenset(
 )  # fmt: skip
 
 
+WEIGHT = Number(0, 1e6)
+BOUNDS: dict[str, Whole | Number] = {
+    "student.rank": RANK, "student.timestep": Whole(1, TIMESTEP.high), "student.lr": RATE, "student.ema": Number(0, 1),
+    "fake.rank": RANK, "fake.lr": RATE, "fake.guidance_scale": GUIDANCE, "fake.updates": Whole(1, 10_000),
+    "fake.null_probability": SHARE, "warm_start.pairs": Whole(0, COUNT.high), "warm_start.sampler_steps": STEPS,
+    "warm_start.guidance_scale": GUIDANCE, "warm_start.steps": Whole(0, UPDATES.high),
+    "warm_start.fake_steps": Whole(0, UPDATES.high), "warm_start.weight": WEIGHT, "steps": UPDATES, "batch": BATCH,
+    "accumulate": BATCH, "seed": Whole(0, 2**32 - 1), "guidance_scale": GUIDANCE, "lr_warmup": Whole(0, UPDATES.high),
+    "weight_decay": WEIGHT, "clip": Number(0, 1e30, above=True), "max_skipped": UPDATES, "sample_every": Whole(0, UPDATES.high),
+    "sample_seeds": Whole(1, 4096), "teacher_steps": STEPS, "teacher_guidance_scale": GUIDANCE,
+    "checkpoint_every": Whole(0, UPDATES.high), "keep_checkpoints": UPDATES, "keep_every": Whole(0, UPDATES.high),
+}  # fmt: skip
+
+
 def _check(config: DistillConfig) -> None:
-    """Ranges that the types do not tell; one WadiError naming the first that fails."""
-    student, fake, warm = config.student, config.fake, config.warm_start
-    rules = [
-        ("student.rank", student.rank, student.rank >= 1, "at least 1"),
-        ("fake.rank", fake.rank, fake.rank >= 1, "at least 1"),
-        (
-            "student.timestep",
-            student.timestep,
-            student.timestep is None or student.timestep >= 1,
-            "null or at least 1",
-        ),
-        ("student.ema", student.ema, 0 <= student.ema < 1, "in [0, 1)"),
-        ("student.lr", student.lr, student.lr > 0, "above 0"),
-        ("fake.lr", fake.lr, fake.lr > 0, "above 0"),
-        ("fake.updates", fake.updates, fake.updates >= 1, "at least 1"),
-        ("fake.null_probability", fake.null_probability, 0 <= fake.null_probability <= 1, "in [0, 1]"),
-        ("steps", config.steps, config.steps >= 1, "at least 1"),
-        ("batch", config.batch, config.batch >= 1, "at least 1"),
-        ("accumulate", config.accumulate, config.accumulate >= 1, "at least 1"),
-        ("keep_every", config.keep_every, config.keep_every >= 0, "at least 0"),
+    """Bounds of all numbers; one `WadiError` that names the first that is out of them."""
+    values = flatten(to_dict(config))
+    for name, bounds in BOUNDS.items():
+        if values[name] is not None:
+            bounds.check(name, values[name])
+    for side in config.resolution or ():
+        SIDE.check("resolution", side)
+    warm = config.warm_start
+    rules = (
+        ("student.ema", config.student.ema, config.student.ema < 1, "below 1"),
         ("t_range", config.t_range, 0 <= config.t_range[0] < config.t_range[1] <= 1, "0 <= low < high <= 1"),
-        ("seed", config.seed, 0 <= config.seed < 2**32, "in [0, 2^32)"),
         ("betas", config.betas, all(0 <= beta < 1 for beta in config.betas), "both in [0, 1)"),
-        ("weight_decay", config.weight_decay, config.weight_decay >= 0, "at least 0"),
-        ("clip", config.clip, config.clip > 0, "above 0"),
-        ("max_skipped", config.max_skipped, config.max_skipped >= 1, "at least 1"),
-        ("sample_every", config.sample_every, config.sample_every >= 0, "at least 0"),
-        ("sample_seeds", config.sample_seeds, config.sample_seeds >= 1, "at least 1"),
-        ("teacher_steps", config.teacher_steps, config.teacher_steps >= 1, "at least 1"),
-        ("checkpoint_every", config.checkpoint_every, config.checkpoint_every >= 0, "at least 0"),
-        ("keep_checkpoints", config.keep_checkpoints, config.keep_checkpoints >= 1, "at least 1"),
-        ("lr_warmup", config.lr_warmup, config.lr_warmup >= 0, "at least 0"),
-        ("warm_start.pairs", warm.pairs, warm.pairs >= 0, "at least 0"),
-        ("warm_start.sampler_steps", warm.sampler_steps, warm.sampler_steps >= 1, "at least 1"),
-        ("warm_start.fake_steps", warm.fake_steps, warm.fake_steps >= 0, "at least 0"),
-        ("warm_start.weight", warm.weight, warm.weight >= 0, "at least 0"),
-        (
-            "warm_start.steps",
-            warm.steps,
-            warm.steps >= 0 and (warm.pairs > 0 or warm.steps == 0),
-            "at least 0, with warm_start.pairs above 0",
-        ),
-    ]
+        ("warm_start.steps", warm.steps, warm.pairs > 0 or warm.steps == 0, "0, or warm_start.pairs above 0"),
+    )
     for name, value, holds, expected in rules:
         if not holds:
             raise WadiError(f"{name} is {value!r}. Expected {expected}: set --{name}.")

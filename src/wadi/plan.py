@@ -6,7 +6,6 @@ models' own config files), a teacher's from its ``config.json``.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +23,7 @@ from wadi.backbones.schedulers import make_scheduler
 from wadi.config import DistillConfig
 from wadi.embedded import resolve_teacher
 from wadi.errors import WadiError
+from wadi.io.records import read_json
 from wadi.rehearsal import peak_bytes
 from wadi.train import attach_roles, student_timestep
 
@@ -105,7 +105,7 @@ def architectures() -> list[str]:
 
 def architecture(name: str) -> Architecture:
     """One of `architectures`."""
-    return Architecture(**json.loads((ARCHITECTURES / f"{name}.json").read_text(encoding="utf-8")))
+    return read_json(ARCHITECTURES / f"{name}.json", Architecture, "Architecture")
 
 
 def architecture_of(teacher: str) -> Architecture:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 from wadi.backbones.base import RESOLUTION, Backbone
 from wadi.backbones.pooling import pool_pipeline_at_end_token
 from wadi.errors import WadiError
+from wadi.io.records import read_json
 
 # Pipeline class name -> "module:class" of its backbone. Imported on use, so that one family's needs are not everyone's.
 _FAMILIES: dict[str, str] = {
@@ -131,8 +131,8 @@ def read_config(path: str | Path, component: str) -> dict[str, Any]:
 
         local = Path(path) / component / name
         file = local if Path(path).exists() else Path(hf_hub_download(str(path), name, subfolder=component))
-        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return values
+    values: dict[str, Any] = read_json(file, dict[str, Any], "Config")
+    return values
 
 
 def build_network(config: dict[str, Any]) -> nn.Module:

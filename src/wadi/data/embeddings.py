@@ -18,6 +18,7 @@ from torch import Tensor
 
 from wadi.errors import WadiError
 from wadi.files import write_whole
+from wadi.io.records import Count, Digest, Positive, Record, asdict, read_json
 
 MANIFEST = "cache.json"
 TOKENS = ("prompt_embeds", "mask")  # tensors of a condition whose second axis is tokens
@@ -77,20 +78,24 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     write_whole(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
 
 
+class Manifest(Record):
+    """``cache.json``: what encoded the prompts, their digest and number, rows per shard, shape of a row by tensor."""
+
+    encoder: dict[str, Any]
+    prompts: Digest
+    count: Positive
+    shard_rows: Positive
+    shapes: dict[str, list[Count]]
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What `write_manifest` wrote.
 
     Raises:
-        WadiError: if it is damaged.
+        WadiError: if it is missing or damaged.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if {"encoder", "prompts", "count", "shard_rows", "shapes"} <= manifest.keys():
-            return dict(manifest)
-        reason = "settings are missing in it"
-    except (OSError, ValueError, AttributeError) as error:
-        reason = str(error)
-    raise WadiError(f"Embedding cache {str(folder)!r} is damaged ({MANIFEST}: {reason}). Expected it as `wadi embed` wrote it.")
+    manifest: Manifest = read_json(folder / MANIFEST, Manifest, "Embedding cache manifest")
+    return asdict(manifest)
 
 
 def identity_of(manifest: Mapping[str, Any]) -> dict[str, str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import glob
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from wadi.errors import WadiError
+from wadi.io.records import parse_json
 
 Rows = Iterator[tuple[str, "str | None"]]
 
@@ -86,10 +86,7 @@ def json_rows(path: Path, field: str | None) -> Rows:
     for place, line in lines_of(path):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise WadiError(f"Prompts file {place} is no JSON: {error}. Expected one object a line.") from error
+        row = parse_json(line, Any, f"Prompts file {place}", "Expected one JSON object a line.")
         if isinstance(row, str):
             yield place, row
         elif isinstance(row, dict):

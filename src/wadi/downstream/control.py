@@ -15,7 +15,6 @@ for its calls.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from wadi.downstream.conditions import as_rgb, fitted, read_picture
 from wadi.downstream.control_fit import refuse_misfit
 from wadi.embedded import NAME, embedded
 from wadi.errors import WadiError
+from wadi.io.records import read_json
 from wadi.progress import without_remarks
 
 STRONGEST = 2.0
@@ -116,7 +116,7 @@ def load_control(control: str | Path, dtype: Any = None) -> Any:
         from diffusers import ControlNetModel
 
         if Path(path).is_dir():
-            config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+            config = read_json(Path(path) / "config.json", dict[str, Any], "Control config")
         else:
             _refuse_missing(path)
             config = ControlNetModel.load_config(str(path))

@@ -15,6 +15,7 @@ from wadi.backbones import Backbone
 from wadi.downstream.conditions import edge_map
 from wadi.errors import WadiError
 from wadi.files import write_whole
+from wadi.io.records import parse_json
 from wadi.progress import progress
 from wadi.sampling import decode_in_batches, many_steps, noise
 
@@ -80,7 +81,7 @@ def load(path: Path, note: str, prompts: Sequence[str]) -> Pictures | None:
     if about.get("note") != note:
         raise WadiError(f"{str(path)!r} contains images made with other settings ({about.get('note')}; now {note}). {remedy}")
     try:
-        own = json.loads(about["prompts"])
+        own = parse_json(about.get("prompts", "null"), list[str], f"The list of prompts in {str(path)!r}")
         found = Pictures(tensors["latents"], tensors["edges"].bool(), own)
         if not len(found.latents) == len(found.edges) == len(own):
             raise ValueError("numbers of latents, edges and prompts differ")

@@ -39,6 +39,7 @@ from wadi.downstream.control_fit import refuse_misfit
 from wadi.downstream.control_net import controlled, controlnet_of
 from wadi.errors import WadiError
 from wadi.files import whole_folder, write_whole
+from wadi.io.records import parse_json
 from wadi.objectives.denoise import denoising_loss
 from wadi.progress import progress
 
@@ -211,7 +212,7 @@ def refuse_other(path: Path, note: Mapping[str, Any]) -> None:
         return
     _, about = stored(path, "start anew")
     try:
-        own = json.loads(about["note"])
+        own = parse_json(about["note"], dict[str, Any], "Its note")
         differing = [f"{name} {own[name]!r} (now {note[name]!r})" for name in note if name in own and own[name] != note[name]]
     except (KeyError, TypeError, ValueError) as error:
         raise WadiError(f"{str(path)!r} is damaged ({error!r}). Delete it to start anew.") from error

@@ -7,7 +7,6 @@ A folder holds pictures and ``descriptions.jsonl``, one object a line: ``{"file"
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from wadi.errors import WadiError
+from wadi.io.records import Record, read_json, read_json_lines
 
 DESCRIPTIONS, TEMPLATES = "descriptions.jsonl", "text.json"
+REMEDY = f"Expected a JSON object with 'file' and 'text' on each line of {DESCRIPTIONS}, or one of file names in {TEMPLATES}."
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
@@ -69,9 +70,7 @@ def _described(folder: Path, token: str) -> dict[str, list[str]]:
     if (folder / DESCRIPTIONS).is_file():
         described = dict(_lines(folder / DESCRIPTIONS))
     elif (folder / TEMPLATES).is_file():
-        read = _json(_text(folder / TEMPLATES), folder / TEMPLATES)
-        if not isinstance(read, dict):
-            raise WadiError(f"{str(folder / TEMPLATES)!r} holds a {type(read).__name__}. Expected an object of file names.")
+        read: dict[str, Any] = read_json(folder / TEMPLATES, dict[str, Any], "Descriptions", remedy=REMEDY)
         described = {name: _sentences(said, f"{TEMPLATES}, {name}") for name, said in read.items()}
         described = {name: [sentence.replace("{}", token) for sentence in said] for name, said in described.items()}
     else:
@@ -89,14 +88,17 @@ def _described(folder: Path, token: str) -> dict[str, list[str]]:
     return described
 
 
+class Description(Record):
+    """A line of ``descriptions.jsonl``."""
+
+    file: str
+    text: str | list[str]
+
+
 def _lines(path: Path) -> Iterable[tuple[str, list[str]]]:
-    for number, line in enumerate(_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        row = _json(line, f"{path}, line {number}")
-        if not isinstance(row, dict) or not isinstance(row.get("file"), str) or "text" not in row:
-            raise WadiError(f"{path}, line {number} is {line.strip()[:80]!r}. Expected an object with 'file' and 'text'.")
-        yield row["file"], _sentences(row["text"], f"{path}, line {number}")
+    rows: list[Description] = read_json_lines(path, Description, "Descriptions", remedy=REMEDY)
+    for number, row in enumerate(rows, 1):
+        yield row.file, _sentences(row.text, f"{path}, entry {number}")
 
 
 def _sentences(said: Any, where: str) -> list[str]:
@@ -104,20 +106,6 @@ def _sentences(said: Any, where: str) -> list[str]:
     if not isinstance(sentences, list) or not sentences or not all(isinstance(s, str) and s.strip() for s in sentences):
         raise WadiError(f"The description in {where} is {str(said)[:80]!r}. Expected a sentence or a list of sentences.")
     return [sentence.strip() for sentence in sentences]
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise WadiError(f"{str(path)!r} could not be read: {error}. Expected UTF-8 text.") from error
-
-
-def _json(text: str, where: object) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise WadiError(f"{where} is no JSON: {error}. Expected an object with 'file' and 'text'.") from error
 
 
 def _some(names: list[str]) -> str:

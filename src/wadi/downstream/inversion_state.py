@@ -13,6 +13,7 @@ from torch import Tensor
 
 from wadi.errors import WadiError
 from wadi.files import write_whole
+from wadi.io.records import Count, Record, parse_json
 
 
 @dataclass
@@ -24,6 +25,16 @@ class State:
     step: int = 0
     skipped: int = 0
     stats: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Note(Record):
+    """What is kept with the tensors of a `State`; ``network`` is None in states of earlier versions."""
+
+    step: Count
+    skipped: Count
+    stats: list[dict[str, Any]]
+    job: str
+    network: str | None = None
 
 
 def partial_path(out: Path) -> Path:
@@ -62,23 +73,24 @@ def resume(out: Path, state: State, job: str, network: str) -> None:
     advice = f"Expected the same command as before; to begin anew, delete {str(path)!r}."
     try:
         with safe_open(path, framework="pt") as file:
-            note = json.loads((file.metadata() or {})["note"])
+            text = (file.metadata() or {})["note"]
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError) as error:
         raise WadiError(f"The unfinished inversion {str(path)!r} is damaged: {error}. {advice}") from error
-    if note["job"] != job:
+    note: Note = parse_json(text, Note, f"The unfinished inversion {str(path)!r}")
+    if note.job != job:
         raise WadiError(f"The unfinished inversion {str(path)!r} has other settings, exemplars or teacher. {advice}")
-    if note.get("network", network) != network:  # older states do not say it
+    if note.network not in (None, network):  # older states do not say it
         raise WadiError(
-            f"The unfinished inversion {str(path)!r} was made on another teacher (network {note['network']}, now {network}). "
+            f"The unfinished inversion {str(path)!r} was made on another teacher (network {note.network}, now {network}). "
             f"{advice}"
         )
     for i, row in enumerate(state.rows):
         with torch.no_grad():
             row.copy_(tensors[f"{i}.row"])
         moments = {name: tensors[f"{i}.{key}"].to(row.device) for name, key in (("exp_avg", "m"), ("exp_avg_sq", "v"))}
-        state.optimiser.state[row] = {"step": torch.tensor(float(note["step"] - note["skipped"])), **moments}
-    state.step, state.skipped, state.stats = note["step"], note["skipped"], note["stats"]
+        state.optimiser.state[row] = {"step": torch.tensor(float(note.step - note.skipped)), **moments}
+    state.step, state.skipped, state.stats = note.step, note.skipped, note.stats
 
 
 def finish(out: Path, state: State) -> None:

@@ -9,17 +9,18 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn
 
 import msgspec
 
 from wadi.errors import WadiError
 from wadi.io.regular import read_bytes
 
-T = TypeVar("T")
+asdict = msgspec.structs.asdict  # of a `Record`
 
 JSON_BYTES = 256 * 2**20  # an analysis or a result with a row per layer has some MiB
 YAML_BYTES = 2**20
+REMEDY = "Restore the file as it was written."
 DEPTH = 64  # levels of nesting; ours have at most six
 NODES = 100_000  # of a YAML file, aliases written out
 
@@ -31,20 +32,23 @@ Digest = Annotated[str, msgspec.Meta(max_length=256)]
 Side = Annotated[int, msgspec.Meta(ge=1, le=65_536)]  # pixels
 
 
-def read_json(path: str | Path, kind: type[T] | Any, what: str = "File", limit: int = JSON_BYTES) -> T:
+def read_json(path: str | Path, kind: Any, what: str = "File", limit: int = JSON_BYTES, remedy: str = REMEDY) -> Any:
     """Return the contents of a JSON file as ``kind`` (a `Record`, or any annotation that msgspec knows).
 
     Args:
         what: name of the file's contents at the start of a message, such as ``Checkpoint state``.
         limit: largest size in bytes.
+        remedy: what to do, at the end of a message.
     Raises:
         WadiError: see the module.
     """
     where = f"{what} {str(path)!r}"
-    return parse_json(read_bytes(path, limit, what), kind, where)
+    return parse_json(read_bytes(path, limit, what), kind, where, remedy)
 
 
-def read_json_lines(path: str | Path, kind: type[T] | Any, what: str = "File", half_last_line: bool = False) -> list[T]:
+def read_json_lines(
+    path: str | Path, kind: Any, what: str = "File", half_last_line: bool = False, remedy: str = REMEDY
+) -> list[Any]:
     """Return the objects of a file with one JSON value a line; blank lines are left out.
 
     Args:
@@ -61,11 +65,11 @@ def read_json_lines(path: str | Path, kind: type[T] | Any, what: str = "File", h
         where = f"{what} {str(path)!r} line {number + 1}"
         if half_last_line and number == last and not _is_json(line):
             break
-        rows.append(parse_json(line, kind, where))
+        rows.append(parse_json(line, kind, where, remedy))
     return rows
 
 
-def parse_json(data: bytes | str, kind: type[T] | Any, where: str) -> T:
+def parse_json(data: bytes | str, kind: Any, where: str, remedy: str = REMEDY) -> Any:
     """Return JSON text as ``kind``; ``where`` starts the message of an error.
 
     Raises:
@@ -76,32 +80,29 @@ def parse_json(data: bytes | str, kind: type[T] | Any, where: str) -> T:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
-        raise WadiError(f"{where} is not JSON: {error.msg} ({place}). Restore the file as it was written.") from error
+        raise WadiError(f"{where} is not JSON: {error.msg} ({place}). {remedy}") from error
     except RecursionError as error:
         raise WadiError(f"{where} is nested too deeply. At most {DEPTH} levels are read.") from error
     except ValueError as error:  # a number of thousands of digits
-        raise WadiError(
-            f"{where} holds a number that is too long: {_first(error)}. Restore the file as it was written."
-        ) from error
+        raise WadiError(f"{where} holds a number that is too long: {_first(error)}. {remedy}") from error
     _refuse_deep(value, where)
     if "\\u" in text:
         _refuse_surrogates(value, where)
-    return convert(value, kind, where)
+    return convert(value, kind, where, remedy)
 
 
-def convert(value: Any, kind: type[T] | Any, where: str) -> T:
+def convert(value: Any, kind: Any, where: str, remedy: str = REMEDY) -> Any:
     """Return plain lists, dictionaries and scalars as ``kind``.
 
     Raises:
         WadiError: with the field and the value, if one has another type or is out of range.
     """
     try:
-        result: T = msgspec.convert(value, kind)
-        return result
+        return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        _refuse(error, value, where)
+        _refuse(error, value, where, remedy)
     except OverflowError as error:  # an integer that no float holds
-        raise WadiError(f"{where} holds a number that is too large. Restore the file as it was written.") from error
+        raise WadiError(f"{where} holds a number that is too large. {remedy}") from error
 
 
 def decoded(data: bytes, where: str) -> str:
@@ -203,16 +204,14 @@ def _refuse_large(root: Any, where: str) -> None:
 # --- what is wrong ----------------------------------------------------------------------------------------------------------
 
 
-def _refuse(error: msgspec.ValidationError, value: Any, where: str) -> NoReturn:
+def _refuse(error: msgspec.ValidationError, value: Any, where: str, remedy: str) -> NoReturn:
     """Raise `WadiError` from msgspec's message: ``Expected `int`, got `str` - at `$.rows[0].images` ``."""
     problem, _, path = str(error).partition(" - at `$")
     path = path.rstrip("`").lstrip(".")
     field = f" in field {path!r}" if path else ""
     found = _at(value, path)
     received = "" if found is _NOWHERE else f" It is {_shortened(found)}."
-    raise WadiError(
-        f"{where} is not valid{field}: {problem.replace('`', '')}.{received} Restore the file as it was written."
-    ) from error
+    raise WadiError(f"{where} is not valid{field}: {problem.replace('`', '')}.{received} {remedy}") from error
 
 
 _NOWHERE = object()

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wadi.errors import WadiError
+from wadi.io.records import Record, Side, read_json
 from wadi.progress import progress
 from wadi.zoo.autoencoder import decode, encode
 from wadi.zoo.compose import compose, random_pose
@@ -82,13 +82,17 @@ def save_classifier(folder: Path, classifier: Classifier) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
+class Config(Record):
+    """``config.json`` of a classifier."""
+
+    concepts: list[str]
+    features: Side
+
+
 def read_classifier(folder: Path) -> Classifier:
     """What ``save_classifier`` wrote, in float32 and ready to judge."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        classifier = Classifier(config["concepts"], config["features"])
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise WadiError(f"{folder} is no classifier of the zoo ({error!r}); run `wadi zoo train` again") from None
+    config: Config = read_json(folder / "config.json", Config, "Classifier config")
+    classifier = Classifier(config.concepts, config.features)
     classifier.load_state_dict(load_tensors(folder / "model.safetensors")[0])
     return _channels_last(classifier.eval().requires_grad_(False))
 

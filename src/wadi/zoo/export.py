@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wadi.files import whole_folder, write_whole
+from wadi.io.records import read_json
 from wadi.zoo.concepts import COLOURS, CONCEPTS, STYLES
 from wadi.zoo.icons import Sprites
 from wadi.zoo.prompts import eval_prompts, training_prompts
@@ -31,7 +32,7 @@ def export_pipeline(pipe: Any, folder: Path) -> int:
 
 def _ask_for_float32(path: Path) -> None:
     # transformers 5 loads in the dtype the configuration names, diffusers in float32: a plain load must not mix them.
-    config = json.loads(path.read_text())
+    config = read_json(path, dict[str, Any], "Config")
     config["dtype"] = "float32"
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 

@@ -8,7 +8,6 @@ edges. The three sets together give about 3,000 sprites; people, flags and symbo
 from __future__ import annotations
 
 import io
-import json
 import re
 import subprocess
 import tarfile
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wadi.errors import WadiError
+from wadi.io.records import parse_json
 from wadi.zoo.concepts import CANDIDATES, CONCEPTS, STYLES
 
 if TYPE_CHECKING:
@@ -72,9 +72,10 @@ def read_icons(tarball: Path) -> dict[str, str]:
     """Name -> SVG text of every usable icon of one set."""
     try:
         with tarfile.open(tarball) as tar:
-            files = {name: json.load(_open(tar, name)) for name in ("icons.json", "metadata.json")}
-    except (tarfile.TarError, KeyError, json.JSONDecodeError, EOFError) as error:
+            texts = {name: _open(tar, name).read() for name in ("icons.json", "metadata.json")}
+    except (tarfile.TarError, KeyError, EOFError) as error:
         raise WadiError(f"{tarball} is not an iconify-json tarball ({error}); delete it and run again") from None
+    files = {name: parse_json(text, dict[str, Any], f"{name} in {str(tarball)!r}") for name, text in texts.items()}
     icons = files["icons.json"]
     category = {name: c for c, names in files["metadata.json"]["categories"].items() for name in names}
     names = [n for n in icons["icons"] if _usable(n, category.get(n))] + [

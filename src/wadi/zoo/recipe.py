@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wadi.bounds import BATCH, RATE, SEED, THREADS, UPDATES, Number, Whole
 from wadi.errors import WadiError
 
 if TYPE_CHECKING:
@@ -47,12 +48,16 @@ class ZooConfig:
     def __post_init__(self) -> None:
         if self.stage not in (*STAGES, "all"):
             raise WadiError(f"stage {self.stage!r} was asked for; give one of {', '.join(STAGES)} or all")
-        for name in ("batch_autoencoder", "batch_teacher", "pool", "first_fill", "fresh_per_step", "steps_classifier"):
-            if getattr(self, name) < 1:
-                raise WadiError(f"{name} is {getattr(self, name)}; give 1 or more")
-        for name in ("minutes_autoencoder", "minutes_teacher", "minutes_grid", "lr_autoencoder", "lr_teacher"):
-            if not getattr(self, name) > 0:
-                raise WadiError(f"{name} is {getattr(self, name)}; give a positive number")
+        for name in ("batch_autoencoder", "batch_teacher"):
+            BATCH.check(name, getattr(self, name))
+        for name in ("pool", "first_fill", "fresh_per_step", "steps_classifier"):
+            UPDATES.check(name, getattr(self, name))
+        for name in ("minutes_autoencoder", "minutes_teacher", "minutes_grid"):
+            Number(0, 1e6, above=True).check(name, getattr(self, name))
+        for name in ("lr_autoencoder", "lr_teacher"):
+            RATE.check(name, getattr(self, name))
+        SEED.check("seed", self.seed)
+        Whole(0, THREADS.high).check("threads", self.threads)
 
 
 def train(config: ZooConfig) -> Path:

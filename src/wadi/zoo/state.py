@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wadi.errors import WadiError
+from wadi.io.records import parse_json
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], note: dict[str, Any] | None = None) -> None:
@@ -34,10 +35,11 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise WadiError(f"{path} does not exist; run the earlier stages of the recipe first")
     try:
         with safe_open(path, framework="pt") as file:
-            note = json.loads((file.metadata() or {}).get("note", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, note  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
+            text = (file.metadata() or {}).get("note", "{}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
         raise WadiError(f"{path} is damaged ({error}); delete it and run the stage again") from None
+    return tensors, parse_json(text, dict[str, Any], f"The note in {str(path)!r}")
 
 
 class Budget:

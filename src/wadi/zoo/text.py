@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from wadi.io.records import parse_json
 from wadi.zoo.prompts import training_prompts
 
 LENGTH = 24
@@ -28,7 +29,7 @@ def write_tokenizer(folder: Path) -> None:
     words = sorted({word for prompt in training_prompts() for word in prompt.replace(",", " ,").split()})
     trainer = trainers.BpeTrainer(vocab_size=4096, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
     tokenizer.train_from_iterator(words, trainer)
-    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    merges = [tuple(pair) for pair in parse_json(tokenizer.to_str(), Any, "The tokenizer")["model"]["merges"]]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(letter + "</w>" for letter in letters), *dict.fromkeys(a + b for a, b in merges), START, END]
     folder.mkdir(parents=True, exist_ok=True)

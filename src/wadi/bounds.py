@@ -1,0 +1,92 @@
+"""Bounds of numbers: whole numbers and finite numbers, as types of command-line options and as checks of settings.
+
+As ``type=`` of an option: ``add("--count", type=COUNT, default=1)``. As a check of a setting: ``COUNT.check("count", value)``.
+The error names the option, the value and the bounds. NaN and infinity are never accepted.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from argparse import ArgumentTypeError
+from dataclasses import dataclass
+
+from wadi.errors import WadiError
+
+SEEDS = 2**63  # torch generators take seeds below this
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A parser of whole numbers from ``low`` to ``high``, both included."""
+
+    low: int
+    high: int
+
+    def __call__(self, value: object) -> int:
+        text = "" if isinstance(value, bool) else str(value).strip()
+        number = int(text) if re.fullmatch(r"[+-]?[0-9]{1,30}", text) else None
+        if number is None or not self.low <= number <= self.high:
+            raise ArgumentTypeError(f"{_short(value)} is not a {self!r}")
+        return number
+
+    def check(self, name: str, value: object) -> None:
+        """Raise `WadiError` if ``value`` is out of bounds."""
+        _check(self, name, value)
+
+    def __repr__(self) -> str:
+        return f"whole number from {self.low:,} to {self.high:,}"
+
+
+@dataclass(frozen=True)
+class Number:
+    """A parser of finite numbers from ``low`` to ``high``, both included; with ``above`` without ``low`` itself."""
+
+    low: float
+    high: float
+    above: bool = False
+
+    def __call__(self, value: object) -> float:
+        try:
+            number = math.nan if isinstance(value, bool) else float(str(value))
+        except ValueError:
+            number = math.nan
+        if not (self.low < number if self.above else self.low <= number) or not number <= self.high:
+            raise ArgumentTypeError(f"{_short(value)} is not a {self!r}")
+        return number
+
+    def check(self, name: str, value: object) -> None:
+        """Raise `WadiError` if ``value`` is out of bounds."""
+        _check(self, name, value)
+
+    def __repr__(self) -> str:
+        return f"number {'above' if self.above else 'from'} {self.low:g} {'and up to' if self.above else 'to'} {self.high:g}"
+
+
+def _check(bounds: Whole | Number, name: str, value: object) -> None:
+    try:
+        bounds(value)
+    except ArgumentTypeError as error:
+        raise WadiError(f"{name} is {_short(value)}. Expected a {bounds!r}: set --{name}.") from error
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+COUNT = Whole(1, 10_000_000)  # images, prompts, rows
+BATCH = Whole(1, 65_536)  # of images or prompts at once
+SEED = Whole(0, SEEDS - 1)
+STEPS = Whole(1, 1000)  # of a sampler; schedules have 1000 timesteps, see `wadi.sampling` for shorter ones
+UPDATES = Whole(1, 100_000_000)  # of a training
+RANK = Whole(1, 65_536)
+SIDE = Whole(1, 65_536)  # of an image or a matrix, in pixels or rows
+PROCESSES = Whole(1, 65_536)
+THREADS = Whole(1, 4096)
+ROUNDS = Whole(1, 10_000)  # repetitions of a measurement
+TIMESTEP = Whole(0, 1_000_000)
+GUIDANCE = Number(-1000, 1000)
+RATE = Number(0, 1e30, above=True)  # of learning
+SCALE = Number(-1000, 1000)
+SHARE = Number(0, 1)
