@@ -8,7 +8,6 @@ Trainers write the same matrices under different names. diffusers: ``unet.LAYER.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from wadi.downstream.tensors import listed, read_tensors
 from wadi.errors import WadiError
+from wadi.io.records import parse_json, read_json
 
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' name for the file in a folder
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -49,6 +49,7 @@ _OTHERS = (
     (r"lora_embedding_|modules_to_save", "an adapter that also trains embeddings or whole layers", ""),
     (r"vera_lambda|\.lora_E$|ranknum", "an AdaLoRA or VeRA", ""),
 )  # fmt: skip
+SAVE_AGAIN = "Save the adapter again."
 MERGE = "Merge it into the teacher with the tool that trained it, and use the merged model."
 
 
@@ -116,19 +117,12 @@ def read_settings(file: Path) -> dict[str, Any]:
     Raises:
         WadiError: if it cannot be read or is something else.
     """
-    try:
-        return _json(file, file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise WadiError(f"{str(file)!r} cannot be read: {error}. Save the adapter again.") from error
+    found: dict[str, Any] = read_json(file, dict[str, Any], "The settings of the LoRA in", remedy=SAVE_AGAIN)
+    return found
 
 
 def _json(path: Path, text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-        if not isinstance(found, dict):
-            raise TypeError(f"it is a {type(found).__name__}, not an object")
-    except (ValueError, TypeError, RecursionError) as error:
-        raise WadiError(f"The settings of the LoRA in {str(path)!r} are damaged: {error}. Save the adapter again.") from error
+    found: dict[str, Any] = parse_json(text, dict[str, Any], f"The settings of the LoRA in {str(path)!r}", SAVE_AGAIN)
     return found
 
 
