@@ -14,7 +14,7 @@ RANKS = (
     {"errors", "_peft_hook"},
     {"io", "bounds"},
     {"files", "device", "ranks"},
-    {"process", "config", "embedded", "images", "progress", "figures"},
+    {"process", "config", "embedded", "images", "progress", "figures", "pretrained"},
     {"presets", "lorad", "data"},
     {"adapters"},
     {"backbones"},

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,17 @@ import torch
 from torch import nn
 
 from wadi.backbones.base import RESOLUTION, Backbone
+from wadi.backbones.failures import exists, first_line, loading
 from wadi.backbones.pooling import pool_pipeline_at_end_token
+from wadi.backbones.stored import LEFT_OUT, Weights, components, names_in, pipeline_folder, pipeline_weights
+from wadi.backbones.tokenizers import refuse_absent_files, refuse_misfits
 from wadi.errors import WadiError
 from wadi.io.records import read_json
+from wadi.pretrained import load_complete, opened, quiet
+
+MOST_LAYERS = 1000
+LARGEST = 10**10  # of any other whole number in a model's config
+_LAYERS = re.compile(r"num_(\w+_)?(layers|blocks)|layers_per_block|\w+_layers_per_block|depth")
 
 # Pipeline class name -> "module:class" of its backbone. Imported on use, so that one family's needs are not everyone's.
 _FAMILIES: dict[str, str] = {
@@ -53,49 +61,77 @@ def from_pipeline(pipeline: Any, resolution: tuple[int, int] | None = None) -> B
     """The backbone of a loaded pipeline, at ``resolution`` ``(height, width)`` in pixels or the model's own.
 
     Raises:
-        WadiError: if no family serves the pipeline's class, its scheduler is of an unknown kind, or the model cannot draw at
-            that resolution.
+        WadiError: if no family serves the pipeline's class, its scheduler is of an unknown kind, its configuration has values
+            that cannot be used, or the model cannot generate at that resolution.
     """
-    return family(type(pipeline).__name__)(pipeline, resolution)
+    backbone = family(type(pipeline).__name__)
+    try:
+        return backbone(pipeline, resolution)
+    except WadiError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        raise WadiError(
+            f"The configuration of this {type(pipeline).__name__} cannot be used: {type(error).__name__}: {first_line(error)}. "
+            "Compare the config.json of its models and its scheduler_config.json with those of the original pipeline."
+        ) from error
 
 
-def load_pipeline(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Any:
+def load_pipeline(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    variant: str | None = None,
+) -> Any:
     """A text-to-image pipeline from a diffusers folder or a Hub id, in ``dtype`` on ``device``, without a safety checker.
 
+    Every tensor of its models is read from its files, every value is finite, and its tokenizers have their vocabularies.
+
+    Args:
+        variant: which copy of the weights, such as ``"fp16"``; None = the plain one, or the only variant that is there.
     Raises:
-        WadiError: if ``path`` is no pipeline folder, or a Hub id that cannot be reached, is gated or does not exist.
+        WadiError: if ``path`` is no pipeline folder, or a Hub id that cannot be reached, is gated or does not exist; if a
+            model lacks tensors or has values that are not finite; if a tokenizer has no vocabulary.
     """
     index = pipeline_index(path)
-    without = {name: None for name in ("safety_checker", "feature_extractor") if name in index}
+    folder = pipeline_folder(path, variant)
+    weights = pipeline_weights(folder, index, variant)
+    for component in components(index):
+        names_in(folder / component)  # refuses what is not a regular file
+    refuse_absent_files(index, folder)
+    models = {name: _model(path, folder, name, index, part, dtype) for name, part in weights.items()}
+    without = {name: None for name in LEFT_OUT if name in index}
     with loading(path):
         from diffusers import DiffusionPipeline
 
-        pipeline = DiffusionPipeline.from_pretrained(str(path), dtype=dtype, **without)
-    _refuse_incomplete(path, pipeline)
+        pipeline = DiffusionPipeline.from_pretrained(str(folder), dtype=dtype, **without, **models)
+        refuse_misfits(pipeline, folder)
+    if not exists(path):
+        pipeline.register_to_config(_name_or_path=str(path))
     if RESOLUTION in index:
         pipeline.register_to_config(**{RESOLUTION: index[RESOLUTION]})
     pool_pipeline_at_end_token(pipeline)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    pipeline.wadi_source = (folder, variant)
+    with loading(path, "", [file for part in weights.values() for file in part.files], dtype, device):
+        return pipeline.to(device)
 
 
-def _refuse_incomplete(path: str | Path, pipeline: Any) -> None:
-    """Raise `WadiError` if the files lacked tensors: diffusers leaves those without contents and only remarks on it."""
-    for component, module in pipeline.components.items():
-        lost = [name for name, tensor in module.named_parameters() if tensor.is_meta] if isinstance(module, nn.Module) else []
-        if not lost:
-            continue
-        why = "Its files are incomplete. Expected all of them: fetch or save the pipeline anew."
-        for file in (Path(path) / component).glob("*.safetensors"):
-            from safetensors import safe_open
-
-            with safe_open(file, framework="pt") as stored:
-                if any(".base_layer." in name for name in stored.keys()):  # noqa: SIM118
-                    why = (
-                        "It was saved with an adapter attached, whose layers go by other names. Expected plain weights: merge "
-                        "it (pipeline.fuse_lora() and pipeline.unload_lora_weights()) and save the pipeline anew."
-                    )
-        raise WadiError(f"Teacher {str(path)!r} lacks {len(lost)} tensors of its {component} (first: {lost[0]}). {why}")
+def _model(
+    path: str | Path, folder: Path, component: str, index: Mapping[str, Any], weights: Weights, dtype: torch.dtype
+) -> nn.Module:
+    """One model of a pipeline, complete and finite."""
+    library, name = components(index)[component]
+    for file in weights.files:
+        with opened(file):  # names the file that is damaged
+            pass
+    model_class: Any = getattr(importlib.import_module(library), name)
+    options = {"torch_dtype" if library == "diffusers" else "dtype": dtype, "variant": weights.variant}
+    check_config(read_config(folder, component), f"{component}/config.json of {str(path)!r}")
+    with loading(path, component, weights.files, dtype):
+        model: nn.Module = load_complete(
+            model_class, str(folder / component), f"The {component} of {str(path)!r}", use_safetensors=True, **options
+        )
+        return model
 
 
 def pipeline_index(path: str | Path) -> dict[str, Any]:
@@ -104,7 +140,7 @@ def pipeline_index(path: str | Path) -> dict[str, Any]:
     Raises:
         WadiError: as `load_pipeline`.
     """
-    local = Path(path).exists()
+    local = exists(path)
     if not local and (str(path).startswith((".", "/", "~")) or str(path).count("/") != 1):
         raise WadiError(f"Teacher {str(path)!r} does not exist. Expected a diffusers pipeline folder or a Hub id 'owner/name'.")
     if local and not (Path(path) / "model_index.json").is_file():
@@ -113,10 +149,16 @@ def pipeline_index(path: str | Path) -> dict[str, Any]:
             "pipeline.save_pretrained(); a single-file checkpoint is converted by "
             "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)."
         )
-    with loading(path):
+    with loading(path, "model_index.json"):
         from diffusers import DiffusionPipeline
 
-        return dict(DiffusionPipeline.load_config(str(path)))
+        index = dict(DiffusionPipeline.load_config(str(path)))
+    if not isinstance(index.get("_class_name"), str):
+        raise WadiError(
+            f"model_index.json of {str(path)!r} has {index.get('_class_name')!r} under '_class_name'. It must name one "
+            "pipeline class, such as 'StableDiffusionPipeline'."
+        )
+    return index
 
 
 def read_config(path: str | Path, component: str) -> dict[str, Any]:
@@ -126,13 +168,12 @@ def read_config(path: str | Path, component: str) -> dict[str, Any]:
         WadiError: as `load_pipeline`.
     """
     name = "scheduler_config.json" if component == "scheduler" else "config.json"
-    with loading(path):
+    with loading(path, f"{component}/{name}"):
         from huggingface_hub import hf_hub_download
 
-        local = Path(path) / component / name
-        file = local if Path(path).exists() else Path(hf_hub_download(str(path), name, subfolder=component))
-    values: dict[str, Any] = read_json(file, dict[str, Any], "Config")
-    return values
+        file = Path(path) / component / name if exists(path) else Path(hf_hub_download(str(path), name, subfolder=component))
+        values: dict[str, Any] = read_json(file, dict[str, Any], "Config")
+        return values
 
 
 def build_network(config: dict[str, Any]) -> nn.Module:
@@ -141,59 +182,36 @@ def build_network(config: dict[str, Any]) -> nn.Module:
     Raises:
         WadiError: if diffusers has no such class, or it does not take these settings.
     """
-    with loading(f"a config of {config.get('_class_name')}"):
-        import diffusers
+    import diffusers
 
-        network: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
-        return network
+    name = config.get("_class_name")
+    network_class = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(network_class, type) and issubclass(network_class, diffusers.ModelMixin)):
+        raise WadiError(f"A model's config has {name!r} under '_class_name'. It must name a model class of diffusers.")
+    check_config(config, f"The config of {name}")
+    try:
+        with quiet():
+            network: Any = network_class.from_config(config)
+            return network
+    except Exception as error:  # each class has its own way to refuse a setting
+        raise WadiError(
+            f"A {name} cannot be built from its config: {type(error).__name__}: {first_line(error)}. Compare its "
+            "config.json with that of the original model."
+        ) from error
 
 
-def load_network(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[type[Backbone], Any]:
-    """A pipeline's family and its network alone, on the CPU: no text encoder, no autoencoder.
+def check_config(config: Mapping[str, Any], what: str) -> None:
+    """Raise `WadiError` if a whole number in a model's config is out of all proportion: building it would take for ever.
 
-    Raises:
-        WadiError: as `load_pipeline`, or if no family serves the pipeline.
+    Args:
+        what: name of the config in the message.
     """
-    index = pipeline_index(path)
-    backbone = family(str(index.get("_class_name")))
-    with loading(path):
-        import diffusers
-
-        network_class = getattr(diffusers, index[backbone.component][1])
-        return backbone, network_class.from_pretrained(str(path), subfolder=backbone.component, torch_dtype=dtype)
-
-
-@contextmanager
-def loading(path: object) -> Iterator[None]:
-    """Within the block whatever a library raises becomes one line about ``path``: each has exception classes of its own."""
-    try:
-        with _quiet():
-            yield
-    except Exception as error:
-        local = Path(str(path)).exists()
-        where = "Its files are damaged or incomplete" if local else "The Hub could not deliver it"
-        hint = "" if local else " Check the id, the network and, for a gated model, `hf auth login`; or give a local folder."
-        raise WadiError(f"Teacher {str(path)!r} could not be loaded. {where}: {_first_line(error)}.{hint}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the libraries' bars and their advice at every load (safety checker, image processors): errors still raise."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    libraries = (diffusers_logging, transformers_logging)
-    verbosities = [library.get_verbosity() for library in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, verbosity in zip(libraries, verbosities, strict=True):
-            library.set_verbosity(verbosity)
-            library.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:300]
+    for key, value in config.items():
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, bool) or not isinstance(number, int):
+                continue
+            if abs(number) > LARGEST or (_LAYERS.fullmatch(key) and not 0 <= number <= MOST_LAYERS):
+                raise WadiError(
+                    f"{what} has {key}: {number if abs(number) < 10**30 else 'more than 10^30'}. At most "
+                    f"{MOST_LAYERS if _LAYERS.fullmatch(key) else LARGEST} is supported: correct the file."
+                )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from wadi.backbones.loading import family, pipeline_index
+from wadi.backbones.stored import fetch, weights_in
 from wadi.errors import WadiError
+from wadi.pretrained import opened
 
 WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before a network's names
 
@@ -21,22 +23,15 @@ class LazyTensors(Mapping[str, Tensor]):
         WadiError: on construction, if a file is missing or damaged.
     """
 
-    def __init__(self, files: list[Path]) -> None:
-        from safetensors import SafetensorError, safe_open
-
+    def __init__(self, files: Sequence[Path]) -> None:
         self._places: dict[str, tuple[Any, str]] = {}
         for file in files:
-            try:
-                opened = safe_open(file, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise WadiError(
-                    f"Weights {str(file)!r} cannot be read: {str(error).splitlines()[0]}. Expected a safetensors file."
-                ) from error
-            for name in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
+            tensors = opened(file)
+            for name in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
                 plain = name
                 for wrapper in WRAPPERS:
                     plain = plain.removeprefix(wrapper)
-                self._places[plain] = (opened, name)
+                self._places[plain] = (tensors, name)
 
     def __getitem__(self, name: str) -> Tensor:
         opened, stored = self._places[name]
@@ -55,8 +50,8 @@ class LazyTensors(Mapping[str, Tensor]):
         return tuple(opened.get_slice(stored).get_shape())
 
 
-def network_weights(path: str | Path) -> LazyTensors:
-    """The network's tensors of a pipeline (folder or Hub id), or those of a single safetensors file.
+def network_weights(path: str | Path, variant: str | None = None) -> LazyTensors:
+    """The network's tensors of a pipeline (folder or Hub id) as `load_pipeline` loads them, or of a single safetensors file.
 
     Raises:
         WadiError: if there are none, or they cannot be read.
@@ -64,24 +59,8 @@ def network_weights(path: str | Path) -> LazyTensors:
     if Path(path).is_file():
         return LazyTensors([Path(path)])
     component = family(str(pipeline_index(path).get("_class_name"))).component
-    folder = Path(path) if Path(path).exists() else _fetched(str(path), component)
-    found = sorted((folder / component).glob("*.safetensors"))
-    plain = [file for file in found if ".fp16." not in file.name and ".ema" not in file.name and "non_ema" not in file.name]
-    if not found:
-        raise WadiError(
-            f"{str(path)!r} has no safetensors weights under {component}/. Expected some: load the pipeline and save it with "
-            "save_pretrained()."
-        )
-    return LazyTensors(plain or found)
-
-
-def _fetched(hub_id: str, component: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    from wadi.backbones.loading import loading
-
-    with loading(hub_id):
-        return Path(snapshot_download(hub_id, allow_patterns=[f"{component}/*.safetensors", f"{component}/*.json"]))
+    folder = Path(path) if Path(path).exists() else fetch(str(path), component, variant)
+    return LazyTensors(weights_in(folder / component, variant).files)
 
 
 def compare(expected: Mapping[str, tuple[int, ...]], found: LazyTensors, what: str, whose: str) -> None:

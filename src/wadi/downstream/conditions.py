@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch import Tensor
 
 from wadi.errors import WadiError
+from wadi.pretrained import load_complete
 
 LOW, HIGH, SIGMA = 0.1, 0.2, 0.8  # thresholds on the gradient (a black-white step is 1), blur in pixels
 SCRIBBLE_SIGMA, SCRIBBLE_WIDTH = 2.5, 5
@@ -273,7 +274,10 @@ def _load(network_class: Any, model: str) -> tuple[Any, Any]:
     from transformers import AutoImageProcessor
 
     try:
-        return network_class.from_pretrained(model).eval(), AutoImageProcessor.from_pretrained(model)
+        network = load_complete(network_class, model, f"{network_class.__name__} {model!r}")
+        return network.eval(), AutoImageProcessor.from_pretrained(model)
+    except WadiError:
+        raise
     except Exception as error:  # transformers and huggingface_hub have exception classes of their own
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WadiError(

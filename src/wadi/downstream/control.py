@@ -23,11 +23,13 @@ from PIL import Image
 
 from wadi.backbones import from_pipeline
 from wadi.backbones.loading import register_family
+from wadi.backbones.stored import weights_in
 from wadi.downstream.conditions import as_rgb, fitted, read_picture
 from wadi.downstream.control_fit import refuse_misfit
 from wadi.embedded import NAME, embedded
 from wadi.errors import WadiError
 from wadi.io.records import read_json
+from wadi.pretrained import load_complete
 from wadi.progress import without_remarks
 
 STRONGEST = 2.0
@@ -123,7 +125,10 @@ def load_control(control: str | Path, dtype: Any = None) -> Any:
         kind = str(config.get("_class_name"))
         if kind not in kinds:
             raise ValueError(f"its config.json names {kind!r}")
-        return getattr(diffusers, kind).from_pretrained(str(path), **({} if dtype is None else {"torch_dtype": dtype}))
+        options: dict[str, Any] = {} if dtype is None else {"torch_dtype": dtype}
+        if Path(path).is_dir():
+            options["variant"] = weights_in(Path(path)).variant
+        return load_complete(getattr(diffusers, kind), str(path), f"Control {str(control)!r}", use_safetensors=True, **options)
     except WadiError:
         raise
     except Exception as error:  # diffusers, huggingface_hub and safetensors have exception classes of their own

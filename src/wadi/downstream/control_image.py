@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from wadi.errors import WadiError
+from wadi.pretrained import load_complete
 
 PARTS = ("image_proj", "ip_adapter")
 
@@ -70,7 +71,9 @@ def add_image_prompt(pipeline: Any, file: Path) -> Any:
         folder = next((f for f in (file.parent / "image_encoder", file.parent.parent / "image_encoder") if f.is_dir()), None)
         if folder is None:
             raise WadiError(f"There is no folder image_encoder beside {str(file)!r}. Expected the CLIP vision model it needs.")
-        encoder: Any = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=pipeline.dtype)
+        encoder: Any = load_complete(
+            CLIPVisionModelWithProjection, str(folder), f"Image encoder {str(folder)!r}", dtype=pipeline.dtype
+        )
         pipeline.register_modules(image_encoder=encoder.to(pipeline.device))
     if getattr(pipeline, "feature_extractor", None) is None:
         pipeline.register_modules(feature_extractor=_processor(pipeline.image_encoder.config.image_size))

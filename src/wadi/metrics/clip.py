@@ -20,6 +20,7 @@ from torch import Tensor
 from wadi.errors import WadiError
 from wadi.metrics import hub
 from wadi.metrics.checks import Images, as_bytes, rows
+from wadi.pretrained import load_complete
 
 VIT_B_32, VIT_L_14 = "openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's CLIP
@@ -74,7 +75,7 @@ def load_clip(name_or_path: str | Path = VIT_B_32, device: str = "cpu", tokenize
     def load(name: str) -> Any:
         from transformers import CLIPModel
 
-        return CLIPModel.from_pretrained(name, dtype=torch.float32)
+        return load_complete(CLIPModel, name, f"CLIP {name!r}", dtype=torch.float32)
 
     model = hub.pretrained(load, name_or_path, "a CLIP of transformers").eval().requires_grad_(False).to(device)
     about = _preprocessing(str(name_or_path))

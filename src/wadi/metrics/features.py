@@ -17,6 +17,7 @@ from wadi.errors import WadiError
 from wadi.metrics import hub
 from wadi.metrics.checks import Images, as_bytes, rows
 from wadi.metrics.resize import check_filter, resize
+from wadi.pretrained import load_complete
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
 INCEPTION_URL = (
@@ -111,7 +112,7 @@ def dinov2(name_or_path: str | Path = DINOV2, resize: str = "clean", device: str
     def load(name: str) -> Any:
         from transformers import Dinov2Model
 
-        return Dinov2Model.from_pretrained(name, dtype=torch.float32)
+        return load_complete(Dinov2Model, name, f"DINOv2 {name!r}", dtype=torch.float32)
 
     model = hub.pretrained(load, name_or_path, "a DINOv2 of transformers").eval().requires_grad_(False).to(device)
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))

@@ -78,6 +78,8 @@ def pretrained(load: Callable[[str], Any], name: str | Path, expected: str) -> A
     """
     try:
         return load(str(name))
+    except WadiError:
+        raise
     except (OSError, ValueError, KeyError) as error:  # what transformers and the Hub client raise for absent or foreign files
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WadiError(

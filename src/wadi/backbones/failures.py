@@ -1,0 +1,93 @@
+"""Whatever a library raises while a pipeline is loaded, as one line that says what failed and what to do."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from wadi.errors import WadiError
+from wadi.pretrained import opened, quiet
+
+_FULL = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "defaultcpuallocator")
+
+
+@contextmanager
+def loading(
+    path: object,
+    part: str = "",
+    files: Sequence[Path] = (),
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Iterator[None]:
+    """Turn what a library raises within the block into one `WadiError` about the pipeline ``path``.
+
+    Args:
+        part: what of it is loaded, such as ``"unet/config.json"``.
+        files, dtype, device: safetensors files, and how they are loaded, for the message when memory runs out.
+    """
+    try:
+        with quiet():
+            yield
+    except WadiError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise WadiError(_too_large(path, files, dtype, device)) from error
+        subject = f"{part} of the teacher {str(path)!r}" if part else f"Teacher {str(path)!r}"
+        if exists(path):
+            raise WadiError(
+                f"{subject} could not be loaded: {first_line(error)}. Its files are damaged or incomplete: download or save it "
+                "again with save_pretrained()."
+            ) from error
+        raise WadiError(
+            f"{subject} could not be loaded. The Hub could not deliver it: {first_line(error)}. Check the id, the network and, "
+            "for a gated model, `hf auth login`; or give a local folder."
+        ) from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether ``error`` says that memory ran out, on the CPU or a GPU."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and any(words in str(error).lower() for words in _FULL)
+
+
+def bytes_in(files: Sequence[Path], dtype: torch.dtype) -> int:
+    """Return the bytes that the floating-point tensors of safetensors files need in ``dtype``, by their headers."""
+    values = 0
+    for file in files:
+        with opened(file) as stored:
+            values += sum(_count(stored.get_slice(name).get_shape()) for name in stored.keys())  # noqa: SIM118
+    return values * dtype.itemsize
+
+
+def _count(shape: Sequence[int]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _too_large(path: object, files: Sequence[Path], dtype: torch.dtype, device: str | torch.device) -> str:
+    needed = bytes_in(files, dtype) if files else 0
+    name = str(dtype).removeprefix("torch.")
+    size = f" Its weights take {needed / 2**30:.1f} GiB in {name}." if needed else ""
+    half = f" in bfloat16 ({needed / dtype.itemsize * 2 / 2**30:.1f} GiB)" if needed and dtype.itemsize > 2 else ""
+    return (
+        f"Memory on {device} ran out while the teacher {str(path)!r} was loaded.{size} Load it{half or ' where more is free'}: "
+        "see --dtype and --device; `wadi plan --teacher` prints what training needs."
+    )
+
+
+def exists(path: object) -> bool:
+    """Return whether ``path`` is on this machine; a name that no file can have is not."""
+    try:
+        return Path(str(path)).exists()
+    except (OSError, ValueError):  # too long, a null byte, half of a surrogate pair
+        return False
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, at most 300 characters, without the final stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:300]
