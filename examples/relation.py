@@ -27,6 +27,7 @@ from wadi.downstream.inversion_data import read_exemplars
 from wadi.files import write_whole
 from wadi.generate import load, teacher_of
 from wadi.images import grid, save_png, to_pil
+from wadi.io.images import read_image
 from wadi.zoo import load_classifier, load_teacher
 from wadi.zoo.evaluate import Drawer, latency, mean_and_spread
 from wadi.zoo.icons import load_sprites
@@ -182,7 +183,7 @@ def show(drawers: dict[str, Drawer]) -> Image.Image:
     """Four prompts of each relation: exemplars above, then teacher and student with the token and without."""
     columns = [(relation, i) for relation in RELATIONS for i in (1, 4, 6, 8)]
     seeds = list(range(len(columns)))
-    rows = [[Image.open(FOLDER / relation / f"{i:02d}.png") for relation, i in columns]]
+    rows = [[read_image(FOLDER / relation / f"{i:02d}.png") for relation, i in columns]]
     for draw in drawers.values():
         for with_token in (True, False):
             rows.append([to_pil(x) for x in draw([prompts(relation, with_token)[i] for relation, i in columns], seeds)])

@@ -212,12 +212,11 @@ LOWER = ("fid", "kid", "fd", "kd")  # is better
 
 def _write_hybrids(found: Hybrids, folder: Path) -> None:
     """Figures 1c and 1d, the scores as a result file, and their tables at the end of ``analysis.md``."""
-    from PIL import Image
-
     from wadi import images
     from wadi.analysis import plots
     from wadi.evaluate.result import LABELS, table
     from wadi.generate import enlargement
+    from wadi.io.images import read_image
 
     found.result.save(folder / "swap.json")
     whole, partial = found.result.rows[: found.whole], found.result.rows[found.whole :]
@@ -226,7 +225,7 @@ def _write_hybrids(found: Hybrids, folder: Path) -> None:
         for name in whole[0].metrics
     }
     plots.bars(_scores(whole), titles, folder)
-    rows = {name: [Image.open(path).convert("RGB") for path in paths] for name, paths in found.pictures.items()}
+    rows = {name: [read_image(path) for path in paths] for name, paths in found.pictures.items()}
     labels = [name.replace(", ", "\n") for name in rows]
     grid = images.grid(list(rows.values()), labels, found.prompts, enlargement(next(iter(rows.values()))[0]))
     images.save_png(grid, folder / "figure-1d.png")

@@ -204,7 +204,7 @@ def prepare(pipeline: Any, args: Any, size: tuple[int, int] | None) -> Drawing:
     if size is not None:
         hires.resize(pipeline, wanted)
     # Read before the control is loaded: bad input is told at once.
-    init = None if args.init is None else img2img.read_image(args.init, wanted)
+    init = None if args.init is None else img2img.read_init(args.init, wanted)
     if args.control is not None:
         pipeline, call = controlled(pipeline, args, wanted)
     schedule = steps.schedule(pipeline.scheduler, args.steps, strength_of(args))
@@ -235,10 +235,12 @@ def controlled(pipeline: Any, args: Any, wanted: tuple[int, int]) -> tuple[Any, 
     """``pipeline`` under ``--control``, and what its call is to be told."""
     from wadi.downstream import conditions
     from wadi.downstream.control import control_arguments, with_control
+    from wadi.io.images import open_image
 
-    picture = conditions.read_picture(args.condition)
+    picture = open_image(args.condition, "Condition image")
+    colours = conditions.as_rgb(picture)
     if args.condition_from is not None:
-        picture = conditions.condition(args.condition_from, conditions.fitted(picture, wanted))  # lines fade when shrunk
+        picture = conditions.condition(args.condition_from, conditions.fitted(colours, wanted))  # lines fade when shrunk
     pipeline = with_control(pipeline, args.control)
     return pipeline, control_arguments(pipeline, picture, 1.0 if args.control_scale is None else args.control_scale)
 

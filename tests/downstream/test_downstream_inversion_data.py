@@ -121,8 +121,8 @@ WRONG = [
     (_no_text, "line 1 is not valid.*text"),
     (_empty_text, "entry 2 is '\\[\\]'.*a sentence"),
     (_not_utf8, "UTF-8"),
-    (_broken, r"01\.png' cannot be read"),
-    (_no_picture, r"01\.png' cannot be read"),
+    (_broken, r"01\.png'"),
+    (_no_picture, r"01\.png'"),
 ]
 
 

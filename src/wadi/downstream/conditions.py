@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from wadi.errors import WadiError
+from wadi.io.images import is_transparent, read_image, to_rgb
 from wadi.pretrained import load_complete
 
 LOW, HIGH, SIGMA = 0.1, 0.2, 0.8  # thresholds on the gradient (a black-white step is 1), blur in pixels
@@ -31,44 +32,35 @@ RATIO = 0.02  # relative difference of aspect ratios up to which a picture is re
 
 
 def read_picture(path: str | Path) -> Image.Image:
-    """A picture file as 8-bit RGB; see `as_rgb`.
+    """A picture file as 8-bit RGB; see `wadi.io.images`.
 
     Raises:
         WadiError: if there is no such file, it is no picture, or its mode is not offered.
     """
-    try:
-        with Image.open(path) as opened:
-            opened.load()
-            return as_rgb(opened)
-    except FileNotFoundError as error:
-        raise WadiError(f"Condition image {str(path)!r} does not exist. Expected a picture file.") from error
-    except (UnidentifiedImageError, OSError) as error:
-        raise WadiError(f"Condition image {str(path)!r} cannot be read: {error}. Expected a PNG, JPEG or WebP file.") from error
+    return read_image(path, "Condition image")
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:
-    """Any mode as 8-bit RGB: palettes resolved, 16 bits divided by 257, what is transparent laid on black (= no condition).
+    """Any mode as 8-bit RGB, what is transparent laid on white.
 
     Raises:
         WadiError: if the numbers have no known range (32-bit floats, integers beyond 16 bits).
     """
-    if picture.mode == "F" or (picture.mode.startswith("I") and not _is_16_bit(picture)):
+    return to_rgb(picture, "The condition image")
+
+
+def finished(picture: Image.Image) -> Image.Image:
+    """A condition image that is one already, as 8-bit RGB.
+
+    Raises:
+        WadiError: as `as_rgb`; and if it is transparent: white would be a condition, and black another one.
+    """
+    if is_transparent(picture):
         raise WadiError(
-            f"The condition image has mode {picture.mode!r}, whose range is unknown. Expected 8 bits a channel or 16-bit grey: "
-            "scale it to 0..255 and save it as PNG."
+            "The condition image has transparent pixels. Lay it on the background that the network expects (black for edges, "
+            "depth and pose) and save it without transparency."
         )
-    if picture.mode.startswith("I"):
-        grey = (np.asarray(picture, dtype=np.float64) / 257).round().astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        layer = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, (0, 0, 0, 255)), layer).convert("RGB")
-    return picture.convert("RGB")
-
-
-def _is_16_bit(picture: Image.Image) -> bool:
-    values = np.asarray(picture)
-    return bool(values.min() >= 0 and values.max() <= 65535)
+    return as_rgb(picture)
 
 
 def fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -95,7 +87,7 @@ def to_tensor(picture: Image.Image) -> Tensor:
 
 def to_picture(mask: Tensor) -> Image.Image:
     """``(1, H, W)`` or ``(H, W)``, boolean or in ``[0, 1]``, as an RGB picture: 1 is white."""
-    return Image.fromarray((mask.float().squeeze() * 255).round().byte().cpu().numpy()).convert("RGB")
+    return Image.fromarray((mask.float().reshape(mask.shape[-2:]) * 255).round().byte().cpu().numpy()).convert("RGB")
 
 
 # --- edges ------------------------------------------------------------------------------------------------------------------
@@ -297,7 +289,7 @@ def condition(kind: str, picture: Image.Image, model: str | None = None) -> Imag
         WadiError: if there is no such kind, or a ``model`` is given to one that asks none.
     """
     if kind == "none":
-        return as_rgb(picture)
+        return finished(picture)
     if kind not in KINDS:
         raise WadiError(f"There is no condition {kind!r}. Expected one of {', '.join(KINDS)}, or none for a finished one.")
     if model is None:

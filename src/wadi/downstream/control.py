@@ -24,10 +24,11 @@ from PIL import Image
 from wadi.backbones import from_pipeline
 from wadi.backbones.loading import register_family
 from wadi.backbones.stored import weights_in
-from wadi.downstream.conditions import as_rgb, fitted, read_picture
+from wadi.downstream.conditions import as_rgb, finished, fitted
 from wadi.downstream.control_fit import refuse_misfit
 from wadi.embedded import NAME, embedded
 from wadi.errors import WadiError
+from wadi.io.images import open_image
 from wadi.io.records import read_json
 from wadi.pretrained import load_complete
 from wadi.progress import without_remarks
@@ -168,10 +169,10 @@ def control_arguments(
         if getattr(pipeline, "image_encoder", None) is None:
             raise WadiError(f"This {name} is under no control. Expected what with_control() gives.")
         pipeline.set_ip_adapter_scale(float(strength))
-        return {"ip_adapter_image": pictures[0]}
+        return {"ip_adapter_image": as_rgb(pictures[0])}
     if name not in PIPELINES.values():
         raise WadiError(f"A {name} is under no control that is known here. Expected what with_control() gives.")
-    sized = [fitted(one, from_pipeline(pipeline).resolution) for one in pictures]
+    sized = [fitted(finished(one), from_pipeline(pipeline).resolution) for one in pictures]
     takes = inspect.signature(type(pipeline).__call__).parameters
     image = "control_image" if "control_image" in takes else "image"
     scale = "adapter_conditioning_scale" if "adapter_conditioning_scale" in takes else "controlnet_conditioning_scale"
@@ -179,4 +180,4 @@ def control_arguments(
 
 
 def _opened(picture: Any) -> Image.Image:
-    return as_rgb(picture) if isinstance(picture, Image.Image) else read_picture(picture)
+    return picture if isinstance(picture, Image.Image) else open_image(picture, "Condition image")

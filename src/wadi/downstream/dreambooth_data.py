@@ -12,9 +12,8 @@ from torch import Tensor
 
 from wadi.backbones import Backbone, Condition
 from wadi.errors import WadiError
+from wadi.io.images import SUFFIXES, read_image
 from wadi.sampling import many_steps, noise, one_step
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
@@ -41,25 +40,13 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 def read_subject(folder: Path, resolution: tuple[int, int]) -> tuple[Tensor, list[Image.Image]]:
-    """The subject's pictures ``(N, 3, height, width)`` in [0, 1], and as pictures: middle cut out, transparency on white.
+    """The subject's pictures ``(N, 3, height, width)`` in [0, 1], and as pictures; the middle is cut out.
 
     Raises:
         WadiError: if there is none, or one cannot be read (which).
     """
-    pictures = [_fit(_open(path), resolution) for path in pictures_in(folder)]
+    pictures = [_fit(read_image(path), resolution) for path in pictures_in(folder)]
     return torch.stack([_tensor(picture) for picture in pictures]), pictures
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as file:
-            file.load()
-            picture = file.convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise WadiError(
-            f"Picture {str(path)!r} cannot be read: {error}. Expected an intact picture: replace or remove it."
-        ) from error
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
 def _fit(picture: Image.Image, resolution: tuple[int, int]) -> Image.Image:

@@ -13,37 +13,31 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from wadi.backbones import Backbone
 from wadi.downstream.steps import Schedule
 from wadi.errors import WadiError
+from wadi.io.images import read_image, to_rgb
 
 Start = Callable[[Sequence[torch.Generator]], Tensor]
 
 RATIO = 0.02  # by which two aspect ratios may differ and still be the same
-OPAQUE = ("RGB", "L", "1", "P", "RGBA", "LA")  # modes of 8 bits or less
 
 
-def read_image(path: str | Path, resolution: tuple[int, int]) -> Tensor:
-    """A picture as ``(1, 3, height, width)`` in [-1, 1], resized where it has the aspect ratio.
+def read_init(path: str | Path, resolution: tuple[int, int]) -> Tensor:
+    """An image file as ``(1, 3, height, width)`` in [-1, 1], resized where it has the aspect ratio.
 
     Raises:
-        WadiError: if it cannot be read, has another aspect ratio than ``resolution`` ``(height, width)``, is transparent, or
-            has more than 8 bits.
+        WadiError: if it cannot be read (see `wadi.io.images`) or has another aspect ratio than ``resolution``
+            ``(height, width)``.
     """
-    try:
-        with Image.open(path) as opened:
-            opened.load()
-            picture = opened.copy()
-    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
-        raise WadiError(f"Picture {str(path)!r} cannot be read: {error}. Expected a PNG, JPEG or the like.") from error
-    return image_tensor(picture, resolution, repr(str(path)))
+    return image_tensor(read_image(path), resolution, repr(str(path)))
 
 
 def image_tensor(picture: Image.Image, resolution: tuple[int, int], name: str = "the picture") -> Tensor:
-    """``(1, 3, height, width)`` in [-1, 1]; raises as `read_image`."""
+    """``(1, 3, height, width)`` in [-1, 1]; raises as `read_init`."""
     height, width = resolution
     if abs(picture.width * height / (picture.height * width) - 1) > RATIO:
         own = f"{picture.width}x{picture.height}"
@@ -51,11 +45,7 @@ def image_tensor(picture: Image.Image, resolution: tuple[int, int], name: str = 
             f"{name} is {own} and what is drawn {width}x{height} (width x height). Expected the same aspect ratio: crop it, or "
             "draw at its size with --size."
         )
-    if picture.mode not in OPAQUE:
-        raise WadiError(f"{name} is of mode {picture.mode}. Expected 8 bits of grey or colour: convert it to RGB.")
-    if min(picture.convert("RGBA").getchannel("A").tobytes()) < 255:
-        raise WadiError(f"{name} has transparent pixels. Expected an opaque picture: put it on a background.")
-    colours = picture.convert("RGB")
+    colours = to_rgb(picture, name)
     if colours.size != (width, height):
         colours = colours.resize((width, height), Image.Resampling.LANCZOS)
     values = torch.frombuffer(bytearray(colours.tobytes()), dtype=torch.uint8)

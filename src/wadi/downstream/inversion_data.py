@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from wadi.errors import WadiError
+from wadi.io.images import SUFFIXES, read_image
 from wadi.io.records import Record, read_json, read_json_lines
 
 DESCRIPTIONS, TEMPLATES = "descriptions.jsonl", "text.json"
 REMEDY = f"Expected a JSON object with 'file' and 'text' on each line of {DESCRIPTIONS}, or one of file names in {TEMPLATES}."
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 @dataclass(frozen=True)
@@ -113,19 +113,11 @@ def _some(names: list[str]) -> str:
 
 
 def read_picture(path: Path, resolution: tuple[int, int]) -> Tensor:
-    """A picture ``(3, height, width)`` in [0, 1]: turned upright, laid on white, cropped about its centre.
+    """A picture ``(3, height, width)`` in [0, 1], cropped about its centre; see `wadi.io.images`.
 
     Raises:
         WadiError: if the file is no picture.
     """
     height, width = resolution
-    try:
-        with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened).convert("RGBA")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        raise WadiError(
-            f"Picture {str(path)!r} cannot be read: {error}. Expected a whole PNG, JPEG, WebP or BMP file."
-        ) from error
-    white = Image.new("RGBA", picture.size, "white")
-    fitted = ImageOps.fit(Image.alpha_composite(white, picture).convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+    fitted = ImageOps.fit(read_image(path, "Exemplar"), (width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255

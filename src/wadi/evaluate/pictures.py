@@ -1,8 +1,6 @@
 """Pictures to be judged, one at a time: out of a folder, a tensor or an iterator, as 8-bit RGB of one size.
 
-What is converted, and how: grey (L, 1) to three equal channels; a palette (P) to its colours; transparency (RGBA, LA, or of a
-palette) is laid over white. Everything else is refused, for there is no one right way: CMYK depends on an ink profile, and 16
-bits or floats on what counts as white. Rotation marks of cameras (EXIF) are left alone, as peers' evaluations leave them.
+Files are read by `wadi.io.images`, as everywhere in the package: upright, transparency on white, 16-bit grey scaled.
 
 With ``size`` a picture is cropped to its central square and brought to ``size`` x ``size`` by Pillow's Lanczos filter, which
 is antialiased. Without, every picture of a set must have the same size already.
@@ -16,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from wadi.errors import WadiError
+from wadi.io.images import read_image, to_rgb
+from wadi.io.regular import read_bytes
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-CONVERTED = ("RGB", "L", "1", "P", "RGBA", "LA", "PA")
 FITTING = "central square, Lanczos (Pillow)"
 
 
@@ -50,52 +49,8 @@ def content_digest(files: Iterable[Path]) -> str:
     """Hex digest of the content of files in their order, whatever they are called."""
     digest = hashlib.sha256()
     for path in files:
-        try:
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-        except OSError as error:
-            raise WadiError(f"Picture {str(path)!r} cannot be read: {error.strerror}. Expected a readable file.") from error
+        digest.update(hashlib.sha256(read_bytes(path, what="Image")).digest())
     return digest.hexdigest()
-
-
-def read(path: Path) -> Image.Image:
-    """A picture file as 8-bit RGB.
-
-    Raises:
-        WadiError: if it is missing, unreadable, cut short, or of a mode that is not converted.
-    """
-    try:
-        with Image.open(path) as picture:
-            return as_rgb(picture, f"Picture {str(path)!r}")
-    except UnidentifiedImageError as error:
-        raise WadiError(
-            f"{str(path)!r} is no picture that Pillow can read. Expected one, or the file out of the way."
-        ) from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, WadiError):
-            raise
-        reason = getattr(error, "strerror", None) or str(error)
-        raise WadiError(
-            f"Picture {str(path)!r} is damaged or cut short: {reason}. Expected a whole file: make it anew."
-        ) from error
-
-
-def as_rgb(picture: Image.Image, what: str = "A picture") -> Image.Image:
-    """``picture`` in mode RGB, loaded, and converted as the module says.
-
-    Raises:
-        WadiError: on CMYK, 16 bits and other modes.
-    """
-    # Pillow would cut 16 bits of a colour channel to 8 without a word; until it is loaded, a file's packing still tells.
-    deep = any(";16" in str(tile) for tile in getattr(picture, "tile", ()))
-    if deep or picture.mode not in CONVERTED:
-        raise WadiError(
-            f"{what} is {picture.mode}{' of 16 bits' if deep else ''}. Expected 8 bits a channel of RGB, grey, palette or "
-            "RGBA: convert it first, in the way that is right for it."
-        )
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        layer = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return picture.convert("RGB")
 
 
 def fit(picture: Image.Image, size: int) -> Image.Image:
@@ -134,9 +89,9 @@ def stream(source: Any) -> Iterator[Image.Image]:
     items: Iterable[Any] = files_in(source) if isinstance(source, (str, Path)) else source
     for item in items:
         if isinstance(item, (str, Path)):
-            yield read(Path(item))
+            yield read_image(item)
         elif isinstance(item, Image.Image):
-            yield as_rgb(item)
+            yield to_rgb(item)
         elif isinstance(item, Tensor) and item.ndim == 4:
             yield from map(from_tensor, item)
         elif isinstance(item, Tensor):

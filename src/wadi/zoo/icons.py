@@ -114,9 +114,11 @@ def rasterise(svg: str) -> np.ndarray | None:
     import resvg_py
     from PIL import Image
 
+    from wadi.io.images import open_image
+
     side = SIDE * OVERSAMPLE
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side))
-    picture = Image.open(io.BytesIO(png)).convert("RGBA").convert("RGBa")  # RGBa: premultiplied
+    picture = open_image(png).convert("RGBA").convert("RGBa")  # RGBa: premultiplied
     box = picture.getchannel("a").point(lambda a: 255 * (a > 8)).getbbox()
     if box is None:
         return None
