@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,8 @@ def run(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[s
     keep_freed_memory()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if args.rounds:
+        print("--rounds has no effect: spreads are computed without resampling (docs/metrics.md).", file=sys.stderr)
     device = find_device(args.device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         device = make_accelerator(device, None, Path(args.pictures)).device
@@ -94,7 +97,8 @@ def _options(parser: Any) -> Any:
     add("--speed", type=int, default=0, help="time so many calls of each generator, in turns; 0: none")
     add("--k", type=int, default=3, help="of the nearest neighbours")
     add("--resize", type=str, default="clean", help="filter before a feature network: clean, legacy-tf, legacy-torch, ...")
-    add("--rounds", type=int, default=100, help="of the bootstrap; 0: no intervals")
+    add("--no_spread", action="store_true", help="leave out the standard deviations")
+    add("--rounds", type=int, default=None, help="of older versions: 0 is --no_spread, other values have no effect")
     add("--inception", type=str, default=None, help="inception-2015-12-05.pt; default: in the cache folder")
     add("--download", action="store_true", help="fetch that file if it is missing (96 MB)")
     add(
@@ -217,7 +221,8 @@ def _evaluation(args: Any, protocol: Protocol | None, reference: Reference | Non
     weights = dict(entry.partition("=")[::2] for entry in args.weights)
     options = Options(
         features=args.features or (protocol.features if protocol is not None else "embedded"), resize=args.resize,
-        inception=args.inception, download=args.download, weights=weights, k=args.k, rounds=args.rounds, batch=args.batch,
+        inception=args.inception, download=args.download, weights=weights, k=args.k, batch=args.batch,
+        spread=not (args.no_spread or args.rounds == 0),
         device=str(device),
     )  # fmt: skip
     prompts = read_prompts(args.prompts) if args.prompts is not None else None

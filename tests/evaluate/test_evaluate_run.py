@@ -25,7 +25,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def options(**changes):
-    return Options(**{"features": network(), "batch": 4, "rounds": 20, **changes})
+    return Options(**{"features": network(), "batch": 4, **changes})
 
 
 def tensors(indices, side=16):
@@ -108,11 +108,11 @@ def test_settings_tell_every_choice(real, fake):
     assert protocol["metrics"]["pr"]["k"] == 3
     assert protocol["images"] == 10
     assert protocol["reference"]["count"] == 14
-    assert protocol["bootstrap"] == {"rounds": 20, "level": 0.95, "seed": 0}
+    assert protocol["spread"] == {"method": "influence of each image", "similar_prompts": False, "seed": 0}
 
 
 @pytest.mark.parametrize(
-    "changes", [{"k": 4}, {"rounds": 10}, {"features": network("other")}, {"seed": 1}], ids=lambda c: next(iter(c))
+    "changes", [{"k": 4}, {"spread": False}, {"features": network("other")}, {"seed": 1}], ids=lambda c: next(iter(c))
 )
 def test_every_choice_moves_the_hash(real, fake, changes):
     one, other = of(["fd", "pr"], real), of(["fd", "pr"], real, **changes)
@@ -221,7 +221,7 @@ def failed(capsys, *arguments):
     return error
 
 
-QUICK = ("--features", "zoo", "--rounds", "5", "--device", "cpu")
+QUICK = ("--features", "zoo", "--device", "cpu")
 
 
 def test_a_folder_against_a_folder(real, fake, tmp_path, capsys):

@@ -30,8 +30,10 @@ class Number:
     """One measured number.
 
     Attributes:
-        std: standard deviation, of a KID over its subsets, of others over bootstrap resamples; None = not taken.
-        low, high: 95 % bootstrap interval.
+        std: standard deviation if the images were generated again from other seeds, with the same prompts and reference;
+            None = not computed. In older results, whose protocol has ``bootstrap``: over bootstrap resamples, of a KID over
+            its subsets.
+        low, high: 95 % interval.
     """
 
     value: float

@@ -127,7 +127,7 @@ class Evaluation:
             seen = self.judge.look(_numbered(folder / "varied", len(prompts)), size=self.size, only=["features"])
             varied = (seen.features["features"], prompts)
         seen = self.judge.look(_numbered(folder, len(protocol.prompts)), protocol.prompts, self.size)
-        numbers = self.judge.numbers(seen, self._look_at_reference(), protocol.labels, varied)
+        numbers = self.judge.numbers(seen, self._look_at_reference(), protocol.labels, varied, protocol.prompts)
         return Row(generator.name, {**generator.about, "set": self.set_number}, seen.count, numbers)
 
     def folder_row(self, folder: str | Path) -> Row:
@@ -163,9 +163,9 @@ class Evaluation:
             self._prompts.add((len(prompts), drawn.prompts_digest(prompts)))
         varied = _repeated(seen.features["features"], prompts) if "diversity" in self.judge.metrics and prompts else None
         labels = self.protocol.labels if self.protocol is not None else None
-        return Row(
-            name, about or {"kind": "pictures"}, seen.count, self.judge.numbers(seen, self._look_at_reference(), labels, varied)
-        )
+        known = prompts if self._prompts_are_settings else None
+        numbers = self.judge.numbers(seen, self._look_at_reference(), labels, varied, known)
+        return Row(name, about or {"kind": "pictures"}, seen.count, numbers)
 
     def result(self, rows: Sequence[Row], command: str = "") -> Result:
         """Rows, and what they rest on.
@@ -179,7 +179,8 @@ class Evaluation:
         if len(self._prompts) > 1:
             raise WadiError("Received sets of pictures of different prompts. Expected the same ones: measure each by itself.")
         reference = self._look_at_reference()
-        settings = self.judge.settings(counts[0], reference.count if reference else None, self.size)
+        several = reference.count if reference else None
+        settings = self.judge.settings(counts[0], several, self.size, self._prompts_are_settings)
         settings["protocol"] = self.protocol.name if self.protocol is not None else None
         if self.protocol is not None:
             settings |= self.protocol.settings
@@ -191,6 +192,11 @@ class Evaluation:
         if self.reference is not None:
             settings["reference"] = {**settings.get("reference", {}), **self.reference.about}
         return Result(settings, list(rows), environment(self.judge.options.device, torch.get_num_threads()), command)
+
+    @property
+    def _prompts_are_settings(self) -> bool:
+        """Whether the prompts of every row are known and in the hash, so that the spreads may rest on them."""
+        return self.prompts is not None or self.judge.reads_prompts
 
     def _of_set(self, row: Row) -> bool:
         """Whether a row's pictures are from the seeds of the set; a folder of others' pictures does not tell its own."""

@@ -1,12 +1,13 @@
 """Metrics by name: which networks each needs, one pass over the pictures for all of them, then the numbers with their spread.
 
-Spread: KID and kernel distance have that of their own subsets; everything else is a bootstrap over the pictures, with the
-reference held fixed. What is a mean over pictures (precision, CLIP score, ...) is resampled as such.
+Spread: the standard deviation of a number if the images were generated again from other seeds, with prompts and reference fixed
+(`wadi.metrics.spread`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,18 @@ from wadi.errors import WadiError
 from wadi.evaluate.networks import feature_network, scorer
 from wadi.evaluate.pictures import FITTING, batches
 from wadi.evaluate.result import Number
-from wadi.metrics.bootstrap import interval
+from wadi.metrics import diversity, frechet
 from wadi.metrics.cache import FeatureCache
-from wadi.metrics.diversity import per_group
 from wadi.metrics.features import Extractor
-from wadi.metrics.frechet import frechet_distance, moments
 from wadi.metrics.hub import cache_folder
 from wadi.metrics.kernel import kernel_distance
-from wadi.metrics.neighbours import membership
+from wadi.metrics.neighbours import membership, recall_spread
+from wadi.metrics.spread import Z, nearest_prompts, of_influence
 
 # Raised when a definition changes, here or in a resize filter: older numbers are then not comparable, nor features reused.
 MEASURE = 2
 KID_SUBSETS, KID_SIZE = 100, 1000
-LEVEL = 0.95
+SPREAD = "influence of each image"  # how the standard deviations are found; see wadi.metrics.spread
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ class Options:
         download: fetch that file if it is missing.
         weights: places of the scorers' weights, by `wadi.evaluate.networks.WEIGHTS`.
         k: of the nearest neighbours.
-        rounds: of the bootstrap; 0 = no intervals.
+        spread: False = the numbers alone.
+        seed: of the subsets of kernel distances, and of the halves that correct the spread of Frechet distances.
         batch: pictures per network call.
         cache: folder of remembered features; None = the user's.
     """
@@ -86,7 +87,7 @@ class Options:
     download: bool = False
     weights: dict[str, str] = field(default_factory=dict)
     k: int = 3
-    rounds: int = 100
+    spread: bool = True
     seed: int = 0
     batch: int = 32
     device: str = "cpu"
@@ -117,14 +118,15 @@ class Judge:
             raise WadiError(f"There is no metric {unknown[0]!r}. Expected some of {', '.join(METRICS)}.")
         if not self.metrics:
             raise WadiError(f"No metric is asked for. Expected some of {', '.join(METRICS)}.")
-        if self.options.batch < 1 or self.options.k < 1 or self.options.rounds < 0 or self.options.rounds == 1:
-            raise WadiError("Expected a batch and k of at least 1, and 0 or at least 2 rounds of the bootstrap.")
+        if self.options.batch < 1 or self.options.k < 1:
+            raise WadiError(f"batch is {self.options.batch} and k is {self.options.k}. Expected at least 1 of each.")
         needed = dict.fromkeys(METRICS[name].network for name in self.metrics if load)
         of = self.options
         self.extractors = {name: self._extractor(name) for name in needed if name in EXTRACTORS}
         cache = (of.cache or cache_folder() / "features") / f"measure-{MEASURE}"
         self.caches = {name: FeatureCache(network, cache) for name, network in self.extractors.items()}
         self.scorers = {name: scorer(name, of.weights, of.device) for name in needed if name not in EXTRACTORS}
+        self._gaussians: dict[str, tuple[Tensor, frechet.Gaussian]] = {}  # of references, by network
         self.classifier: Any = None
         if "top1" in self.metrics and load:
             from wadi.zoo import load_classifier
@@ -201,53 +203,66 @@ class Judge:
 
     def numbers(
         self, seen: Seen, reference: Seen | None = None, labels: Sequence[str] | None = None,
-        varied: tuple[Tensor, Sequence[str]] | None = None,
+        varied: tuple[Tensor, Sequence[str]] | None = None, prompts: Sequence[str] | None = None,
     ) -> dict[str, Number]:  # fmt: skip
-        """The metrics, in the order they were asked for.
+        """The metrics, in the order of their names on the command line.
 
         Args:
             labels: of each picture, the concept it should show (``top1``).
             varied: features and prompts of pictures of which several share a prompt (``diversity``).
+            prompts: of each picture, for the spread; None = prompts count as drawn anew with the images.
         """
         self.check(seen.count, reference=reference is not None)
         if reference is not None:
             self.check_reference(reference.count)
+        several = prompts is not None and seen.count > 1 and self.options.spread
+        nearest = nearest_prompts(prompts) if several and prompts is not None else None
         found: dict[str, Number] = {}
         for name in self.metrics:
             network = METRICS[name].network
             fake, real = seen.features.get(network), reference.features.get(network) if reference is not None else None
             if fake is None:
-                found[name] = self._spread(_mean, seen.scores[network])
+                found[name] = self._mean(seen.scores[network], nearest)
             elif name == "diversity":
-                found[name] = self._spread(_mean, self._variety(varied))
+                found[name] = self._variety(varied)
             elif name == "top1":
-                found[name] = self._spread(_mean, self._named(fake, labels))
+                found[name] = self._mean(self._named(fake, labels), nearest)
             elif real is not None:
-                found |= self._compared(name, fake, real)
+                found |= self._compared(name, fake, real, nearest)
         return found
 
-    def _compared(self, name: str, fake: Tensor, real: Tensor) -> dict[str, Number]:
+    def _compared(self, name: str, fake: Tensor, real: Tensor, nearest: Tensor | None) -> dict[str, Number]:
         """A metric of two sets of features."""
         if name in ("kid", "kd"):
             size = kid_size(len(fake), len(real))
-            estimate = kernel_distance(fake, real, KID_SUBSETS, size, self.options.seed)
-            return {self.title(name): Number(estimate.value, estimate.std)}
+            estimate = kernel_distance(fake, real, KID_SUBSETS, size, self.options.seed, nearest)
+            return {self.title(name): self._number(estimate.value, estimate.spread)}
         if name == "pr":
             of = membership(real, fake, self.options.k)
-            names = ("precision", "recall", "density", "coverage")
-            return {part: self._spread(_mean, getattr(of, part)) for part in names}
+            recall = recall_spread(real, fake, self.options.k, nearest, self.options.seed) if self.options.spread else None
+            return {
+                "precision": self._mean(of.precision, nearest),
+                "recall": self._number(_mean(of.recall), recall),
+                "density": self._mean(of.density, nearest),
+                "coverage": self._number(_mean(of.coverage), self._of(of.coverage_influence, nearest)),
+            }
+        network = METRICS[name].network
+        kept = self._gaussians.get(network)
+        if kept is None or kept[0] is not real:  # factorised once for all rows
+            kept = self._gaussians[network] = (real, frechet.gaussian(real))
+        std = frechet.spread(fake, kept[1], nearest, self.options.seed) if self.options.spread else None
+        return {self.title(name): self._number(frechet.frechet_distance(fake, kept[1]), std)}
 
-        fixed = real if len(real) <= real.shape[1] else moments(real)  # not gathered anew in every round
+    def settings(self, count: int, reference: int | None, size: int | None, prompts: bool = False) -> dict[str, Any]:
+        """What the numbers rest on, for the protocol of a result.
 
-        def distance(rows: Tensor) -> float:
-            return frechet_distance(rows, fixed)
-
-        return {self.title(name): self._spread(distance, fake)}
-
-    def settings(self, count: int, reference: int | None, size: int | None) -> dict[str, Any]:
-        """What the numbers rest on, for the protocol of a result."""
+        Args:
+            prompts: whether the spread compares images of similar prompts.
+        """
         told: dict[str, Any] = {"measure": MEASURE, "images": count, "size": size, "fitting": FITTING if size else None}
-        told["bootstrap"] = {"rounds": self.options.rounds, "level": LEVEL, "seed": self.options.seed}
+        told["spread"] = (
+            {"method": SPREAD, "similar_prompts": prompts, "seed": self.options.seed} if self.options.spread else None
+        )
         told["metrics"] = {}
         for name in self.metrics:
             network = METRICS[name].network
@@ -268,11 +283,11 @@ class Judge:
         of = self.options
         return feature_network(of.features if name == "features" else name, of.resize, of.device, of.inception, of.download)
 
-    @staticmethod
-    def _variety(varied: tuple[Tensor, Sequence[str]] | None) -> Tensor:
+    def _variety(self, varied: tuple[Tensor, Sequence[str]] | None) -> Number:
         if varied is None:
             raise WadiError("Metric 'diversity' needs several pictures of a prompt. Expected --prompts, with some that repeat.")
-        return per_group(*varied)
+        std = diversity.spread(*varied) if self.options.spread else None
+        return self._number(diversity.diversity(*varied), std)
 
     def _named(self, features: Tensor, labels: Sequence[str] | None) -> Tensor:
         if labels is None or len(labels) != len(features):
@@ -280,11 +295,18 @@ class Judge:
         best = self.classifier.head(features).argmax(1).tolist()
         return torch.tensor([self.classifier.concepts[i] == label for i, label in zip(best, labels, strict=True)])
 
-    def _spread(self, number: Callable[[Tensor], float], rows: Tensor) -> Number:
-        if self.options.rounds == 0 or len(rows) < 2:
-            return Number(number(rows))
-        found = interval(number, rows, rounds=self.options.rounds, seed=self.options.seed, level=LEVEL)
-        return Number(found.value, found.std, found.low, found.high)
+    def _mean(self, values: Tensor, nearest: Tensor | None) -> Number:
+        """Of a number for each picture."""
+        return self._number(_mean(values), self._of(values.double(), nearest))
+
+    def _of(self, influence: Tensor | None, nearest: Tensor | None) -> float | None:
+        several = influence is not None and len(influence) > 1 and self.options.spread
+        return of_influence(influence, nearest) if several and influence is not None else None
+
+    def _number(self, value: float, std: float | None) -> Number:
+        if std is None or math.isnan(std) or not self.options.spread:
+            return Number(value)
+        return Number(value, std, value - Z * std, value + Z * std)
 
 
 def _mean(values: Tensor) -> float:

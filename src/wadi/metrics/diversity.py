@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from wadi.errors import WadiError
 from wadi.metrics.checks import Images, as_bytes, rows
+from wadi.metrics.spread import of_influence
 
 NAME = "diversity"
 
@@ -29,6 +31,32 @@ def per_group(features: Tensor, groups: Sequence[Hashable]) -> Tensor:
     """Mean Euclidean distance ``(number of groups,)`` over the pairs of each group, in order of first appearance."""
     found = rows(features, 2, NAME)
     return torch.stack([torch.nn.functional.pdist(found[members]).mean() for members in _members(groups, len(found))])
+
+
+def spread(features: Tensor, groups: Sequence[Hashable]) -> float:
+    """Standard deviation of `diversity` when the images of the same prompts are generated again.
+
+    Within a group the mean over pairs ``U`` has the variance ``E[U^2] - theta^2``. The mean of ``d_ij d_kl`` over all
+    ``i, j, k, l`` that differ is an unbiased estimate of ``theta^2``. It needs four images: where a group has fewer, the
+    variance over groups is taken instead, in which the prompts differ too.
+
+    Raises:
+        WadiError: as `diversity`.
+    """
+    found = rows(features, 2, NAME)
+    members = list(_members(groups, len(found)))
+    if min(map(len, members)) < 4:
+        return of_influence(per_group(features, groups)) if len(members) > 1 else math.nan
+    variances = [_variance_of_mean_distance(torch.cdist(found[of], found[of])) for of in members]
+    return math.sqrt(max(sum(variances), 0.0)) / len(members)
+
+
+def _variance_of_mean_distance(distance: Tensor) -> float:
+    """Unbiased, from the table of distances ``(m, m)`` of at least four images."""
+    m, total, square = len(distance), distance.sum(), distance.square().sum()
+    sharing = distance.sum(1).square().sum() - square  # sum of d_ij d_ik over j != k
+    apart = (total**2 - 4 * sharing - 2 * square) / (m * (m - 1) * (m - 2) * (m - 3))
+    return float((total / (m * (m - 1))) ** 2 - apart)
 
 
 def pairwise(images: Images, groups: Sequence[Hashable], distance: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

@@ -7,10 +7,16 @@ On Inception features this is the FID; on any other features it is not, and is t
 The last trace is the sum of the singular values of ``F_1 F_2^T`` for any factors ``S = F^T F``: the centred features
 themselves, or what an eigendecomposition leaves of a covariance above rounding. No root of a rounded zero is taken, so
 singular covariances (fewer images than dimensions) need no added diagonal and cost no accuracy.
+
+How much the distance varies with the images of the first set follows from its derivative by the weight ``w_i`` of each image.
+With ``c_i`` the centred features of image ``i`` and ``U S V^T`` the singular value decomposition of ``F_1 F_2^T``:
+
+    phi_i = 2 c_i . (mu_1 - mu_2) + n / (n - 1) |c_i|^2 - n (U S U^T)_ii
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,9 +24,18 @@ from torch import Tensor
 
 from wadi.errors import WadiError
 from wadi.metrics.checks import rows
+from wadi.metrics.spread import of_influence
 
 NAME = "Frechet distance"
 Statistics = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A set of features that is ready to be compared: ``mean (d,)`` and ``factor F (r, d)`` with ``F^T F`` the covariance."""
+
+    mean: Tensor
+    factor: Tensor
 
 
 class Moments:
@@ -88,33 +103,89 @@ def moments(features: Tensor) -> Statistics:
     return found.mean(0), centred.T @ centred / (len(found) - 1)
 
 
-def frechet_distance(first: Tensor | Moments | Statistics, second: Tensor | Moments | Statistics) -> float:
+Features = Tensor | Moments | Statistics | Gaussian
+
+
+def frechet_distance(first: Features, second: Features) -> float:
     """Squared Frechet distance, as the FID is reported.
 
     Args:
-        first, second: features ``(n, d)``, gathered `Moments`, or ``(mean, covariance)``, each as it comes.
+        first, second: features ``(n, d)``, gathered `Moments`, ``(mean, covariance)``, or a `Gaussian`, each as it comes.
     Raises:
         WadiError: on fewer than two images, features that are not finite, or different dimensions.
     """
-    mean_1, factor_1 = _mean_and_factor(first)
-    mean_2, factor_2 = _mean_and_factor(second)
-    if len(mean_1) != len(mean_2):
-        raise WadiError(f"Received features of {len(mean_1)} and of {len(mean_2)} dimensions. Expected both of one network.")
-    cross = torch.linalg.svdvals(factor_1 @ factor_2.T).sum()
-    square = (mean_1 - mean_2).square().sum() + factor_1.square().sum() + factor_2.square().sum() - 2 * cross
+    one, two = gaussian(first), gaussian(second)
+    _same_dimension(one.mean, two.mean)
+    cross = torch.linalg.svdvals(one.factor @ two.factor.T).sum()
+    square = (one.mean - two.mean).square().sum() + one.factor.square().sum() + two.factor.square().sum() - 2 * cross
     return max(float(square), 0.0)  # rounding alone can take equal sets below zero
 
 
-def _mean_and_factor(of: Tensor | Moments | Statistics) -> tuple[Tensor, Tensor]:
-    """Mean ``(d,)`` and ``F (r, d)`` with ``F^T F`` the covariance and ``r`` at most ``min(n, d)``."""
+def gaussian(of: Features) -> Gaussian:
+    """Mean and factor of the covariance, computed once for a reference that many sets are compared with.
+
+    Raises:
+        WadiError: on fewer than two images, or features that are not finite.
+    """
+    if isinstance(of, Gaussian):
+        return of
     if isinstance(of, Tensor):
         found = rows(of, 2, NAME)
         factor = (found - found.mean(0)) / (len(found) - 1) ** 0.5
         tall = len(found) > found.shape[1]
-        return found.mean(0), torch.linalg.qr(factor, mode="r").R if tall else factor  # R^T R = F^T F
-    if isinstance(of, Moments):
-        return _factored(of.mean, of.cov)
-    return _factored(*of)
+        return Gaussian(found.mean(0), torch.linalg.qr(factor, mode="r").R if tall else factor)  # R^T R = F^T F
+    return Gaussian(*(_factored(of.mean, of.cov) if isinstance(of, Moments) else _factored(*of)))
+
+
+def influence(first: Tensor, second: Features) -> Tensor:
+    """``phi (n,)``, the influence of each image of ``first (n, d)`` on the distance to ``second`` (see the module).
+
+    Raises:
+        WadiError: as `frechet_distance`.
+    """
+    found, reference = rows(first, 2, NAME), gaussian(second)
+    _same_dimension(found[0], reference.mean)
+    count, mean = len(found), found.mean(0)
+    centred = found - mean
+    cross = centred @ reference.factor.T / (count - 1) ** 0.5  # F_1 F_2^T
+    if cross.shape[1] < count:
+        squares, vectors = torch.linalg.eigh(cross.T @ cross)
+        above = squares > squares.max().clamp_min(0) * len(squares) * torch.finfo(torch.float64).eps
+        diagonal = ((cross @ vectors[:, above]).square() / squares[above].sqrt()).sum(1)
+    else:
+        squares, vectors = torch.linalg.eigh(cross @ cross.T)
+        diagonal = (vectors.square() * squares.clamp_min(0).sqrt()).sum(1)
+    own = centred.square().sum(1) * (count / (count - 1))
+    return 2 * centred @ (mean - reference.mean) + own - count * diagonal
+
+
+def spread(first: Tensor, second: Features, nearest: Tensor | None = None, seed: int = 0) -> float:
+    """Standard deviation of the distance when the images of ``first`` are generated again and ``second`` stays.
+
+    The squared influences contain what pairs of images contribute twice, where the variance has it once. That part falls with
+    ``1 / n^2`` and the other with ``1 / n``, so the influences of two halves of the images tell it apart.
+
+    Args:
+        nearest: of `wadi.metrics.spread.nearest_prompts`.
+        seed: of the division into halves.
+    Raises:
+        WadiError: as `frechet_distance`.
+    """
+    reference = gaussian(second)
+    found = influence(first, reference)
+    whole = of_influence(found, nearest)
+    if len(first) < 4 or whole == 0:
+        return whole
+    order = torch.randperm(len(first), generator=torch.Generator().manual_seed(seed)).to(first.device)
+    halves = sum(of_influence(influence(first[part], reference)) ** 2 for part in order.chunk(2)) / 2
+    variance = of_influence(found) ** 2
+    pairs = (halves / 4 - variance / 2) / variance if variance else 0.0
+    return whole * (1 - min(max(pairs, 0.0), 0.5)) ** 0.5
+
+
+def _same_dimension(one: Tensor, two: Tensor) -> None:
+    if len(one) != len(two):
+        raise WadiError(f"Received features of {len(one)} and of {len(two)} dimensions. Expected both of one network.")
 
 
 def _factored(mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
