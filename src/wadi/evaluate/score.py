@@ -239,7 +239,7 @@ class Judge:
             return {self.title(name): self._number(estimate.value, estimate.spread)}
         if name == "pr":
             of = membership(real, fake, self.options.k)
-            recall = recall_spread(real, fake, self.options.k, nearest, self.options.seed) if self.options.spread else None
+            recall = recall_spread(real, fake, self.options.k, self.options.seed) if self.options.spread else None
             return {
                 "precision": self._mean(of.precision, nearest),
                 "recall": self._number(_mean(of.recall), recall),

@@ -27,6 +27,7 @@ from wadi.metrics.checks import rows
 from wadi.metrics.spread import of_influence
 
 NAME = "Frechet distance"
+SAMPLE = 8192  # images whose halves tell what pairs of images add to the spread
 Statistics = tuple[Tensor, Tensor]
 
 
@@ -163,7 +164,7 @@ def spread(first: Tensor, second: Features, nearest: Tensor | None = None, seed:
     """Standard deviation of the distance when the images of ``first`` are generated again and ``second`` stays.
 
     The squared influences contain what pairs of images contribute twice, where the variance has it once. That part falls with
-    ``1 / n^2`` and the other with ``1 / n``, so the influences of two halves of the images tell it apart.
+    ``1 / n^2`` and the other with ``1 / n``, so the influences of two halves of (at most `SAMPLE`) images tell it apart.
 
     Args:
         nearest: of `wadi.metrics.spread.nearest_prompts`.
@@ -176,10 +177,11 @@ def spread(first: Tensor, second: Features, nearest: Tensor | None = None, seed:
     whole = of_influence(found, nearest)
     if len(first) < 4 or whole == 0:
         return whole
-    order = torch.randperm(len(first), generator=torch.Generator().manual_seed(seed)).to(first.device)
+    order = torch.randperm(len(first), generator=torch.Generator().manual_seed(seed))[:SAMPLE].to(first.device)
     halves = sum(of_influence(influence(first[part], reference)) ** 2 for part in order.chunk(2)) / 2
-    variance = of_influence(found) ** 2
-    pairs = (halves / 4 - variance / 2) / variance if variance else 0.0
+    all_of_them = of_influence(found) ** 2
+    sample = of_influence(influence(first[order], reference)) ** 2 if len(first) > SAMPLE else all_of_them
+    pairs = (halves / 4 - sample / 2) * (len(order) / len(first)) ** 2 / all_of_them
     return whole * (1 - min(max(pairs, 0.0), 0.5)) ** 0.5
 
 

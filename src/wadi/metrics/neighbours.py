@@ -89,17 +89,14 @@ def membership(real: Tensor, fake: Tensor, k: int = 3, block: int = BLOCK) -> Me
     return Membership(within > 0, torch.cat(recalled), within.double() / k, torch.cat(covered), influence)
 
 
-def recall_spread(
-    real: Tensor, fake: Tensor, k: int = 3, nearest: Tensor | None = None, seed: int = 0, block: int = BLOCK
-) -> float | None:
+def recall_spread(real: Tensor, fake: Tensor, k: int = 3, seed: int = 0, block: int = BLOCK) -> float | None:
     """Standard deviation of recall when the fakes are generated again.
 
     The fakes are divided into halves, `DIVISIONS` times. Two halves are independent sets, so the squared difference of their
     recalls gives the variance for ``m / 2`` fakes. For ``m`` fakes it is between half of that (many reals for each fake) and
     all of it (few, where each is reached or not by itself). The middle, ``2^-1/2`` of it, is at most 19 % off either way.
+    Similar prompts are not told apart here, so what prompts differ in counts as drawn anew.
 
-    Args:
-        nearest: of `wadi.metrics.spread.nearest_prompts`: fakes of similar prompts then go to different halves.
     Returns:
         None if there are fewer than ``2 (k + 1)`` fakes.
     Raises:
@@ -108,7 +105,7 @@ def recall_spread(
     real, fake = pair(real, fake, k + 1, f"{NAME} with k = {k}")
     if len(fake) < 2 * (k + 1):
         return None
-    sides = halves(len(fake), DIVISIONS, nearest, seed).to(fake.device)
+    sides = halves(len(fake), DIVISIONS, seed).to(fake.device)
     radius = torch.empty(sides.shape, dtype=fake.dtype, device=fake.device)
     for start, distance in _blocks(fake, fake, block):
         own = torch.arange(len(distance), device=distance.device)
@@ -125,27 +122,10 @@ def recall_spread(
     return float((difference.square().mean() / 2 / 2**0.5).sqrt())
 
 
-def halves(count: int, divisions: int, nearest: Tensor | None = None, seed: int = 0) -> Tensor:
-    """Random divisions of ``count`` images into halves ``(divisions, count)`` of True and False, one apart if ``count`` is odd.
-
-    Each division puts the two images of every pair on different sides. Pairs are each image and its ``nearest`` while both are
-    free, then what is left; without ``nearest`` they are drawn anew for each division.
-    """
+def halves(count: int, divisions: int, seed: int = 0) -> Tensor:
+    """Random divisions of ``count`` images into halves: ``(divisions, count)`` of True and False."""
     generator = torch.Generator().manual_seed(seed)
-    paired: dict[int, int] = {}
-    for image, other in enumerate(nearest.tolist() if nearest is not None else ()):
-        if image not in paired and other not in paired and image != other:
-            paired[image], paired[other] = other, image
-    left = torch.tensor([image for image in range(count) if image not in paired], dtype=torch.int64)
-    first = torch.tensor([image for image, other in paired.items() if image < other], dtype=torch.int64)
-    second = torch.tensor([paired[image] for image in first.tolist()], dtype=torch.int64)
-    sides = torch.empty(divisions, count, dtype=torch.bool)
-    for side in sides:
-        order = left[torch.randperm(len(left), generator=generator)]
-        side[order] = torch.arange(len(order)) % 2 == 0
-        side[first] = torch.rand(len(first), generator=generator) < 0.5
-        side[second] = ~side[first]
-    return sides
+    return torch.stack([torch.randperm(count, generator=generator) % 2 == 0 for _ in range(divisions)])
 
 
 def radii(features: Tensor, k: int, block: int = BLOCK) -> Tensor:
