@@ -17,11 +17,11 @@ from wadi.files import write_whole
 from wadi.generate import draw
 
 
-def drawer(pipeline: Any, steps: int = 1, guidance_scale: float = 0.0) -> Callable[[Sequence[str], Sequence[int]], Tensor]:
+def drawer(pipeline: Any, steps: int = 1, guidance: float | None = None) -> Callable[[Sequence[str], Sequence[int]], Tensor]:
     """A pipeline as a function from prompts and seeds to pictures ``(B, 3, h, w)`` in [0, 1]."""
 
     def pictures(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        drawn = draw(pipeline, prompts, seeds, steps, guidance_scale, batch=64).pictures
+        drawn = draw(pipeline, prompts, seeds, steps, guidance, batch=64).pictures
         return torch.from_numpy(np.stack([np.asarray(picture) for picture in drawn])).permute(0, 3, 1, 2) / 255
 
     return pictures

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from wadi.objectives.denoise import denoising_loss
 from wadi.objectives.regression import regression_loss
-from wadi.objectives.vsd import guided, vsd_gradient, vsd_loss
+from wadi.objectives.vsd import vsd_gradient, vsd_loss
 from wadi.process import Prediction, Process, per_sample
 
 SHAPE = (4, 3, 2, 2)
@@ -88,13 +88,6 @@ def test_vsd_loss_hands_g_to_x0():
     (gradient,) = torch.autograd.grad(loss, x0)
     assert_close(gradient, g / g.numel())
     assert_close(loss, 0.5 * g.square().mean())
-
-
-def test_guidance_is_diffusers_convention():
-    conditional, unconditional = tensors(2)
-    assert_close(guided(conditional, unconditional, 1.0), conditional)
-    assert_close(guided(conditional, unconditional, 0.0), unconditional)
-    assert_close(guided(conditional, unconditional, 3.0), unconditional + 3 * (conditional - unconditional))
 
 
 def test_alpha2_is_its_definition_for_every_prediction_type(process):

@@ -33,7 +33,7 @@ def analyze(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callabl
     parser.add_argument("--count", type=int, default=None, help="only so many of the prompts")
     parser.add_argument("--metrics", type=str, default=None, help="as of wadi eval; default: fd-zoo,top1 for zoo, else fd")
     parser.add_argument("--steps", type=int, default=25, help="steps of the teacher, whose pictures are the reference")
-    parser.add_argument("--guidance_scale", type=float, default=2.5, help="guidance of the teacher")
+    parser.add_argument("--guidance_scale", type=float, default=None, help="of the teacher; default: 2.5, for FLUX 1 (none)")
     parser.add_argument("--draw_batch", type=int, default=8, help="pictures drawn at once")
     parser.add_argument("--pictures", type=str, default="runs/eval", help="folder in which drawn pictures are kept")
     parser.add_argument("--page", type=str, default=None, help="Markdown file: tables and figures between its markers")
@@ -175,7 +175,8 @@ def swap_eval(args: Any, argv: Sequence[str], generators: list[Generator], parti
     protocol = protocols.zoo(args.count) if args.teacher == ZOO else protocols.prompt_file(args.prompts, None, args.count)
     metrics = (args.metrics or ("fd-zoo,top1" if args.teacher == ZOO else "fd")).split(",")
     place: dict[str, Any] = {} if args.teacher == ZOO else {"pipeline": True, "teacher": args.teacher}
-    teacher = Source(args.teacher, **place).many_steps(args.steps, args.guidance_scale)
+    source = Source(args.teacher, **place)
+    teacher = source.many_steps(args.steps, source.guidance(args.guidance_scale, 2.5))
     reference = of_teacher(teacher, protocol)
     evaluation = Evaluation(metrics, Options(), protocol, reference, args.pictures, draw_batch=args.draw_batch)
     evaluation.draw([*generators, *partial])

@@ -105,7 +105,7 @@ def _eval(argv: Sequence[str], parse: Callable[..., Any], parser: Any) -> int:
     )
     parser.add_argument("--count", type=int, default=32, help="pictures per set")
     parser.add_argument("--steps", type=int, default=25, help="steps of the teacher")
-    parser.add_argument("--guidance_scale", type=float, default=2.5, help="guidance of the teacher")
+    parser.add_argument("--guidance_scale", type=float, default=None, help="of the teacher; default: 2.5, for FLUX 1 (none)")
     parser.add_argument(
         "--strengths", nargs="*", type=float, default=[0.5, 1.0, 1.5], help="of the teacher's control on the student"
     )
@@ -141,8 +141,9 @@ def _ways_and_trials(args: Any) -> tuple[dict[str, Way], list[Trial], str]:
     from wadi.embedded import resolve_teacher
 
     teacher, student = load_pipeline(resolve_teacher(args.teacher)), _student(args.student)
-    teacher.scheduler = from_pipeline(teacher).sampler()
-    guided = from_pipeline(teacher).call | {"guidance_scale": args.guidance_scale}
+    backbone = from_pipeline(teacher)
+    teacher.scheduler = backbone.sampler()
+    guided = backbone.guided_call(backbone.teacher_guidance(args.guidance_scale, 2.5))
     plain = from_pipeline(student).call
     slow = f"teacher, {args.steps} steps, controlled"
     ways = {

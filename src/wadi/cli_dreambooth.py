@@ -23,6 +23,7 @@ RANKS = {"lorad": 16, "lora": 10, "full": 1}
 RATES = {"lorad": 1e-4, "lora": 1e-4, "full": 5e-6}
 EMBEDDED_RATES = {"lorad": 4e-3, "lora": 1e-3, "full": 2e-4}
 COLUMNS = 4  # of the picture
+GUIDANCE = 2.5  # of a teacher's many steps, unless the family has its own
 
 
 def run(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[str], Any]) -> int:
@@ -82,7 +83,7 @@ def _options(parser: Any) -> Any:
     add("--prior_weight", type=float, default=None, help="of the class's loss; default: 1")
     add("--prior_count", type=int, default=32, help="pictures of the class, drawn by the model itself")
     add("--prior_steps", type=int, default=25, help="steps in which a teacher draws them, and the picture")
-    add("--guidance_scale", type=float, default=2.5, help="guidance with which it does")
+    add("--guidance_scale", type=float, default=None, help="guidance with which it does; default: 2.5, for FLUX 1 (none)")
     add("--carry", type=str, default=None, help="student to show with the teacher's adapter; default: zoo for zoo, else none")
     add("--picture", type=bool, default=True, help="draw OUT/picture.png: the subject, before, after")
     add("--seed", type=int, default=0, help="of everything that is drawn")
@@ -163,7 +164,8 @@ def _prior(args: Namespace, backbone: Backbone) -> Prior | None:
     if args.prior_prompt is None:
         return None
     steps = args.prior_steps if args.student is None else 0
-    return draw_prior(backbone, args.prior_prompt, args.prior_count, args.seed, steps, args.guidance_scale)
+    guidance = backbone.teacher_guidance(args.guidance_scale, GUIDANCE)
+    return draw_prior(backbone, args.prior_prompt, args.prior_count, args.seed, steps, guidance)
 
 
 def _about(args: Namespace, config: DreamboothConfig, parameters: int) -> dict[str, Any]:
@@ -178,11 +180,13 @@ def _about(args: Namespace, config: DreamboothConfig, parameters: int) -> dict[s
 
 def _draw(pipeline: Any, args: Namespace, steps: int | None = None) -> list[Image.Image]:
     """`COLUMNS` pictures of the subject's prompt: a teacher's in many steps, a student's in one."""
+    from wadi.backbones import from_pipeline
     from wadi.generate import draw
 
     seeds = [args.seed + i for i in range(COLUMNS)]
     steps = steps or (args.prior_steps if args.student is None else 1)
-    return draw(pipeline, [args.prompt] * COLUMNS, seeds, steps, args.guidance_scale if steps > 1 else None).pictures
+    guidance = from_pipeline(pipeline).teacher_guidance(args.guidance_scale, GUIDANCE) if steps > 1 else None
+    return draw(pipeline, [args.prompt] * COLUMNS, seeds, steps, guidance).pictures
 
 
 def _show(args: Namespace, pipeline: Any, rows: list[tuple[str, Any]], out: Path, device: Any) -> Path:

@@ -90,10 +90,20 @@ def _options(parser: Any) -> Any:
     add("--coco_seed", type=int, default=0, help="of the documented choice of captions")
     add("--teacher", type=str, default=None, help="pipeline in place of the one that an adapter names")
     add("--steps", type=int, default=1, help="of a pipeline with its own scheduler")
-    add("--guidance_scale", type=float, default=None, help="of --steps; default: none in one step, 3 in several")
+    add(
+        "--guidance_scale",
+        type=float,
+        default=None,
+        help="of --steps; default: none in one step; else 3, for FLUX 1 (none)",
+    )
     add("--beside_teacher", action="store_true", help="measure the teacher too, in many steps and, undistilled, in one")
     add("--teacher_steps", type=int, default=25, help="of the teacher")
-    add("--teacher_guidance_scale", type=float, default=None, help="of the teacher; default: 3, for the zoo 2.5")
+    add(
+        "--teacher_guidance_scale",
+        type=float,
+        default=None,
+        help="of the teacher; default: 3; zoo 2.5; FLUX 1 (none)",
+    )
     add("--speed", type=int, default=0, help="time so many calls of each generator, in turns; 0: none")
     add("--k", type=int, default=3, help="of the nearest neighbours")
     add("--resize", type=str, default="clean", help="filter before a feature network: clean, legacy-tf, legacy-torch, ...")
@@ -172,25 +182,25 @@ def _entrants(args: Any, protocol: Protocol | None, device: Any) -> tuple[list[G
         for _, source in sources:
             if source is not None:
                 generators += _teachers(args, source)
-    guidance = args.guidance_scale if args.guidance_scale is not None or args.steps == 1 else 3.0
-    generators += [source.plain(args.steps, guidance) for _, source in sources if source is not None]
+    for _, source in sources:
+        if source is not None:
+            guidance = args.guidance_scale if args.steps == 1 else source.guidance(args.guidance_scale, 3.0)
+            generators.append(source.plain(args.steps, guidance))
     once = {generator.key: generator for generator in generators}
     return list(once.values()), folders
 
 
 def _teachers(args: Any, source: Source) -> list[Generator]:
     """The teacher in many steps, and forced to one: from its last timestep, and from the student's own if that is known."""
-    many = source.many_steps(args.teacher_steps, _teacher_guidance(args))
+    many = source.many_steps(args.teacher_steps, _teacher_guidance(args, source))
     timesteps = dict.fromkeys((source.last_timestep(), source.timestep()))
     return [many, *(source.undistilled(timestep) for timestep in timesteps if timestep is not None)]
 
 
-def _teacher_guidance(args: Any) -> float:
+def _teacher_guidance(args: Any, source: Source) -> float:
     from wadi.evaluate.protocols import ZOO_GUIDANCE
 
-    if args.teacher_guidance_scale is not None:
-        return float(args.teacher_guidance_scale)
-    return ZOO_GUIDANCE if args.protocol == "zoo" else 3.0
+    return source.guidance(args.teacher_guidance_scale, ZOO_GUIDANCE if args.protocol == "zoo" else 3.0)
 
 
 def _reference(args: Any, protocol: Protocol | None, device: Any) -> Reference | None:
@@ -207,7 +217,7 @@ def _reference(args: Any, protocol: Protocol | None, device: Any) -> Reference |
     source = next((source for _, source in _sources(args, device) if source is not None), None)
     if protocol is None or source is None:
         raise WadiError("--reference is 'teacher', and no teacher is known. Expected a run or an adapter, and --protocol.")
-    return of_teacher(source.many_steps(args.teacher_steps, _teacher_guidance(args)), protocol)
+    return of_teacher(source.many_steps(args.teacher_steps, _teacher_guidance(args, source)), protocol)
 
 
 def _evaluation(args: Any, protocol: Protocol | None, reference: Reference | None, device: Any, ranks: Any) -> Evaluation:

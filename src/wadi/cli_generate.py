@@ -52,7 +52,7 @@ def add_options(parser: Any) -> None:
     add("--control_scale", "--control-scale", type=float, default=None, help="strength of --control; default 1")
     add("--compare", action="store_true", help="put the teacher's many-step pictures beside, with both times")
     add("--teacher_steps", type=int, default=25, help="steps of the teacher with --compare")
-    add("--guidance_scale", type=float, default=2.0, help="guidance of the teacher with --compare")
+    add("--guidance_scale", type=float, default=None, help="of the teacher with --compare; default: 2, for FLUX 1 (none)")
 
 
 def run(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[str], Any]) -> int:
@@ -77,6 +77,7 @@ def run(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[s
 
 
 def _compare(drawing: Drawing, prompts: list[str], args: Any) -> int:
+    from wadi.backbones import from_pipeline
     from wadi.generate import compare, teacher_of
     from wadi.images import save_png
 
@@ -85,9 +86,8 @@ def _compare(drawing: Drawing, prompts: list[str], args: Any) -> int:
     teacher = customised(teacher_of(args.run, adapter=args.adapter, teacher=args.teacher, **place(args)), args)
     columns = [prompt for prompt in prompts for _ in range(args.count)]
     seeds = [args.seed + i for i in range(len(columns))]
-    picture, slow, fast = compare(
-        drawing.pipeline, teacher, columns, seeds, args.teacher_steps, args.guidance_scale, drawing.call
-    )
+    guidance = from_pipeline(teacher).teacher_guidance(args.guidance_scale, 2.0)
+    picture, slow, fast = compare(drawing.pipeline, teacher, columns, seeds, args.teacher_steps, guidance, drawing.call)
     target = Path(args.out) / "compare.png" if args.prompts is not None else Path(args.out)
     save_png(picture, target)
     print(f"teacher {slow:.0f} ms, student {fast:.0f} ms per picture, {slow / fast:.1f} times as fast: {target}")

@@ -129,7 +129,8 @@ def draw(
     """One picture per prompt and seed, each from noise of its own seed: batches and neighbours do not enter.
 
     Args:
-        guidance_scale: of the pipeline's call; None = the family's value for one conditional pass.
+        guidance_scale: ``w`` of ``uncond + w (cond - uncond)``, passed as the family's pipeline takes it; None or 1 = no
+            guidance.
         call: further arguments of the pipeline's call (``height``, ``width``, ``image``, ...), which go before all others.
         start: from generators, one per picture, to the call's ``latents``; None = noise, as the pipeline draws it.
     Raises:
@@ -141,8 +142,7 @@ def draw(
         raise WadiError(f"batch is {batch} and steps is {steps}. Expected both at least 1.")
     if not all(0 <= seed < SEEDS for seed in seeds):
         raise WadiError(f"Seeds run from {min(seeds)} to {max(seeds)}. Expected whole numbers from 0 to 2^63 - 1.")
-    told = {"num_inference_steps": steps, **plain_call(pipeline)}
-    told |= ({} if guidance_scale is None else {"guidance_scale": guidance_scale}) | dict(call or {})
+    told = {"num_inference_steps": steps, **family_call(pipeline, guidance_scale), **(call or {})}
     pictures: list[Image.Image] = []
     times = []
     with progress("drawing", len(prompts), quiet=len(prompts) <= batch) as bar:
@@ -159,13 +159,20 @@ def draw(
     return Drawn(pictures, sorted(times)[len(times) // 2])
 
 
-def plain_call(pipeline: Any) -> dict[str, Any]:
-    """Arguments with which a pipeline of a family draws without guidance at its own size; of another pipeline, none."""
+def family_call(pipeline: Any, guidance_scale: float | None = None) -> dict[str, Any]:
+    """Arguments with which a pipeline of a family generates at its own size and a guidance scale (None or 1 = no guidance).
+
+    Raises:
+        WadiError: if no family serves the pipeline and there is a scale: only the family knows how its pipeline takes it.
+    """
     try:
         family(type(pipeline).__name__)
-    except WadiError:  # one with a ControlNet, say: whoever made it tells them by `draw`'s call
-        return {}
-    return from_pipeline(pipeline).call
+    except WadiError:
+        if guidance_scale is not None:
+            raise
+        return {}  # one with a ControlNet, say: whoever made it gives them as `draw`'s call
+    backbone = from_pipeline(pipeline)
+    return backbone.call if guidance_scale is None else backbone.guided_call(guidance_scale)
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from torch import Tensor
 from wadi.backbones import Backbone, Condition
 from wadi.config import DistillConfig
 from wadi.errors import WadiError
-from wadi.objectives.vsd import guided
 
 MIN_ALPHA = 1e-3  # below it an epsilon-prediction's error is multiplied by more than a thousand
 
@@ -53,7 +52,7 @@ def predict_guided(
         return backbone.predict(x_t, t, condition)
     both = Condition.cat([condition, null.expand(len(condition))])
     conditional, unconditional = backbone.predict(x_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
-    return guided(conditional, unconditional, guidance_scale)
+    return backbone.guided(conditional, unconditional, guidance_scale)
 
 
 @torch.no_grad()
@@ -71,8 +70,11 @@ def many_steps(
     Args:
         before_step: called before each step; may raise to end early.
     """
-    scheduler = backbone.sampler()
-    scheduler.set_timesteps(steps, device=z.device)
+    scheduler, sigmas = backbone.sampler(), backbone.sampler_sigmas(steps)
+    if sigmas is None:
+        scheduler.set_timesteps(steps, device=z.device)
+    else:
+        scheduler.set_timesteps(sigmas=sigmas, device=z.device)
     x_t = z * getattr(scheduler, "init_noise_sigma", 1.0)
     for t in scheduler.timesteps:
         if before_step is not None:

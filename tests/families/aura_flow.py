@@ -20,7 +20,7 @@ class AuraFlow(Backbone):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:
-        embeds, *_ = self.pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False)
+        embeds, *_ = self.pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False, **self.encode_defaults())
         return Condition({"prompt_embeds": embeds})
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:

@@ -6,7 +6,10 @@ A family of your own is checked by subclassing it with a ``family`` fixture: tes
 from __future__ import annotations
 
 import copy
+import inspect
+import math
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +20,7 @@ from torch import nn
 from wadi import adapters
 from wadi.backbones import Condition, from_pipeline
 from wadi.config import DistillConfig, FakeConfig, StudentConfig
+from wadi.errors import WadiError
 from wadi.optimizers import initial_state
 from wadi.process import Prediction
 from wadi.sampling import many_steps, noise, one_step, predict_guided
@@ -24,6 +28,7 @@ from wadi.train import Batch, attach_roles, train_step
 
 PROMPTS = ["red apple", "blue car"]
 SEEDS = [3, 4]
+LONG = " ".join(f"{['red', 'blue', 'green'][i % 3]} {['apple', 'car', 'land'][i * i % 7 % 3]}" for i in range(350))
 EARLY = 700  # a student's timestep before the last
 
 
@@ -36,7 +41,6 @@ class Family:
         resolution: to test at; None = the model's own.
         adapted: whether the student's adapter belongs on a layer, by name and module; ``fake`` likewise.
         idle: names of layers whose output the network throws away, so that no gradient reaches their angles.
-        guided_call: arguments of the pipeline's call for guidance of 2 in 3 steps, beside the number of steps, for a backbone.
     """
 
     pipeline: Any
@@ -44,7 +48,6 @@ class Family:
     fake: Callable[[str, nn.Module], bool]
     resolution: tuple[int, int] | None = None
     idle: tuple[str, ...] = ()
-    guided_call: Callable[[Any], dict[str, Any]] = lambda backbone: {"guidance_scale": 2.0}
 
     def backbone(self, dtype: torch.dtype = torch.float32):
         """Of a copy of the pipeline, for images twice as wide as high: height and width in each other's place show."""
@@ -69,6 +72,72 @@ def network_inputs(backbone, dtype=torch.float32):
     """``x_t``, ``t``, condition: two rows, the second one the null prompt, at two timesteps."""
     condition = backbone.encode([PROMPTS[0], ""])
     return noise(backbone.latent_shape, SEEDS).to(dtype), torch.tensor([EARLY, 40]), condition
+
+
+@contextmanager
+def fed(backbone):
+    """Notes every tensor that the network is called with, by the name of its argument; the last call counts."""
+    seen = {}
+    names = inspect.signature(backbone.network.forward)
+
+    def note(module, args, kwargs):
+        for name, value in names.bind(*args, **kwargs).arguments.items():
+            parts = value.items() if isinstance(value, dict) else [("", value)]
+            for key, part in parts:
+                if isinstance(part, torch.Tensor):
+                    seen[f"{name} {key}".strip()] = part.detach().clone()
+
+    handle = backbone.network.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def passes(backbone):
+    """Notes the number of rows of every pass through the network."""
+    seen = []
+
+    def note(module, args, kwargs):
+        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.ndim > 1)
+        seen.append(len(first))
+
+    handle = backbone.network.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def formula_times(backbone, steps):
+    """``(now, then)`` of each step, with ``t`` and ``alpha2`` of DDIM at trailing times or ``sigma`` of the shifted flow.
+
+    Written from the papers and diffusers' documentation, from configs alone.
+    """
+    scheduler = backbone.pipeline.scheduler
+    config, T = scheduler.config, scheduler.config.num_train_timesteps
+    if backbone.process.prediction != "velocity":
+        betas = {
+            "linear": lambda: torch.linspace(config.beta_start, config.beta_end, T, dtype=torch.float64),
+            "scaled_linear": lambda: torch.linspace(config.beta_start**0.5, config.beta_end**0.5, T, dtype=torch.float64) ** 2,
+        }[config.beta_schedule]()
+        alpha2 = (1 - betas).cumprod(0)
+        times = [{"t": t, "alpha2": float(alpha2[t])} for t in (round(T - T * i / steps) - 1 for i in range(steps))]
+        return list(zip(times, [*times[1:], {"alpha2": 1.0}], strict=True))
+    height, width = backbone.latent_shape[1] // backbone.patch, backbone.latent_shape[2] // backbone.patch
+    shift = config.get("flow_shift") or config.get("shift") or 1.0
+    if config.get("use_dynamic_shifting"):  # exp(mu), with mu on the line through (256, 0.5) and (4096, 1.15) tokens
+        shift = math.exp(0.5 + (height * width - 256) * (1.15 - 0.5) / (4096 - 256))
+
+    def shifted(sigma):
+        return shift * sigma / (1 + (shift - 1) * sigma)
+
+    low = shifted(1 / T)  # diffusers' Euler spaces its steps from 1 to the shifted last of T, and shifts them
+    even = [1 - i / steps for i in range(steps)] if backbone.sampler_sigmas(steps) else None
+    sigmas = [shifted(s) for s in even or [1 + (low - 1) * i / (steps - 1) for i in range(steps)]]
+    times = [{"t": T * sigma, "sigma": sigma} for sigma in sigmas]
+    return list(zip(times, [*times[1:], {"sigma": 0.0}], strict=True))
 
 
 def autoencoder_traffic(vae, monkeypatch):
@@ -176,9 +245,60 @@ class Conformance:
         backbone = family.backbone()
         z, condition, null = noise(backbone.latent_shape, SEEDS), backbone.encode(PROMPTS), backbone.encode([""])
         ours = backbone.decode(many_steps(backbone, condition, null, z, steps=3, guidance_scale=2.0))
-        call = family.guided_call(backbone)
         backbone.pipeline.scheduler = backbone.sampler()
+        call = backbone.guided_call(2.0)
         torch.testing.assert_close(ours, images_of(backbone, num_inference_steps=3, **call), rtol=0, atol=5e-5)
+        with passes(backbone) as seen:
+            images_of(backbone, num_inference_steps=3, **backbone.guided_call(1.0))
+        assert seen == [len(PROMPTS)] * 3  # a scale of 1 is no guidance: one conditional pass
+
+    def test_many_steps_follow_an_independent_formula(self, family):
+        """DDIM over the schedule's own alphas, or Euler along the flow, with the prediction of two passes mixed."""
+        backbone = family.backbone()
+        z, condition, null = noise(backbone.latent_shape, SEEDS), backbone.encode(PROMPTS), backbone.encode([""])
+        ours = many_steps(backbone, condition, null, z, steps=4, guidance_scale=2.0)
+        x = z
+        for now, then in formula_times(backbone, steps=4):
+            t = torch.full((2,), now["t"])
+            with torch.no_grad():
+                prediction = backbone.guided(backbone.predict(x, t, condition), backbone.predict(x, t, null.expand(2)), 2.0)
+            if "sigma" in now:
+                x = x + (then["sigma"] - now["sigma"]) * prediction
+                continue
+            a, s, b = now["alpha2"] ** 0.5, (1 - now["alpha2"]) ** 0.5, then["alpha2"]
+            x0 = (x - s * prediction) / a if backbone.process.prediction == "epsilon" else a * x - s * prediction
+            x = b**0.5 * x0 + (1 - b) ** 0.5 * (x - a * x0) / s
+        torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-4 * float(x.abs().max()))
+
+    def test_a_deterministic_first_order_pipeline_takes_the_same_steps_by_itself(self, family):
+        """With the scheduler it came with, and nothing handed to it."""
+        backbone = family.backbone()
+        if type(backbone.pipeline.scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
+            pytest.skip(f"{type(backbone.pipeline.scheduler).__name__} takes other steps")
+        z, condition, null = noise(backbone.latent_shape, SEEDS), backbone.encode(PROMPTS), backbone.encode([""])
+        ours = backbone.decode(many_steps(backbone, condition, null, z, steps=3, guidance_scale=1.0))
+        torch.testing.assert_close(ours, images_of(backbone, num_inference_steps=3), rtol=0, atol=5e-5)
+
+    def test_training_feeds_the_network_what_a_plain_call_does(self, family):
+        """Every tensor of one step: embeddings of prompts beyond any limit, masks, sizes, time, guidance, the latents."""
+        backbone = family.backbone()
+        last = backbone.process.last_timestep
+        prompts = [LONG, PROMPTS[0]]
+        with fed(backbone) as ours:
+            backbone.predict(noise(backbone.latent_shape, SEEDS), torch.full((2,), last), backbone.encode(prompts))
+        backbone.pipeline.scheduler = backbone.one_step_scheduler(last)
+        with fed(backbone) as plain, torch.no_grad():
+            backbone.pipeline(prompt=prompts, generator=generators(), num_inference_steps=1, **backbone.call)
+        assert ours.keys() == plain.keys()
+        for name, tensor in plain.items():
+            expected = tensor.float().expand_as(ours[name])
+            torch.testing.assert_close(ours[name].float(), expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+    def test_a_scale_that_no_call_can_do_is_refused(self, family):
+        backbone = family.backbone()
+        for scale in (0.5, float("nan")):
+            with pytest.raises(WadiError, match=str(scale)):
+                backbone.guided_call(scale)
 
     def test_conditional_and_null_in_one_batch_are_two_passes(self, family):
         backbone = family.backbone()
@@ -188,7 +308,8 @@ class Conformance:
         unconditional = backbone.predict(x_t, t, null.expand(2))
         assert (conditional - unconditional).abs().max() > 1e-4
         together = predict_guided(backbone, x_t, t, condition, null, 3.0)
-        torch.testing.assert_close(together, unconditional + 3 * (conditional - unconditional), rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(together, backbone.guided(conditional, unconditional, 3.0), rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(backbone.guided(conditional, unconditional, 1.0), conditional, rtol=1e-5, atol=1e-6)
 
     def test_a_prompts_condition_does_not_depend_on_its_neighbours(self, family):
         backbone = family.backbone()

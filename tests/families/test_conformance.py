@@ -2,7 +2,6 @@
 
 import re
 
-import numpy as np
 import pytest
 import small_pipelines
 from conformance import Conformance, Family
@@ -49,15 +48,7 @@ KNOWN = {
     "pixart-sigma": {"adapted": not_modulation, "fake": in_transformer_blocks},
     # the last block's text stream ends in attention, and its query is computed for nothing
     "sd3": {"adapted": not_modulation, "fake": in_any_block, "idle": ("transformer_blocks.1.attn.add_q_proj",)},
-    "flux": {
-        "adapted": not_modulation,
-        "fake": in_any_block,
-        "guided_call": lambda backbone: {
-            "true_cfg_scale": 2.0,
-            "negative_prompt": "",
-            "sigmas": np.linspace(1, backbone.sampler().sigma_min, 3),
-        },
-    },
+    "flux": {"adapted": not_modulation, "fake": in_any_block},
     "sana": {"adapted": in_sana, "fake": lambda n, m: in_sana(n, m) and "transformer_blocks." in n},
 }
 

@@ -7,6 +7,7 @@ adapters, objectives or accelerate.
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,7 +71,9 @@ class Backbone(ABC):
         component: name of the network in the pipeline, ``"transformer"`` or ``"unet"``.
         student_targets, fake_targets: regular expressions, full match over module names, of the layers that adapters of the
             student and of the fake model go on by default.
-        no_guidance: ``guidance_scale`` at which a call of the pipeline is one conditional pass.
+        no_guidance: ``guidance_scale`` of the pipeline's call for one conditional pass. A network that takes a guidance scale
+            as an input receives this one in every pass, also in training.
+        default_guidance: scale of a teacher's many steps if the user gives none; None = the command's own default.
 
     Attributes:
         pipeline: the diffusers pipeline it was built from.
@@ -85,6 +88,7 @@ class Backbone(ABC):
     student_targets: str  # a family may set these for each network
     fake_targets: str
     no_guidance: ClassVar[float] = 0.0
+    default_guidance: ClassVar[float | None] = None
 
     def __init__(self, pipeline: Any, resolution: tuple[int, int] | None = None) -> None:
         self.pipeline = pipeline
@@ -148,6 +152,16 @@ class Backbone(ABC):
 
     # --- the contract -------------------------------------------------------------------------------------------------------
 
+    def encode_defaults(self) -> dict[str, Any]:
+        """Return arguments for the pipeline's ``encode_prompt``: defaults of its call where the two have different ones.
+
+        With them long prompts are cut, and captions cleaned, in training as in a plain call.
+        """
+        encoding = inspect.signature(self.pipeline.encode_prompt).parameters
+        calling = inspect.signature(type(self.pipeline).__call__).parameters
+        both = [name for name in encoding if name in calling and calling[name].default not in (None, inspect.Parameter.empty)]
+        return {name: calling[name].default for name in both if calling[name].default != encoding[name].default}
+
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Prompts to a condition of ``len(prompts)`` rows. The one encoder of training, validation and generation.
@@ -193,6 +207,10 @@ class Backbone(ABC):
         """A fresh diffusers scheduler for the teacher's deterministic many-step sampling, first order."""
         return schedulers.sampler(self.pipeline.scheduler, self.image_tokens)
 
+    def sampler_sigmas(self, steps: int) -> list[float] | None:
+        """Sigmas that the pipeline's call hands its scheduler for ``steps`` steps; None = the scheduler chooses its own."""
+        return None
+
     def one_step_scheduler(self, timestep: int) -> Any:
         """A diffusers scheduler whose single step leads from ``timestep`` to ``x0``."""
         return schedulers.one_step(self.pipeline.scheduler, timestep)
@@ -201,6 +219,43 @@ class Backbone(ABC):
     def image_tokens(self) -> int:
         """Tokens of one image in the network, on which the shift of some flow models depends."""
         return (self.latent_shape[1] // self.patch) * (self.latent_shape[2] // self.patch)
+
+    # --- guidance -----------------------------------------------------------------------------------------------------------
+    # A guidance scale w is diffusers' convention for the whole package: uncond + w (cond - uncond), and 1 means none.
+
+    def guided(self, conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
+        """Mix the network's predictions of two passes, ``(B, C, H, W)`` each, as the pipeline's call does at this scale.
+
+        A family whose pipeline also renormalises the mixture overrides this.
+        """
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    @classmethod
+    def guidance_arguments(cls, guidance_scale: float) -> dict[str, Any]:
+        """Arguments of the pipeline's call for two passes mixed by `guided` at a scale above 1.
+
+        A family whose pipeline names or counts the scale in another way (``true_cfg_scale``, ``w - 1``) overrides this.
+        """
+        return {"guidance_scale": guidance_scale}
+
+    def guided_call(self, guidance_scale: float) -> dict[str, Any]:
+        """Return the arguments with which a call of the pipeline generates at this guidance scale; at 1 those of `call`.
+
+        Raises:
+            WadiError: if the scale is below 1, which no pipeline can do.
+        """
+        if not (math.isfinite(guidance_scale) and guidance_scale >= 1):
+            raise WadiError(
+                f"The guidance scale is {guidance_scale}. A pipeline's call takes 1 (no guidance) or more: give such a scale."
+            )
+        return self.call if guidance_scale == 1 else self.call | self.guidance_arguments(guidance_scale)
+
+    @classmethod
+    def teacher_guidance(cls, given: float | None, otherwise: float) -> float:
+        """Return the scale that the user gave, or else the family's `default_guidance`, or else ``otherwise``."""
+        if given is not None:
+            return given
+        return otherwise if cls.default_guidance is None else cls.default_guidance
 
     @property
     def call(self) -> dict[str, Any]:

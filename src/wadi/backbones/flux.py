@@ -1,9 +1,10 @@
 """FLUX.1 dev and schnell: a rectified flow on packed latents under CLIP's pooled embedding and T5.
 
 The network sees 2 x 2 patches of latents as tokens, with their places as ids; outside this file latents are ``(B, C, H, W)``.
-It is fed ``t / 1000``. FLUX.1 dev has guidance distilled into it: it is told a guidance scale, here always the default of the
-pipeline's own call, for teacher, student and fake model alike. ``guidance_scale`` of a run is true guidance on top of that;
-1, none, is the family's preset.
+It is fed ``t / 1000``. FLUX.1 dev has guidance distilled into it: its network takes a guidance scale as an input. We always
+pass the default of the pipeline's own call, 3.5, for teacher, student and fake model alike, in training, generation and
+evaluation. ``guidance_scale`` of a run or command is true guidance in a second pass on top of that; the family's default is 1,
+none.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Flux(Backbone):
     # Every Linear but those that turn timestep, guidance and pooled text into modulation.
     student_targets = rf"{DOUBLE}|{SINGLE}|x_embedder|context_embedder|proj_out"
     fake_targets = rf"{DOUBLE}|{SINGLE}"
-    no_guidance = 3.5  # the scale the network is told, not a second pass
+    no_guidance = 3.5  # an input of the network, not a second pass
+    default_guidance = 1.0
 
     @property
     def patch(self) -> int:
@@ -44,6 +46,15 @@ class Flux(Backbone):
         """A quarter of what the network sees: it sees 2 x 2 latents at once."""
         return int(config.in_channels) // 4
 
+    @classmethod
+    def guidance_arguments(cls, guidance_scale: float) -> dict[str, Any]:
+        """See `Backbone.guidance_arguments`: a second pass for the empty prompt; the network's input stays what it is."""
+        return {"true_cfg_scale": guidance_scale, "negative_prompt": ""}
+
+    def sampler_sigmas(self, steps: int) -> list[float] | None:
+        """See `Backbone.sampler_sigmas`: evenly spaced from 1 to ``1 / steps``, before the scheduler's shift."""
+        return [1 - i / steps for i in range(steps)]
+
     def call_latents(self, latents: Tensor) -> Tensor:
         """See `Backbone.call_latents`: packed, ``(B, H W / 4, 4 C)``."""
         packed: Tensor = self.pipeline._pack_latents(latents, *latents.shape)
@@ -52,7 +63,8 @@ class Flux(Backbone):
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:
         """``prompt_embeds`` ``(B, tokens, width)`` of T5 and ``pooled`` ``(B, width)`` of CLIP."""
-        embeds, pooled, _ = self.pipeline.encode_prompt(list(prompts), device=self.pipeline.text_encoder.device)
+        device = self.pipeline.text_encoder.device
+        embeds, pooled, _ = self.pipeline.encode_prompt(list(prompts), device=device, **self.encode_defaults())
         return Condition({"prompt_embeds": embeds, "pooled": pooled})
 
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:

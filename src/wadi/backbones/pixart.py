@@ -44,8 +44,7 @@ class PixArt(Backbone):
             list(prompts),
             do_classifier_free_guidance=False,
             device=self.pipeline.text_encoder.device,
-            clean_caption=self._clean_caption,
-            max_sequence_length=default_argument(self.pipeline, "max_sequence_length"),
+            **self.encode_defaults() | {"clean_caption": self._clean_caption},
         )
         return Condition({"prompt_embeds": embeds, "mask": mask, **self._sizes(len(embeds), embeds.device)})
 

@@ -36,9 +36,7 @@ class Sana(Backbone):
             list(prompts),
             do_classifier_free_guidance="" in prompts,
             device=self.pipeline.text_encoder.device,
-            clean_caption=default_argument(self.pipeline, "clean_caption"),
-            max_sequence_length=default_argument(self.pipeline, "max_sequence_length"),
-            complex_human_instruction=default_argument(self.pipeline, "complex_human_instruction"),
+            **self.encode_defaults(),
         )
         if "" in prompts:
             embeds, mask = where_empty(prompts, null, embeds), where_empty(prompts, null_mask, mask)

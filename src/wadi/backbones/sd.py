@@ -36,7 +36,9 @@ class StableDiffusion(Backbone):
     def encode(self, prompts: Sequence[str]) -> Condition:
         """``prompt_embeds`` ``(B, tokens, width)``, as the pipeline itself encodes them."""
         device = self.pipeline.text_encoder.device
-        embeds, _ = self.pipeline.encode_prompt(list(prompts), device, 1, do_classifier_free_guidance=False)
+        embeds, _ = self.pipeline.encode_prompt(
+            list(prompts), device, 1, do_classifier_free_guidance=False, **self.encode_defaults()
+        )
         return Condition({"prompt_embeds": embeds})
 
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -35,8 +35,9 @@ class StableDiffusion3(Backbone):
             embeds, pooled = self._encode_without_clip(list(prompts))
         else:
             embeds, _, pooled, _ = pipeline.encode_prompt(
-                list(prompts), None, None, device=pipeline.text_encoder.device, do_classifier_free_guidance=False
-            )
+                list(prompts), None, None, device=pipeline.text_encoder.device, do_classifier_free_guidance=False,
+                **self.encode_defaults(),
+            )  # fmt: skip
         return Condition({"prompt_embeds": embeds, "pooled": pooled})
 
     def _encode_without_clip(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -47,10 +48,11 @@ class StableDiffusion3(Backbone):
         found = [self._clip(*pair, prompts) if pair[1] is not None else None for pair in pairs]
         rest = config.pooled_projection_dim - sum(part[1].shape[-1] for part in found if part)
         tokens = pipeline.tokenizer_max_length
+        length = default_argument(pipeline, "max_sequence_length")
         share = rest // max(1, found.count(None))
         absent = torch.zeros(len(prompts), tokens, share), torch.zeros(len(prompts), share)
         embeds, pooled = (torch.cat([part[i].to(**place) for part in (p or absent for p in found)], dim=-1) for i in range(2))
-        t5 = pipeline._get_t5_prompt_embeds(prompts, device=self.device, dtype=self.network.dtype).to(**place)
+        t5 = pipeline._get_t5_prompt_embeds(prompts, max_sequence_length=length, **place)
         return torch.cat([pad(embeds, (0, t5.shape[-1] - embeds.shape[-1])), t5], dim=-2), pooled
 
     def _clip(self, tokenizer: Any, encoder: Any, prompts: list[str]) -> tuple[Tensor, Tensor]:

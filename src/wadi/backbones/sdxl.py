@@ -28,8 +28,9 @@ class StableDiffusionXL(StableDiffusion):
         """
         pipeline = self.pipeline
         embeds, null, pooled, null_pooled = pipeline.encode_prompt(
-            list(prompts), device=pipeline.text_encoder_2.device, do_classifier_free_guidance="" in prompts
-        )
+            list(prompts), device=pipeline.text_encoder_2.device, do_classifier_free_guidance="" in prompts,
+            **self.encode_defaults(),
+        )  # fmt: skip
         if "" in prompts:
             embeds, pooled = where_empty(prompts, null, embeds), where_empty(prompts, null_pooled, pooled)
         return Condition({"prompt_embeds": embeds, "pooled": pooled, "time_ids": self._time_ids(pooled)})

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from wadi import generate
-from wadi.backbones import from_pipeline, load_pipeline
-from wadi.backbones.loading import read_config
+from wadi.backbones import Backbone, family, from_pipeline, load_pipeline
+from wadi.backbones.loading import pipeline_index, read_config
+from wadi.backbones.schedulers import make_scheduler
 from wadi.embedded import NAME
 from wadi.errors import WadiError
 from wadi.files import sha256
+from wadi.process import Process
 from wadi.sampling import one_step_scheduler
 
 
@@ -28,7 +30,7 @@ class Generator:
         name: of its row in tables.
         about: everything its pictures depend on besides prompts and seeds, as plain JSON values.
         open: loads the pipeline.
-        steps, guidance_scale: of its call; None = the family's value for one conditional pass.
+        steps, guidance_scale: those of `wadi.generate.draw`.
     """
 
     name: str
@@ -71,7 +73,7 @@ class Source:
             WadiError: if a student is asked for several steps.
         """
         if self.pipeline:
-            about = {"kind": "pipeline", "weights": weights_of(self.name), **self._call(steps, guidance_scale)}
+            about = {"kind": "pipeline", "weights": weights_of(self.name), **self._call(self.name, steps, guidance_scale)}
             return Generator(
                 f"{_short(self.name)}, {_steps(steps)}",
                 about,
@@ -84,7 +86,7 @@ class Source:
         folder, base = generate.locate(self.run, self.adapter, self.teacher)
         about = {
             "kind": "student", "adapter": sha256(folder / "adapter_model.safetensors"), "teacher": weights_of(base),
-            "timestep": generate.about_of(folder).timestep, **self._call(1, guidance_scale),
+            "timestep": generate.about_of(folder).timestep, **self._call(base, 1, guidance_scale),
         }  # fmt: skip
         return Generator(
             f"{'shipped student' if self.name == NAME else _short(self.name)}, one step", about,
@@ -93,12 +95,13 @@ class Source:
 
     def many_steps(self, steps: int, guidance_scale: float) -> Generator:
         """The teacher behind a student, with its family's deterministic sampler."""
-        about = {"kind": "teacher", "weights": weights_of(self._base()), **self._call(steps, guidance_scale)}
+        about = {"kind": "teacher", "weights": weights_of(self._base()), **self._call(self._base(), steps, guidance_scale)}
         return Generator(f"teacher, {_steps(steps)}", about, self._teacher, steps, guidance_scale)
 
     def undistilled(self, timestep: int) -> Generator:
         """The teacher forced to one step from ``timestep``."""
-        about = {"kind": "undistilled", "weights": weights_of(self._base()), "timestep": timestep, **self._call(1, None)}
+        base = self._base()
+        about = {"kind": "undistilled", "weights": weights_of(base), "timestep": timestep, **self._call(base, 1, None)}
 
         def forced() -> Any:
             pipeline = self._teacher()
@@ -114,8 +117,12 @@ class Source:
         return generate.about_of(generate.locate(self.run, self.adapter, self.teacher)[0]).timestep
 
     def last_timestep(self) -> int:
-        """Of the teacher's schedule, by its own config."""
-        return int(read_config(self._base(), "scheduler")["num_train_timesteps"]) - 1
+        """Return the noisiest timestep of the teacher's schedule, by its own config: ``T - 1``, or ``T`` of a flow."""
+        return Process.from_scheduler(make_scheduler(read_config(self._base(), "scheduler"))).last_timestep
+
+    def guidance(self, given: float | None, otherwise: float) -> float:
+        """Return the guidance scale of many steps: ``given``, or else the family's default, or else ``otherwise``."""
+        return _family_of(self.name if self.pipeline else self._base()).teacher_guidance(given, otherwise)
 
     def _teacher(self) -> Any:
         if self.pipeline:
@@ -132,8 +139,16 @@ class Source:
             raise WadiError(f"{self.name!r} is a pipeline, which does not tell its teacher. Expected --teacher beside it.")
         return self.teacher
 
-    def _call(self, steps: int, guidance_scale: float | None) -> dict[str, Any]:
-        return {"steps": steps, "guidance_scale": guidance_scale, "dtype": str(self.dtype).removeprefix("torch.")}
+    def _call(self, path: str, steps: int, guidance_scale: float | None) -> dict[str, Any]:
+        """Return how the pipeline at ``path`` is called; raise `WadiError` if no family serves it."""
+        call = {"steps": steps, "guidance_scale": guidance_scale, "dtype": str(self.dtype).removeprefix("torch.")}
+        arguments = _family_of(path).guidance_arguments(guidance_scale or 1)
+        # Only where the scale is not passed as it is: results of the other families keep their keys.
+        return call if guidance_scale is None or "guidance_scale" in arguments else call | {"arguments": arguments}
+
+
+def _family_of(path: str) -> type[Backbone]:
+    return family(str(pipeline_index(path).get("_class_name")))
 
 
 def find(name: str, **place: Any) -> Source | None:

@@ -19,11 +19,6 @@ from torch import Tensor
 from wadi.process import Process, per_sample
 
 
-def guided(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
-    """Classifier-free guidance, diffusers' convention: ``uncond + w (cond - uncond)``."""
-    return unconditional + guidance_scale * (conditional - unconditional)
-
-
 def vsd_gradient(
     x0: Tensor,
     x_t: Tensor,

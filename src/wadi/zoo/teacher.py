@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from wadi.backbones import from_pipeline
 from wadi.zoo.autoencoder import CHANNELS, encode
 from wadi.zoo.compose import compose, random_pose
 from wadi.zoo.concepts import COLOURS, CONCEPTS, STYLES
@@ -100,15 +101,15 @@ def assemble(ae: Any, text_encoder: Any, tokenizer: Any, unet: Any) -> Any:
 @torch.no_grad()
 def sample(pipe: Any, prompts: list[str], seeds: list[int], batch: int = 32) -> Tensor:
     """Pictures ``(N, 3, 64, 64)`` in [0, 1] of ``STEPS`` steps at ``GUIDANCE``, one generator for each picture."""
-    parts = []
+    parts, call = [], from_pipeline(pipe).guided_call(GUIDANCE)
     for i in range(0, len(prompts), batch):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[i : i + batch]]
         run = pipe(
             prompts[i : i + batch],
             num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
             generator=generators,
             output_type="pt",
+            **call,
         )
         parts.append(run.images)
     return torch.cat(parts)
