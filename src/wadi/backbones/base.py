@@ -159,8 +159,9 @@ class Backbone(ABC):
         """
         encoding = inspect.signature(self.pipeline.encode_prompt).parameters
         calling = inspect.signature(type(self.pipeline).__call__).parameters
-        both = [name for name in encoding if name in calling and calling[name].default not in (None, inspect.Parameter.empty)]
-        return {name: calling[name].default for name in both if calling[name].default != encoding[name].default}
+        pairs = {name: (calling[name].default, encoding[name].default) for name in encoding if name in calling}
+        empty = inspect.Parameter.empty
+        return {name: own for name, (own, other) in pairs.items() if own not in (None, empty) and other not in (own, empty)}
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Condition:
