@@ -233,7 +233,8 @@ def components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     found = {
         name: (str(value[0]), str(value[1]))
         for name, value in index.items()
-        if isinstance(value, (list, tuple)) and len(value) == 2 and all(value) and name not in LEFT_OUT
+        if isinstance(value, (list, tuple)) and len(value) == 2 and all(value)
+        if not name.startswith("_") and name not in LEFT_OUT  # "_...": what we or diffusers note about the pipeline
     }
     for name, (library, _) in found.items():
         if library not in STEMS and not hasattr(importlib.import_module("diffusers.pipelines"), library):
