@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 
 import pytest
@@ -97,6 +98,72 @@ def test_patterns_read_files_by_name_of_mixed_formats(tmp_path):
         read_prompts(tmp_path / "nothing*")
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "hf"])
+def test_of_several_captions_the_first_is_used_and_what_is_left_out_is_counted(kind, tmp_path, capsys):
+    captions = [["a cat", "a kitten"], [], ["", "a dog"], ["a bird"], None]
+    if kind in ("json", "jsonl"):  # only there may a row be a string among lists
+        captions = ["a fox", *captions, 5]
+    rows = [{"caption": value} for value in captions]
+    if kind == "parquet":
+        path = write_parquet(tmp_path / "p.parquet", rows)
+    elif kind == "json":
+        path = tmp_path / "p.json"
+        path.write_text(json.dumps(rows, indent=1))
+    else:
+        path = write_jsonl(tmp_path / "p.jsonl", rows)
+    if kind == "hf":
+        pytest.importorskip("datasets")
+    found = open_prompts(f"hf://{tmp_path}" if kind == "hf" else path)
+    expected = ["a cat", "a dog", "a bird"]
+    mixed = kind in ("json", "jsonl")
+    assert list(found) == (["a fox", *expected] if mixed else expected)
+    assert (found.left_out, found.several) == (3 if mixed else 2, 1)
+    told = capsys.readouterr().err
+    assert f"{found.left_out} rows" in told
+    assert "1 rows" in told
+    assert "first" in told
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_captions_of_coco(indent, tmp_path):
+    path = tmp_path / "captions_val2017.json"
+    annotations = [{"image_id": 9 - i, "id": i, "caption": text} for i, text in enumerate(PROMPTS)]
+    content = {"info": {"year": 2017}, "images": [{"id": 1, "file_name": "1.jpg"}], "annotations": annotations}
+    path.write_text(json.dumps(content, indent=indent))
+    assert list(open_prompts(path)) == PROMPTS
+
+
+def test_a_json_document_is_read_like_lines(tmp_path):
+    path = tmp_path / "p.json"
+    for content in (json.dumps(PROMPTS), json.dumps(PROMPTS, indent=2), "\n".join(map(json.dumps, PROMPTS))):
+        path.write_text(content)
+        assert list(open_prompts(path)) == PROMPTS
+    path.write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    assert list(open_prompts(path)) == ["one", "two"]
+    path.write_text('{"prompt": "one"}')
+    assert list(open_prompts(path)) == ["one"]
+
+
+def test_weights_of_words_are_literal(tmp_path):
+    (tmp_path / "p.txt").write_text("a (red:1.3) cat\n")
+    assert read_prompts(tmp_path / "p.txt") == ["a (red:1.3) cat"]
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "json", "csv", "parquet"])
+def test_a_pipe_in_the_place_of_a_file_does_not_hang(suffix, tmp_path):
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow")
+    os.mkfifo(tmp_path / f"p.{suffix}")
+    with pytest.raises(WadiError, match="pipe"):
+        open_prompts(tmp_path / f"p.{suffix}")
+
+
+def test_half_a_surrogate_pair_is_an_error_wherever_it_comes_from(monkeypatch):
+    monkeypatch.setattr("wadi.data.prompts.rows_of", lambda *_: iter([("'x' row 7", "a \ud800 cat")]))
+    with pytest.raises(WadiError, match="row 7"):
+        open_prompts("x")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -110,6 +177,18 @@ def test_patterns_read_files_by_name_of_mixed_formats(tmp_path):
         ("p.txt", b"fine\n\xff\n", ("utf-8", "line 2")),
         ("p.txt", b"fine\n" + b"x" * 2**20, ("1,048,576 characters", "line 2", f"{LONGEST:,}")),
         ("p.jsonl", b'{"prompt": null}\n', ("no row",)),
+        ("p.jsonl", b'{"prompt": "x"}\n{"prompt": "\\ud800"}\n', ("line 2", "ud800")),
+        ("p.jsonl", b"[" * 100_000, ("line 1", "nested")),
+        ("p.jsonl", b'{"prompt": "x", "n": ' + b"9" * 5000 + b"}", ("line 1", "digits")),
+        ("p.json", b'[{"prompt": "x"}, 5]', ("row 2", "int")),
+        ("p.json", b'[{"prompt": "x"}', ("not json", "line 1")),
+        ("p.json", b'{"a": 1}', ("no row", "fields are a")),
+        ("p.txt", "caf\u00e9".encode("latin-1"), ("line 1", "byte 4", "0xe9", "iconv")),
+        ("p.txt", b"fine\n\ncaf\xe9\n", ("line 3", "byte 4", "0xe9")),
+        ("p.txt", "two words".encode("utf-16"), ("utf-16", "iconv")),
+        ("p.csv", "prompt\na\n".encode("utf-16"), ("utf-16",)),
+        ("p.pkl", b"\x80\x04N.", ("pickle", "never loaded")),
+        ("p.jsonl.gz", b"\x1f\x8b", ("compressed",)),
     ],
 )
 def test_what_is_wrong_is_told_with_its_place(name, content, words, tmp_path):

@@ -37,6 +37,5 @@ def run(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[s
     pipeline = load_pipeline(resolve_teacher(args.teacher), getattr(torch, args.dtype), find_device(args.device))
     backbone = from_pipeline(pipeline, tuple(args.resolution) if args.resolution else None)
     out = embed(backbone, prompts, Path(args.out), args.batch, args.shard_rows)
-    left_out = f", {prompts.left_out} rows without one left out" if prompts.left_out else ""
-    print(f"{len(prompts)} prompts{left_out}: wadi distill --prompts {out} ...")
+    print(f"{len(prompts)} prompts: wadi distill --prompts {out} ...")
     return 0

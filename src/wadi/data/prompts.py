@@ -15,6 +15,7 @@ import torch
 
 from wadi.data.sources import HUB, rows_of
 from wadi.errors import WadiError
+from wadi.progress import console
 
 LONGEST = 20_000  # characters of a prompt; encoders read some hundred tokens
 
@@ -24,13 +25,14 @@ class Prompts(Sequence[str]):
 
     Attributes:
         digest: hash of all texts in their order.
-        left_out: rows that held no prompt.
+        left_out: rows that had no prompt.
+        several: rows that had several captions, of which the first is the prompt.
     """
 
     def __init__(self, texts: Iterator[str]) -> None:
         """Raises `OSError` if the temporary folder (``TMPDIR``) is full."""
         self._starts, digest = array("q", [0]), hashlib.sha256()
-        self.left_out = 0
+        self.left_out = self.several = 0
         with tempfile.TemporaryFile() as stream:  # the file goes when the map does, however the process ends
             for text in texts:
                 content = text.encode()
@@ -58,7 +60,8 @@ class Prompts(Sequence[str]):
 def open_prompts(source: str | Path, field: str | None = None, limit: int | None = None) -> Prompts:
     """The prompts of a file, a glob pattern or a data set, stripped; see `wadi.data.sources` for what is read.
 
-    Blank ones and rows without one are left out, duplicates stay: a prompt that stands there twice is drawn twice as often.
+    Rows without a prompt are left out. Of a row with a list of captions the first is used. Both are counted, and a line on
+    stderr says how many. Duplicates stay: a prompt that is there twice is used twice as often.
 
     Args:
         field: of rows that have several; dotted for nested ones.
@@ -66,11 +69,15 @@ def open_prompts(source: str | Path, field: str | None = None, limit: int | None
     Raises:
         WadiError: if there is none, or the source cannot be read.
     """
-    left_out = 0
+    left_out = several = 0
 
     def texts() -> Iterator[str]:
-        nonlocal left_out
+        nonlocal left_out, several
         for place, text in rows_of(str(source), field):
+            if isinstance(text, list):
+                captions = [caption for caption in text if isinstance(caption, str) and caption.strip()]
+                several += len(captions) > 1
+                text = captions[0] if captions else None
             stripped = (text or "").strip()
             if not stripped:
                 left_out += 1
@@ -81,6 +88,10 @@ def open_prompts(source: str | Path, field: str | None = None, limit: int | None
                 raise WadiError(
                     f"The prompt in {place} has {len(stripped):,} characters. Expected at most {LONGEST:,}: is it one a line?"
                 )
+            if not _is_whole(stripped):
+                raise WadiError(
+                    f"The prompt in {place} holds half of a surrogate pair. Only whole characters are read: correct it."
+                )
             yield stripped
 
     try:
@@ -90,11 +101,25 @@ def open_prompts(source: str | Path, field: str | None = None, limit: int | None
             f"Prompts {str(source)!r} cannot be copied to {tempfile.gettempdir()!r}: {error.strerror or error}. Expected room "
             "for their text there: set TMPDIR."
         ) from error
-    prompts.left_out = left_out
+    prompts.left_out, prompts.several = left_out, several
     if not prompts:
         what = "Data set" if str(source).startswith(HUB) else "Prompts file"
         raise WadiError(f"{what} {str(source)!r} holds no prompt. Expected one prompt a line, or a field of prompts.")
+    if left_out:
+        console.print(f"{left_out:,} rows of {str(source)!r} have no prompt and were left out.", soft_wrap=True, markup=False)
+    if several:
+        console.print(
+            f"{several:,} rows of {str(source)!r} have several captions: the first is used.", soft_wrap=True, markup=False
+        )
     return prompts
+
+
+def _is_whole(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_prompts(path: str | Path) -> list[str]:

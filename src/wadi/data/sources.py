@@ -1,6 +1,7 @@
-"""Prompts out of the files that people have: every reader yields ``(place, text or None)`` row by row, and holds one row.
+"""Prompts out of the files that people have: every reader yields ``(place, text)`` row by row, and holds one row.
 
-``place`` names file and line (or row) for a message; None stands for a row without a prompt: its field is missing or null.
+``place`` names file and line (or row) for a message. ``text`` is a list where an image has several captions, and None in a row
+without a prompt: its field is missing, null or something else.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from wadi.errors import WadiError
-from wadi.io.records import parse_json
+from wadi.io.records import JSON_BYTES, decoded, is_json, parse_json, read_json
+from wadi.io.regular import open_regular, regular
 
-Rows = Iterator[tuple[str, "str | None"]]
+Text = str | list[Any] | None  # of a row: a prompt, several captions of one image, or none
+Rows = Iterator[tuple[str, Text]]
 
 HUB = "hf://"
 LONGEST_LINE = 64 * 2**20  # bytes; a "line" beyond that is no text file
@@ -47,6 +50,8 @@ def rows_of(source: str, field: str | None) -> Rows:
         yield from dataset_rows(source, field)
         return
     for path in files_of(source):
+        if remedy := UNREADABLE.get(path.suffix.lower()):
+            raise WadiError(f"Prompts file {str(path)!r} {remedy}")
         yield from READERS.get(path.suffix.lower(), text_rows)(path, field)
 
 
@@ -56,37 +61,35 @@ def lines_of(path: Path) -> Iterator[tuple[str, str]]:
     Raises:
         WadiError: if the file cannot be read, is not UTF-8, or has no lines.
     """
+    where = f"Prompts file {str(path)!r}"
     try:
-        with open(path, "rb") as stream:
+        with open_regular(path, what="Prompts file") as stream:
             number = 0
             while line := stream.readline(LONGEST_LINE):
                 number += 1
                 place = f"{str(path)!r} line {number}"
                 if len(line) == LONGEST_LINE:
                     raise WadiError(f"Prompts file {place} is longer than {LONGEST_LINE:,} bytes. Expected one prompt a line.")
-                yield place, line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise WadiError(
-            f"Prompts file {str(path)!r} is not UTF-8 text (line {number}, byte {error.start}). Expected UTF-8: convert it."
-        ) from error
+                yield place, decoded(line, where, number)
     except OSError as error:
-        raise WadiError(f"Prompts file {str(path)!r} cannot be read: {error.strerror}. Expected a text file.") from error
+        raise WadiError(f"{where} cannot be read: {error.strerror}. Expected a text file.") from error
 
 
 def text_rows(path: Path, field: str | None) -> Rows:
-    """One prompt a line; ``field`` has no meaning here."""
+    """One prompt a line, blank lines left out; ``field`` has no meaning here."""
     for place, line in lines_of(path):
         for part in line.splitlines():
-            yield place, part
+            if part.strip():
+                yield place, part
 
 
 def json_rows(path: Path, field: str | None) -> Rows:
-    """One JSON object a line, as JourneyDB's annotations are; ``field`` may be dotted for nested objects."""
+    """One JSON object a line, as JourneyDB's annotations are; ``field`` may be dotted for nested objects.
+
+    A file that is one JSON document is read as well: a list of objects or strings, or COCO's captions.
+    """
     get = Field(field)
-    for place, line in lines_of(path):
-        if not line.strip():
-            continue
-        row = parse_json(line, Any, f"Prompts file {place}", "Expected one JSON object a line.")
+    for place, row in _document(path) if path.suffix.lower() == ".json" and _is_document(path) else _json_lines(path):
         if isinstance(row, str):
             yield place, row
         elif isinstance(row, dict):
@@ -117,6 +120,7 @@ def csv_rows(path: Path, field: str | None) -> Rows:
 def parquet_rows(path: Path, field: str | None) -> Rows:
     """The column ``field`` of a Parquet file, a batch of rows in memory at a time; other columns are not read."""
     parquet: Any = _extra("pyarrow.parquet", "data", "read Parquet files")
+    regular(path, what="Prompts file")
     try:
         with parquet.ParquetFile(path) as table:
             names = table.schema_arrow.names
@@ -167,6 +171,38 @@ def dataset_rows(source: str, field: str | None) -> Rows:
     get.check(source)
 
 
+def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    for place, line in lines_of(path):
+        if line.strip():
+            yield place, parse_json(line, Any, f"Prompts file {place}", "Expected one JSON object a line.")
+
+
+def _is_document(path: Path) -> bool:
+    """Whether the file is one JSON value rather than one a line: its first line is all there is, or is not JSON by itself."""
+    with open_regular(path, what="Prompts file") as stream:
+        first = stream.readline(JSON_BYTES)
+        rest = any(stream.readline(LONGEST_LINE).strip() for _ in range(8))
+    return not rest or not is_json(first.removeprefix(b"\xef\xbb\xbf"))
+
+
+def _document(path: Path) -> Iterator[tuple[str, Any]]:
+    remedy = "Expected a list of objects or strings, or COCO's captions; or one JSON object a line (.jsonl)."
+    content = read_json(path, Any, "Prompts file", remedy=remedy)
+    if isinstance(content, dict) and isinstance(content.get("annotations"), list):  # COCO's captions_*.json
+        content = content["annotations"]
+    rows = content if isinstance(content, list) else [content]
+    for number, row in enumerate(rows, 1):
+        yield f"{str(path)!r} row {number}", row
+
+
+# Suffixes of what is not read, and what to do.
+_PICKLE = "is a pickle, which can run code when it is loaded; it is never loaded. Save the prompts as text, JSON lines or CSV."
+_PACKED = "is compressed. Unpack it first."
+UNREADABLE = {
+    **dict.fromkeys((".pkl", ".pickle", ".pt", ".pth", ".joblib"), _PICKLE),
+    **dict.fromkeys((".gz", ".xz", ".bz2", ".zst", ".zip", ".tar", ".tgz", ".7z"), _PACKED),
+}
+
 READERS: dict[str, Callable[[Path, str | None], Rows]] = {
     ".jsonl": json_rows, ".json": json_rows, ".csv": csv_rows, ".tsv": csv_rows, ".parquet": parquet_rows,
 }  # fmt: skip
@@ -179,14 +215,14 @@ class Field:
         self.name, self.found = name, False
         self.seen: dict[str, Any] = {}
 
-    def __call__(self, row: Mapping[str, Any]) -> str | None:
+    def __call__(self, row: Mapping[str, Any]) -> Text:
         if self.name is None:
             self.name = next((usual for usual in USUAL_FIELDS if self._in(row, usual) is not None), None)
         if not self.seen:
             self.seen.update(row)
         value = self._in(row, self.name) if self.name is not None else None
         self.found = self.found or value is not None
-        return value if isinstance(value, str) else None
+        return value if isinstance(value, (str, list)) else None
 
     @staticmethod
     def _in(row: Any, name: str) -> Any:

@@ -62,10 +62,10 @@ def read_json_lines(
     for number, line in enumerate(lines):
         if not line.strip():
             continue
-        where = f"{what} {str(path)!r} line {number + 1}"
-        if half_last_line and number == last and not _is_json(line):
+        where = f"{what} {str(path)!r}"
+        if half_last_line and number == last and not is_json(line):
             break
-        rows.append(parse_json(line, kind, where, remedy))
+        rows.append(parse_json(decoded(line, where, number + 1), kind, f"{where} line {number + 1}", remedy))
     return rows
 
 
@@ -105,8 +105,8 @@ def convert(value: Any, kind: Any, where: str, remedy: str = REMEDY) -> Any:
         raise WadiError(f"{where} holds a number that is too large. {remedy}") from error
 
 
-def decoded(data: bytes, where: str) -> str:
-    """Return UTF-8 text without its byte-order mark.
+def decoded(data: bytes, where: str, first_line: int = 1) -> str:
+    """Return UTF-8 text without its byte-order mark; ``first_line`` is the number of its first line in the file.
 
     Raises:
         WadiError: with the line and the byte, and the encoding if a byte-order mark names another.
@@ -118,7 +118,7 @@ def decoded(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line = data.count(b"\n", 0, error.start) + first_line
         column = error.start - data.rfind(b"\n", 0, error.start)
         value = data[error.start]
         raise WadiError(
@@ -259,7 +259,8 @@ def _refuse_surrogates(value: Any, where: str) -> None:
         ) from error
 
 
-def _is_json(line: bytes) -> bool:
+def is_json(line: bytes) -> bool:
+    """Return whether bytes are one JSON value, of whatever depth."""
     try:
         json.loads(line)
     except RecursionError:
