@@ -40,6 +40,7 @@ class Family:
         pipeline: loaded, in float32; tests work on copies of it.
         resolution: to test at; None = the model's own.
         adapted: whether the student's adapter belongs on a layer, by name and module; ``fake`` likewise.
+        last: its last timestep, at which ``sigma`` is 1 in a flow.
         idle: names of layers whose output the network throws away, so that no gradient reaches their angles.
     """
 
@@ -47,6 +48,7 @@ class Family:
     adapted: Callable[[str, nn.Module], bool]
     fake: Callable[[str, nn.Module], bool]
     resolution: tuple[int, int] | None = None
+    last: int = 999
     idle: tuple[str, ...] = ()
 
     def backbone(self, dtype: torch.dtype = torch.float32):
@@ -195,6 +197,9 @@ class Conformance:
         backbone = family.backbone()
         scheduler, process = family.pipeline.scheduler, backbone.process
         assert process.num_timesteps == scheduler.config.num_train_timesteps
+        assert process.last_timestep == family.last
+        with pytest.raises(WadiError, match=str(family.last + 1)):
+            backbone.one_step_scheduler(family.last + 1)
         if process.alphas is not None:
             torch.testing.assert_close(process.alphas.double() ** 2, scheduler.alphas_cumprod.double(), rtol=1e-6, atol=0)
         x_t, t, condition = network_inputs(backbone)

@@ -47,9 +47,9 @@ KNOWN = {
     "pixart-alpha": {"adapted": not_modulation, "fake": in_transformer_blocks},
     "pixart-sigma": {"adapted": not_modulation, "fake": in_transformer_blocks},
     # the last block's text stream ends in attention, and its query is computed for nothing
-    "sd3": {"adapted": not_modulation, "fake": in_any_block, "idle": ("transformer_blocks.1.attn.add_q_proj",)},
-    "flux": {"adapted": not_modulation, "fake": in_any_block},
-    "sana": {"adapted": in_sana, "fake": lambda n, m: in_sana(n, m) and "transformer_blocks." in n},
+    "sd3": {"adapted": not_modulation, "fake": in_any_block, "last": 1000, "idle": ("transformer_blocks.1.attn.add_q_proj",)},
+    "flux": {"adapted": not_modulation, "fake": in_any_block, "last": 1000},
+    "sana": {"adapted": in_sana, "fake": lambda n, m: in_sana(n, m) and "transformer_blocks." in n, "last": 1000},
 }
 
 

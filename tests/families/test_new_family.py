@@ -43,6 +43,7 @@ def family(tmp_path_factory):
     return Family(
         make(tmp_path_factory.mktemp("aura")),
         adapted=adapted,
+        last=1000,
         fake=lambda name, module: adapted(name, module) and "_transformer_blocks." in name,
     )
 

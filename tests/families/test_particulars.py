@@ -1,5 +1,7 @@
 """What is particular to one family and no law of all."""
 
+import io
+import logging
 import math
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 import wadi
-from wadi.backbones import from_pipeline, load_pipeline
+from wadi.backbones import from_pipeline, load_pipeline, remarks
 from wadi.backbones.schedulers import flow_shift, one_step, sampler
 from wadi.errors import WadiError
 
@@ -110,3 +112,23 @@ def test_the_package_has_one_encoder_and_decoder_of_images(words):
     root = Path(wadi.__file__).parent
     having = {path.relative_to(root).as_posix() for path in root.rglob("*.py") if words in path.read_text()}
     assert having == {"backbones/autoencoder.py"}
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "flux", "pixart-alpha"])
+def test_prompts_that_are_too_long_are_remarked_on_once(folder_of, name, monkeypatch):
+    backbone = from_pipeline(load_pipeline(folder_of(name)), (16, 16))
+    handler = next(h for h in logging.getLogger("diffusers").handlers if type(h) is logging.StreamHandler)
+    monkeypatch.setattr(remarks._ONCE, "first", None)
+    stream = io.StringIO()
+    before = handler.setStream(stream)
+    try:
+        for i in range(3):
+            backbone.encode([f"prompt {i} " + "of many words " * 200])
+            backbone.pipeline([f"picture {i} " + "of many words " * 200], num_inference_steps=2, **backbone.call)
+        logging.getLogger("diffusers.somewhere").warning("another remark")
+    finally:
+        handler.setStream(before)
+    text = stream.getvalue()
+    assert text.count("truncated") == 1
+    assert len(text) < 800
+    assert "another remark" in text

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from wadi.backbones import autoencoder, schedulers
+from wadi.backbones.remarks import quieten_truncation
 from wadi.errors import WadiError
 from wadi.process import Process
 
@@ -91,6 +92,7 @@ class Backbone(ABC):
     default_guidance: ClassVar[float | None] = None
 
     def __init__(self, pipeline: Any, resolution: tuple[int, int] | None = None) -> None:
+        quieten_truncation()
         self.pipeline = pipeline
         self.network: Any = getattr(pipeline, self.component)  # an nn.Module with a config
         self.process = Process.from_scheduler(pipeline.scheduler)

@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 from wadi.errors import WadiError
+from wadi.process import Process
 
 # Schedulers of models that were made for a few steps: they have no score at other timesteps.
 DISTILLED = ("LCMScheduler", "TCDScheduler", "SCMScheduler", "FlowMatchLCMScheduler", "CMStochasticIterativeScheduler")
@@ -66,7 +67,7 @@ def one_step(scheduler: Any, timestep: int) -> Any:
     Raises:
         WadiError: if the teacher's schedule has no such timestep.
     """
-    last = scheduler.config.num_train_timesteps - (not is_flow(scheduler))
+    last = Process.from_scheduler(scheduler).last_timestep
     if not 1 <= timestep <= last:
         raise WadiError(
             f"The student is asked at timestep {timestep}, and its teacher's schedule ends at {last}. Expected the teacher it "
