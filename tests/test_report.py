@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
 
 import pytest
 
@@ -109,3 +110,23 @@ def test_an_analysis_in_the_run_is_shown_with_its_figures(run):
     assert set(re.findall(r"""(?:src|href)\s*=\s*["'](?!data:|#)([^"']*)""", page)) == set()
     (run / "analysis" / "analysis.json").write_text("{")
     assert "What changed in the weights" not in write_report(run).read_text()
+
+
+HOSTILE = """step-1"><img src=x onerror=alert(1)><b a='"""
+
+
+def test_no_name_of_a_file_becomes_markup(run):
+    """Names of samples, results and networks are text wherever they stand."""
+    shutil.copy(run / "samples" / "step-0000000.png", run / "samples" / f"{HOSTILE}.png")
+    (run / "eval").mkdir()
+    name = HOSTILE.replace("step-1", "result")
+    (run / "eval" / f"{name}.json").write_text(result(**{f"fd {HOSTILE}": {"value": 1.0, "std": None}}))
+    (run / "eval" / f"{name}2.json").write_text("[1, 2")
+    page = write_report(run).read_text()
+    assert page.count("onerror") >= 5
+    tags: list[tuple[str, dict[str, str | None]]] = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
+    parser.feed(page)
+    assert not [tag for tag in tags if "onerror" in tag[1] or (tag[0] == "b" and tag[1])]
+    assert HOSTILE in [attributes["alt"] for tag, attributes in tags if tag == "img"]

@@ -48,6 +48,7 @@ INK, FAINT = "#222222", "#999999"
 DPI = 110
 
 STYLE: Any = {  # matplotlib's rcParams
+    "text.parse_math": False,  # a dollar in a name is a dollar
     "font.family": "sans-serif",
     "font.size": 9,
     "text.color": INK,

@@ -6,11 +6,12 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from wadi.errors import WadiError
 from wadi.files import write_whole
+from wadi.io.fonts import Font, readable
 
 MARGIN = 6  # pixels between cells
 INK, PAPER = (40, 40, 46), (255, 255, 255)
@@ -53,7 +54,8 @@ def grid(
     if not rows or not rows[0]:
         raise WadiError("A grid needs at least one picture; received none.")
     width, height = (side * scale for side in rows[0][0].size)
-    font = ImageFont.load_default(max(11, min(18, height // 7)))
+    font, texts = readable([*labels, *titles], max(11, min(18, height // 7)))
+    labels, titles = texts[: len(labels)], texts[len(labels) :]
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left = MARGIN * 2 + max((_extent(measure, label, font)[0] for label in labels), default=0)
     wrapped = [_wrap(measure, title, font, width) for title in titles]
@@ -74,16 +76,26 @@ def grid(
     return sheet
 
 
-def _extent(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> tuple[int, int]:
+def _extent(draw: ImageDraw.ImageDraw, text: str, font: Font) -> tuple[int, int]:
     box = draw.multiline_textbbox((0, 0), text, font)
     return int(box[2]), int(box[3])
 
 
-def _wrap(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
+def _wrap(draw: ImageDraw.ImageDraw, text: str, font: Font, width: int) -> str:
     lines: list[str] = []
     for word in text.split():
         if lines and _extent(draw, f"{lines[-1]} {word}", font)[0] <= width:
             lines[-1] += f" {word}"
         else:
-            lines.append(word)
+            lines += _broken(draw, word, font, width)
     return "\n".join(lines)
+
+
+def _broken(draw: ImageDraw.ImageDraw, word: str, font: Font, width: int) -> list[str]:
+    """A word in parts that fit: Chinese and Japanese sentences have no spaces."""
+    parts = [""]
+    for character in word:
+        if parts[-1] and _extent(draw, parts[-1] + character, font)[0] > width:
+            parts.append("")
+        parts[-1] += character
+    return parts

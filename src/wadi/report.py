@@ -12,6 +12,7 @@ from wadi.errors import WadiError
 from wadi.figures import canvas, look, styled, svg
 from wadi.files import write_whole
 from wadi.io.records import Record, read_json
+from wadi.io.regular import read_bytes, read_text
 from wadi.run import read_stats
 
 # Figures: (title, what to make of it, series, logarithmic axis)
@@ -68,7 +69,7 @@ def write_report(run: Path) -> Path:
         '<h2>Curves</h2><div class="figures">' + "".join(_figures(lines)) + "</div>",
         _measured(run),
         _analysis(run / "analysis"),
-        f"<h2>Configuration</h2><pre>{html.escape(config.read_text(encoding='utf-8'))}</pre>",
+        f"<h2>Configuration</h2><pre>{html.escape(read_text(config))}</pre>",
     ]
     head = f'<!doctype html><meta charset="utf-8"><title>{html.escape(run.name)}</title><style>{STYLE}</style>'
     target = run / "report.html"
@@ -103,7 +104,10 @@ def _grids(grids: Sequence[Path]) -> str:
     """The last grid in full, the earlier ones to unfold."""
     if not grids:
         return "<p>No sample grid was drawn.</p>"
-    shown = [f'<p>{path.stem}</p><img alt="{path.stem}" src="{_inline(path)}">' for path in reversed(grids)]
+    names = [html.escape(path.stem) for path in grids]  # quotes too: a name is text wherever it stands
+    shown = [
+        f'<p>{name}</p><img alt="{name}" src="{_inline(path)}">' for name, path in reversed([*zip(names, grids, strict=True)])
+    ]
     earlier = "".join(shown[1:])
     return shown[0] + (f"<details><summary>Over training</summary>{earlier}</details>" if earlier else "")
 
@@ -260,7 +264,7 @@ def _analysis(folder: Path) -> str:
 
 
 def _inline(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    return "data:image/png;base64," + base64.b64encode(read_bytes(path, what="Image")).decode()
 
 
 def _figures(lines: Sequence[dict[str, float]]) -> list[str]:

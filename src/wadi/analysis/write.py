@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,9 @@ from wadi.analysis.spectrum import FRACTIONS
 from wadi.errors import WadiError
 from wadi.figures import table
 from wadi.files import write_whole
+from wadi.io.markdown import code, text
+from wadi.io.markdown import table as markdown_table
+from wadi.io.regular import read_bytes, read_text
 
 JSON = "analysis.json"
 DEFINITIONS = {
@@ -90,7 +92,7 @@ def markdown(found: Analysis) -> str:
     ]
     parts = [
         f"{len(found.layers)} layers; means over layers.\n",
-        _table(("", "mean over a layer's rows", "standard deviation over them"), changes),
+        markdown_table(("", "mean over a layer's rows", "standard deviation over them"), changes),
         f"\n{_ratio(found.mean('direction_mean'), found.mean('norm_mean'))} Energy of the direction residual in the top 30 % "
         f"of singular values: {percent(found.mean('energy_30'), 1)}{_uncertain(found)}.\n",
         "![Norm and direction change](figure-1a.png)\n\n![Energy over rank](figure-1b.png)",
@@ -115,10 +117,14 @@ def _most(found: Analysis, count: int = 8) -> str:
     """The layers whose directions changed most."""
     turned = sorted((layer for layer in found.layers if layer.direction_mean), key=lambda layer: -(layer.direction_mean or 0))
     rows = [
-        (f"`{layer.name}`", percent(layer.norm_mean, 3), percent(layer.direction_mean, 3), percent(layer.energy_30, 1))
+        (code(layer.name), percent(layer.norm_mean, 3), percent(layer.direction_mean, 3), percent(layer.energy_30, 1))
         for layer in turned[:count]
     ]
-    return "\n" + _table(("turned most", "norm change", "direction change", "energy in the top 30 %"), rows) if rows else ""
+    return (
+        "\n" + markdown_table(("turned most", "norm change", "direction change", "energy in the top 30 %"), rows)
+        if rows
+        else ""
+    )
 
 
 def _uncertain(found: Analysis) -> str:
@@ -127,16 +133,18 @@ def _uncertain(found: Analysis) -> str:
     return f" ({len(sketched)} layers sketched: up to {percent(missing, 1)} more there)" if missing is not None else ""
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows))
-
-
 def _groups(found: Analysis, key: str) -> str:
     rows = [
-        (row[key], row["layers"], percent(row["norm_mean"], 3), percent(row["direction_mean"], 3), percent(row["energy_30"], 1))
+        (
+            text(row[key]),
+            row["layers"],
+            percent(row["norm_mean"], 3),
+            percent(row["direction_mean"], 3),
+            percent(row["energy_30"], 1),
+        )
         for row in groups_table(found, key)
     ]
-    return "\n" + _table((key, "layers", "norm change", "direction change", "energy in the top 30 %"), rows)
+    return "\n" + markdown_table((key, "layers", "norm change", "direction change", "energy in the top 30 %"), rows)
 
 
 def _angles(found: Analysis) -> str:
@@ -160,7 +168,7 @@ def left_out(found: Analysis) -> list[str]:
         (found.changed_elsewhere, "changed that are no layers (biases, norms)"),
         ([layer.name for layer in found.layers if layer.undefined], "with rows of zero norm, which were left out"),
     )
-    return [f"{len(names)} tensors {what} (first: `{names[0]}`)." for names, what in sorts if names]
+    return [f"{len(names)} tensors {what} (first: {code(names[0])})." for names, what in sorts if names]
 
 
 BEGIN, END = "<!-- wadi analyze: begin -->", "<!-- wadi analyze: end -->"
@@ -172,8 +180,8 @@ def around(page: Path) -> tuple[str, str]:
     Raises:
         WadiError: if it has no such markers.
     """
-    text = page.read_text(encoding="utf-8") if page.is_file() else ""
-    before, begin, rest = text.partition(BEGIN)
+    content = read_text(page) if page.is_file() else ""
+    before, begin, rest = content.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise WadiError(f"{str(page)!r} has no lines {BEGIN!r} and {END!r}. Expected a Markdown file with both.")
@@ -187,7 +195,7 @@ def write_page(page: Path, folder: Path, command: str) -> None:
         WadiError: if the file has no such markers, or cannot be written.
     """
     before, after = around(page)
-    told = re.sub(r"\]\(([\w-]+\.png)\)", r"](images/analysis-\1)", (folder / "analysis.md").read_text(encoding="utf-8"))
+    told = re.sub(r"\]\(([\w-]+\.png)\)", r"](images/analysis-\1)", read_text(folder / "analysis.md"))
     for picture in sorted(folder.glob("*.png")):
-        write_whole(page.parent / "images" / f"analysis-{picture.name}", picture.read_bytes())
-    write_whole(page, f"{before}{BEGIN}\n`{command}`\n\n{told}{END}{after}".encode())
+        write_whole(page.parent / "images" / f"analysis-{picture.name}", read_bytes(picture))
+    write_whole(page, f"{before}{BEGIN}\n{code(command)}\n\n{told}{END}{after}".encode())

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from wadi.downstream.conditions import edge_map, gradient, thickened, to_picture
 from wadi.downstream.control import control_arguments
+from wadi.io import markdown
 
 # Prompts, condition images and seeds to pictures (B, 3, H, W) in [0, 1].
 Way = Callable[[Sequence[str], Sequence[Image.Image], Sequence[int]], Tensor]
@@ -152,13 +153,13 @@ def table(scores: Sequence[Score], slow: str) -> str:
     judged = any(score.named is not None for score in scores)
     base = next(score.ms for score in scores if score.name == slow)
     heads = ["", "edge F1 within 1 px", "sharpness", *(["concept named"] if judged else []), "ms per picture", "speed-up"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = []
     for s in scores:
-        cells = [s.name, f"{s.f1:.3f} ± {s.f1_spread:.3f}", f"{s.sharpness:.2f} ± {s.sharpness_spread:.2f}"]
+        cells = [markdown.text(s.name), f"{s.f1:.3f} ± {s.f1_spread:.3f}", f"{s.sharpness:.2f} ± {s.sharpness_spread:.2f}"]
         if s.named is not None and s.named_spread is not None:
             cells.append(f"{s.named:.3f} ± {s.named_spread:.3f}")
-        lines.append(f"| {' | '.join([*cells, f'{s.ms:.0f} ± {s.ms_spread:.0f}', f'{base / s.ms:.1f}'])} |")
-    return "\n".join(lines)
+        lines.append([*cells, f"{s.ms:.0f} ± {s.ms_spread:.0f}", f"{base / s.ms:.1f}"])
+    return markdown.table(heads, lines)
 
 
 def as_json(scores: Sequence[Score]) -> list[dict[str, Any]]:

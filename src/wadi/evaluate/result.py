@@ -20,6 +20,8 @@ from typing import Any
 from wadi.errors import WadiError
 from wadi.evaluate.drawn import differences
 from wadi.files import write_whole
+from wadi.io import markdown
+from wadi.io.regular import read_text
 
 FORMAT = 1
 LIBRARIES = ("wadi-onestep", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")
@@ -169,8 +171,9 @@ def label(name: str) -> str:
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Row], cells: Sequence[Sequence[str]]) -> str:
-    lines = [["", *head], ["---"] * (len(head) + 1), *([row.name, *line] for row, line in zip(rows, cells, strict=True))]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown.table(
+        ["", *map(markdown.text, head)], [[markdown.text(row.name), *line] for row, line in zip(rows, cells, strict=True)]
+    )
 
 
 def _quick(row: Row, name: str) -> str:
@@ -191,13 +194,13 @@ def write_table(path: Path, result: Result) -> None:
     libraries = ", ".join(f"{name} {number}" for name, number in place.get("versions", {}).items() if number)
     machine = f"{place.get('machine')}, {place.get('threads')} thread(s) of torch, {place.get('device')}"
     block = (
-        f"{BEGIN}\n{table(result.rows)}\n\nEvery row: `{result.command}`\n\n"
+        f"{BEGIN}\n{table(result.rows)}\n\nEvery row: {markdown.code(result.command)}\n\n"
         f"Protocol `{result.hash}`. {machine}; {libraries}.\n{END}"
     )
     if not path.exists():
         write_whole(path, (block + "\n").encode())
         return
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
