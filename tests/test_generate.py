@@ -149,14 +149,14 @@ def test_an_export_needs_nothing_of_ours(finished_run, pipeline, tmp_path, capsy
 
 
 def test_one_picture_is_written_where_asked(pipeline, tmp_path):
-    paths, drawn = generate(pipeline, ["red apple"], tmp_path / "deep" / "apple.png", seed=7)
-    assert paths == [tmp_path / "deep" / "apple.png"]
-    assert same_picture(Image.open(paths[0]), drawn.pictures[0], off=0)
-    assert same_picture(drawn.pictures[0], draw(pipeline, ["red apple"], [7]).pictures[0], off=0)
+    made = generate(pipeline, ["red apple"], tmp_path / "deep" / "apple.png", seed=7)
+    assert made.paths == [tmp_path / "deep" / "apple.png"]
+    assert made.ms_per_image > 0
+    assert same_picture(Image.open(made.paths[0]), draw(pipeline, ["red apple"], [7]).pictures[0], off=0)
 
 
 def test_several_pictures_are_a_grid_and_each_its_file(pipeline, tmp_path):
-    paths, _ = generate(pipeline, ["red apple"], tmp_path / "apple.png", seed=7, count=3)
+    paths = generate(pipeline, ["red apple"], tmp_path / "apple.png", seed=7, count=3, batch=2).paths
     assert [path.name for path in paths] == ["apple-7.png", "apple-8.png", "apple-9.png"]
     width, height = Image.open(paths[0]).size
     grid = Image.open(tmp_path / "apple.png").size
@@ -167,14 +167,14 @@ def test_several_pictures_are_a_grid_and_each_its_file(pipeline, tmp_path):
 
 def test_a_prompts_file_makes_a_folder(pipeline, tmp_path):
     prompts = ["Red Apple!", "../../etc/passwd", "日本", "x" * 300]
-    paths, _ = generate(pipeline, prompts, tmp_path / "out", seed=5, count=2, batch=3, folder=True)
+    paths = generate(pipeline, prompts, tmp_path / "out", seed=5, count=2, batch=3, folder=True).paths
     names = [path.name for path in paths]
     assert names[:5] == [
         "00000-red-apple-5.png", "00001-red-apple-6.png", "00002-etc-passwd-7.png", "00003-etc-passwd-8.png",
         "00004-prompt-9.png",
     ]  # fmt: skip
     assert {path.parent for path in paths} == {tmp_path / "out"}
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*names, "images.jsonl"])
     assert all(len(name) < 100 for name in names)
     assert len(set(names)) == 8
     assert file_name(3, "a", 0) == "00003-a-0.png"

@@ -6,6 +6,8 @@ ordinary diffusers pipeline and the arguments of its call.
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,11 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wadi.errors import WadiError
+from wadi.files import check_writable, sha256
 
 if TYPE_CHECKING:
     from wadi.downstream.redilation import Factor
 
-NUMBER = r"\d+(?:\.\d+)?"
+NUMBER = r"\d{1,6}(?:\.\d{1,6})?"
+LEAST_SIDE, MOST_SIDE = 8, 65_536  # pixels
 
 
 def add_options(parser: Any) -> None:
@@ -26,7 +30,8 @@ def add_options(parser: Any) -> None:
     add = parser.add_argument
     add("prompt", nargs="?", default=None, help="what to draw")
     add("--prompts", default=None, help="text file with one prompt a line; --out is then a folder")
-    add("--out", type=str, default="wadi.png", help="picture, or folder for a prompts file")
+    add("--out", type=str, default="wadi.png", help="PNG image, which is replaced; or folder for a prompts file")
+    add("--overwrite", action="store_true", help="with --prompts: replace images in --out that were made otherwise")
     add("--run", type=str, default=None, help="folder of a run or of an exported pipeline")
     add("--adapter", type=str, default=None, help="folder of a student's adapter")
     add("--teacher", type=str, default=None, help="pipeline folder or Hub id that the rotation is applied to")
@@ -51,7 +56,7 @@ def add_options(parser: Any) -> None:
     add("--condition_from", type=str, default=None, help="make the condition: canny, scribble, depth or pose of --condition")
     add("--control_scale", "--control-scale", type=float, default=None, help="strength of --control; default 1")
     add("--compare", action="store_true", help="put the teacher's many-step pictures beside, with both times")
-    add("--teacher_steps", type=int, default=25, help="steps of the teacher with --compare")
+    add("--teacher_steps", type=int, default=None, help="steps of the teacher with --compare; default: 25")
     add("--guidance_scale", type=float, default=None, help="of the teacher with --compare; default: 2, for FLUX 1 (none)")
 
 
@@ -62,35 +67,49 @@ def run(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[s
     args = parse(parser, argv)
     refuse_conflicts(args)
     prompts, size, factor = prompts_of(args), size_of(args.size), factor_of(args.redilate)
-    from wadi.generate import generate
+    in_folder, out = args.prompts is not None and not args.compare, target_of(args)
+    from wadi.generate import generate, planned
 
+    wanted = planned(prompts, args.seed, args.count)
+    refuse_output(args, out, in_folder)
+    settings: dict[str, Any] = {}
+    if in_folder:
+        from wadi import image_folder
+
+        settings = settings_of(args)
+        if not image_folder.missing(out, wanted, settings, args.overwrite):
+            print(f"All {len(wanted)} images are there already: {out}")
+            return 0
+    if size is not None:
+        refuse_too_large(size, min(args.batch, len(wanted)), place(args)["device"])
     drawing = prepare(student(args), args, size)
     with drawing.sized(factor, args):
         if args.compare:
-            return _compare(drawing, prompts, args)
-        paths, drawn = generate(
-            drawing.pipeline, prompts, Path(args.out), args.seed, args.count, args.batch, args.prompts is not None,
-            drawing.call, drawing.start,
+            return _compare(drawing, prompts, out, args)
+        made = generate(
+            drawing.pipeline, prompts, out, args.seed, args.count, args.batch, in_folder, drawing.call, drawing.start,
+            settings, args.overwrite,
         )  # fmt: skip
-    print(f"{len(paths)} picture(s), {drawn.ms_per_image:.0f} ms each: {args.out}")
+    kept = f", {made.kept} of them there already" if made.kept else ""
+    print(f"{len(made.paths)} image(s){kept}, {made.ms_per_image:.0f} ms each: {out}")
     return 0
 
 
-def _compare(drawing: Drawing, prompts: list[str], args: Any) -> int:
+def _compare(drawing: Drawing, prompts: list[str], out: Path, args: Any) -> int:
     from wadi.backbones import from_pipeline
+    from wadi.downstream.hires import tiled_decoding
     from wadi.generate import compare, teacher_of
     from wadi.images import save_png
 
-    if args.count < 1 or args.teacher_steps < 1:
-        raise WadiError(f"--count is {args.count} and --teacher_steps is {args.teacher_steps}. Expected both at least 1.")
     teacher = customised(teacher_of(args.run, adapter=args.adapter, teacher=args.teacher, **place(args)), args)
     columns = [prompt for prompt in prompts for _ in range(args.count)]
     seeds = [args.seed + i for i in range(len(columns))]
+    steps = 25 if args.teacher_steps is None else args.teacher_steps
     guidance = from_pipeline(teacher).teacher_guidance(args.guidance_scale, 2.0)
-    picture, slow, fast = compare(drawing.pipeline, teacher, columns, seeds, args.teacher_steps, guidance, drawing.call)
-    target = Path(args.out) / "compare.png" if args.prompts is not None else Path(args.out)
-    save_png(picture, target)
-    print(f"teacher {slow:.0f} ms, student {fast:.0f} ms per picture, {slow / fast:.1f} times as fast: {target}")
+    with tiled_decoding(teacher.vae, args.tiled_vae):
+        picture, slow, fast = compare(drawing.pipeline, teacher, columns, seeds, steps, guidance, drawing.call, args.batch)
+    save_png(picture, out)
+    print(f"teacher {slow:.0f} ms, student {fast:.0f} ms per image, {slow / fast:.1f} times as fast: {out}")
     return 0
 
 
@@ -102,12 +121,24 @@ def refuse_conflicts(args: Any) -> None:
     needs = (
         ("strength", "init"), ("redilate", "size"), ("redilate_blocks", "size"), ("disperse", "size"),
         ("lora_scale", "lora"), ("condition", "control"), ("condition_from", "control"), ("control_scale", "control"),
-        ("control", "condition"),
+        ("control", "condition"), ("teacher_steps", "compare"), ("guidance_scale", "compare"), ("overwrite", "prompts"),
     )  # fmt: skip
     for option, other in needs:
-        if getattr(args, option) not in (None, False) and getattr(args, other) is None:
+        if getattr(args, option) not in (None, False) and getattr(args, other) in (None, False):
             raise WadiError(f"--{option} was given without --{other}. Expected both, or neither.")
+    check_numbers(args)
+    if args.run is not None and args.adapter is not None:
+        raise WadiError(f"--run {args.run!r} and --adapter {args.adapter!r} were given. Give one of them.")
+    if is_export(args.run):
+        for option in ("teacher", "compare"):
+            if getattr(args, option) not in (None, False):
+                raise WadiError(
+                    f"--{option} was given, and --run {args.run!r} is an exported pipeline, whose weights are complete: it has "
+                    f"no teacher. Leave out --{option}, or give --run with a run's folder, or --adapter."
+                )
     if args.compare:
+        if args.overwrite:
+            raise WadiError("--compare and --overwrite were given. Give one of them: --compare replaces its image anyway.")
         for option in ("init", "size", "control"):
             if getattr(args, option) is not None:
                 raise WadiError(
@@ -116,6 +147,94 @@ def refuse_conflicts(args: Any) -> None:
     from wadi.downstream.steps import check
 
     check(args.steps, strength_of(args))
+
+
+LIMITS = {
+    "count": (1, 1_000_000), "batch": (1, 65_536), "seed": (0, 2**63 - 1), "teacher_steps": (1, 1000),
+    "guidance_scale": (0.0, 1000.0), "lora_scale": (-1000.0, 1000.0), "control_scale": (0.0, 1000.0),
+}  # fmt: skip
+
+
+def check_numbers(args: Any) -> None:
+    """Raise `WadiError` for a number out of range, NaN and infinity included."""
+    for option, (low, high) in LIMITS.items():
+        value = getattr(args, option, None)
+        if value is not None and not low <= value <= high:
+            raise WadiError(f"--{option} is {value}. It must be from {low:,} to {high:,}.")
+
+
+def is_export(run: str | None) -> bool:
+    """Whether ``--run`` names a diffusers pipeline: the weights of a student, without its teacher."""
+    return run is not None and (Path(run) / "model_index.json").is_file()
+
+
+def target_of(args: Any) -> Path:
+    """The image, or the folder for a prompts file; its comparison is an image in there."""
+    return Path(args.out) / "compare.png" if args.compare and args.prompts is not None else Path(args.out)
+
+
+def refuse_output(args: Any, out: Path, folder: bool) -> None:
+    """Raise `WadiError` if ``out`` cannot be written, or is the image that another option reads."""
+    check_writable(out, () if folder else (".png",), folder)
+    for option in ("init", "condition"):
+        source = getattr(args, option)
+        if source is not None and not folder and out.exists() and Path(source).exists() and out.samefile(source):
+            raise WadiError(f"--out {str(out)!r} is the image that --{option} reads, which would be lost. Choose another name.")
+
+
+def refuse_too_large(size: tuple[int, int], batch: int, device: Any) -> None:
+    """Raise `WadiError` if the images of one batch, decoded, do not fit in memory by themselves.
+
+    A decoded image takes 24 bytes a pixel (float32, twice) and 3 as pixels; the network needs more.
+    """
+    from wadi.device import free_memory
+
+    each, free = size[0] * size[1] * 27, free_memory(device)
+    if batch * each > free:
+        hint = f"--batch {max(1, free // each)}" if each <= free else "a smaller --size"
+        raise WadiError(
+            f"{batch} image(s) of {size[1]}x{size[0]} take at least {batch * each:,} bytes, and {free:,} are free. Use {hint}."
+        )
+
+
+def settings_of(args: Any) -> dict[str, Any]:
+    """Everything that decides about the images besides prompt and seed: options, and digests of the files they name."""
+    not_of_images = {
+        "prompt", "prompts", "out", "seed", "count", "batch", "device", "compare", "overwrite", "teacher_steps",
+        "guidance_scale", "run", "adapter", "teacher",
+    }  # fmt: skip
+    options = {name: value for name, value in vars(args).items() if name not in not_of_images and value not in (None, False)}
+    if args.init is not None:
+        options["strength"] = strength_of(args)
+    return {"student": weights_of(args), **{name: content_of(value) for name, value in options.items()}}
+
+
+def weights_of(args: Any) -> dict[str, Any]:
+    """Digests of the student's weights."""
+    from wadi.evaluate import generators
+    from wadi.generate import about_of, locate
+
+    if is_export(args.run):
+        return {"pipeline": generators.weights_of(args.run)}
+    folder, base = locate(args.run, args.adapter, args.teacher)
+    about = about_of(folder)
+    return {
+        "adapter": sha256(folder / "adapter_model.safetensors"), "adapter_config": sha256(folder / "adapter_config.json"),
+        "teacher": generators.weights_of(base), "timestep": about.timestep, "resolution": about.resolution,
+    }  # fmt: skip
+
+
+def content_of(value: Any) -> Any:
+    """``value``, or the digest of what it names if it is a path, or a list of them."""
+    if isinstance(value, (list, tuple)):
+        return [content_of(one) for one in value]
+    if not isinstance(value, str) or not os.path.exists(value):
+        return value
+    path = Path(value)
+    if path.is_file():
+        return sha256(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return hashlib.sha256("".join(f"{file.relative_to(path)} {sha256(file)}\n" for file in files).encode()).hexdigest()
 
 
 def strength_of(args: Any) -> float:
@@ -129,20 +248,26 @@ def size_of(text: str | None) -> tuple[int, int] | None:
     """``(height, width)`` of ``WIDTHxHEIGHT``."""
     if text is None:
         return None
-    found = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text.lower())
+    found = re.fullmatch(r"(\d{1,18})x(\d{1,18})", text.lower())
     if not found:
-        raise WadiError(f"--size is {text!r}. Expected WIDTHxHEIGHT in pixels, as 1792x1024.")
-    return int(found[2]), int(found[1])
+        raise WadiError(f"--size is {text[:80]!r}. Expected WIDTHxHEIGHT in pixels, as 1792x1024.")
+    width, height = int(found[1]), int(found[2])
+    if not all(LEAST_SIDE <= side <= MOST_SIDE for side in (width, height)):
+        raise WadiError(f"--size is {text!r}. Each side must be from {LEAST_SIDE} to {MOST_SIDE:,} pixels.")
+    return height, width
 
 
 def factor_of(text: str | None) -> Factor | None:
     """``--redilate`` as one factor or ``(down, across)``."""
     if text is None:
         return None
+    from wadi.downstream.redilation import pair
+
     if re.fullmatch(NUMBER, text):
+        pair(float(text))
         return float(text)
     if found := re.fullmatch(f"({NUMBER})x({NUMBER})", text.lower()):
-        return float(found[1]), float(found[2])
+        return pair((float(found[1]), float(found[2])))
     raise WadiError(f"--redilate is {text!r}. Expected a factor of at least 1, as 2 or 1.5, or one for each axis, as 2x3.5.")
 
 

@@ -16,14 +16,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from wadi import adapters, config, images
+from wadi import adapters, config, image_folder, images
 from wadi.backbones import family, from_pipeline, load_pipeline
+from wadi.backbones.finite import finite_decoding
 from wadi.embedded import embedded, resolve_teacher
 from wadi.errors import WadiError
 from wadi.progress import progress
 from wadi.sampling import one_step_scheduler
 
 SEEDS = 2**63  # torch generators take seeds below this
+MOST_IMAGES = 1_000_000  # of one command
 
 
 def load(
@@ -134,29 +136,58 @@ def draw(
         call: further arguments of the pipeline's call (``height``, ``width``, ``image``, ...), which go before all others.
         start: from generators, one per picture, to the call's ``latents``; None = noise, as the pipeline draws it.
     Raises:
-        WadiError: if a seed is out of range or nothing is asked for.
+        WadiError: if a seed is out of range, nothing is asked for, or an image contains NaN or infinity.
     """
-    if not prompts or len(prompts) != len(seeds):
-        raise WadiError(f"Received {len(prompts)} prompts and {len(seeds)} seeds. Expected at least one, and as many of each.")
-    if batch < 1 or steps < 1:
-        raise WadiError(f"batch is {batch} and steps is {steps}. Expected both at least 1.")
-    if not all(0 <= seed < SEEDS for seed in seeds):
-        raise WadiError(f"Seeds run from {min(seeds)} to {max(seeds)}. Expected whole numbers from 0 to 2^63 - 1.")
-    told = {"num_inference_steps": steps, **family_call(pipeline, guidance_scale), **(call or {})}
     pictures: list[Image.Image] = []
     times = []
-    with progress("drawing", len(prompts), quiet=len(prompts) <= batch) as bar:
+    for drawn, ms in batches(pipeline, prompts, seeds, steps, guidance_scale, batch, call, start):
+        pictures += drawn
+        times.append(ms)
+    return Drawn(pictures, median(times))
+
+
+def batches(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int = 1,
+    guidance_scale: float | None = None,
+    batch: int = 8,
+    call: Mapping[str, Any] | None = None,
+    start: Callable[[Sequence[torch.Generator]], Tensor] | None = None,
+) -> Iterator[tuple[list[Image.Image], float]]:
+    """Generate as `draw` does, and yield the images of each batch with its milliseconds per image."""
+    check_request(prompts, seeds, steps, batch)
+    arguments = {"num_inference_steps": steps, **family_call(pipeline, guidance_scale), **(call or {})}
+    with progress("generating", len(prompts), quiet=len(prompts) <= batch) as bar:
         for first in range(0, len(prompts), batch):
             part = slice(first, first + batch)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
             begin = time.perf_counter()
             latents = {} if start is None else {"latents": start(generators)}
-            with _own_noise(pipeline.scheduler, generators):
-                drawn = pipeline(prompt=list(prompts[part]), generator=generators, **told, **latents).images
-            times.append(1000 * (time.perf_counter() - begin) / len(drawn))
-            pictures += drawn
+            with _own_noise(pipeline.scheduler, generators), finite_decoding(pipeline.vae):
+                drawn = pipeline(prompt=list(prompts[part]), generator=generators, **arguments, **latents).images
+            yield drawn, 1000 * (time.perf_counter() - begin) / len(drawn)
             bar.advance(by=len(drawn))
-    return Drawn(pictures, sorted(times)[len(times) // 2])
+
+
+def check_request(prompts: Sequence[str], seeds: Sequence[int], steps: int = 1, batch: int = 8) -> None:
+    """Raise `WadiError` unless there are as many prompts as seeds, and all numbers are in range."""
+    if not prompts or len(prompts) != len(seeds):
+        raise WadiError(f"Received {len(prompts)} prompts and {len(seeds)} seeds. Expected at least one, and as many of each.")
+    if batch < 1 or steps < 1:
+        raise WadiError(f"batch is {batch} and steps is {steps}. Expected both at least 1.")
+    _check_seeds(min(seeds), max(seeds))
+
+
+def _check_seeds(first: int, last: int) -> None:
+    if first < 0 or last >= SEEDS:
+        raise WadiError(f"Seeds run from {first} to {last}. Expected whole numbers from 0 to 2^63 - 1.")
+
+
+def median(values: Sequence[float]) -> float:
+    """The middle value, the upper one of two; 0 of none."""
+    return sorted(values)[len(values) // 2] if values else 0.0
 
 
 def family_call(pipeline: Any, guidance_scale: float | None = None) -> dict[str, Any]:
@@ -194,6 +225,38 @@ def file_name(index: int, prompt: str, seed: int) -> str:
     return f"{index:05d}-{words or 'prompt'}-{seed}.png"
 
 
+@dataclass(frozen=True)
+class Generated:
+    """Files of a call of `generate`.
+
+    Attributes:
+        paths: one for each image, in the order of the prompts.
+        kept: how many of them were there already.
+        ms_per_image: median over batches; 0 if all were there.
+    """
+
+    paths: list[Path]
+    kept: int
+    ms_per_image: float
+
+
+def planned(prompts: Sequence[str], seed: int, count: int) -> list[image_folder.Image]:
+    """``count`` images of each prompt, with consecutive seeds, under names of their own in a folder.
+
+    Raises:
+        WadiError: if count or seed is out of range, or there is no prompt.
+    """
+    if not 1 <= count <= MOST_IMAGES:
+        raise WadiError(f"count is {count}. Expected 1 to {MOST_IMAGES:,}.")
+    if len(prompts) * count > MOST_IMAGES:
+        raise WadiError(f"{len(prompts):,} prompts with count {count:,} are too many images. At most {MOST_IMAGES:,} are made.")
+    if not prompts:
+        raise WadiError("Received no prompt. Expected at least one.")
+    _check_seeds(seed, seed + len(prompts) * count - 1)
+    rows = enumerate(prompt for prompt in prompts for _ in range(count))
+    return [image_folder.Image(file_name(i, prompt, seed + i), prompt, seed + i) for i, prompt in rows]
+
+
 def generate(
     pipeline: Any,
     prompts: Sequence[str],
@@ -204,30 +267,55 @@ def generate(
     folder: bool = False,
     call: Mapping[str, Any] | None = None,
     start: Callable[[Sequence[torch.Generator]], Tensor] | None = None,
-) -> tuple[list[Path], Drawn]:
-    """Draw ``count`` pictures of each prompt with consecutive seeds and write them.
+    settings: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Generated:
+    """Generate ``count`` images of each prompt with consecutive seeds. Each batch is written as soon as it is there.
 
-    With ``folder`` every picture goes into ``out`` under a name of its own. Otherwise ``out`` is the picture, or for several a
-    grid of them with the single ones beside it. ``call`` and ``start`` are those of `draw`.
+    With ``folder`` every image goes into ``out`` under a name of its own, with a manifest (`wadi.image_folder`); images that
+    are there already, made with the same ``settings``, are kept. Otherwise ``out`` is the image, or for several a grid of them
+    with the single ones beside it; these files are replaced. ``call`` and ``start`` are those of `draw`.
 
+    Args:
+        settings: everything that decides about the images besides prompt and seed, as JSON values.
+        overwrite: with ``folder``, replace images that were made otherwise.
     Raises:
-        WadiError: if count or seed is out of range, or ``out`` cannot be written.
+        WadiError: if count or seed is out of range, ``out`` cannot be written, or an image is there that was made otherwise.
     """
-    if count < 1:
-        raise WadiError(f"count is {count}. Expected at least 1.")
-    wanted = [(prompt, seed + i) for i, prompt in enumerate(p for p in prompts for _ in range(count))]
-    captions, seeds = [prompt for prompt, _ in wanted], [number for _, number in wanted]
-    drawn = draw(pipeline, captions, seeds, batch=batch, call=call, start=start)
-    if folder:
-        paths = [out / file_name(i, prompt, number) for i, (prompt, number) in enumerate(wanted)]
-    elif len(wanted) == 1:
-        paths = [out]
-    else:
-        paths = [out.with_name(f"{out.stem}-{number}{out.suffix}") for _, number in wanted]
-        images.save_png(images.grid([drawn.pictures], [""], scale=enlargement(drawn.pictures[0])), out)
-    for picture, path in zip(drawn.pictures, paths, strict=True):
-        images.save_png(picture, path)
-    return paths, drawn
+    images_of = planned(prompts, seed, count)
+    if not folder:
+        return _single(pipeline, images_of, out, batch, call, start)
+    rows = image_folder.missing(out, images_of, settings or {}, overwrite)
+    times, done = [], 0
+    for pictures, ms in _batches_of(pipeline, [images_of[row] for row in rows], batch, call, start):
+        part = [images_of[row] for row in rows[done : done + len(pictures)]]
+        image_folder.write(out, part, [images.png(picture) for picture in pictures], settings or {})
+        done += len(pictures)
+        times.append(ms)
+    return Generated([out / image.file for image in images_of], len(images_of) - len(rows), median(times))
+
+
+def _single(pipeline: Any, wanted: Sequence[image_folder.Image], out: Path, batch: int, call: Any, start: Any) -> Generated:
+    """One image at ``out``; of several a grid there, and each under its seed."""
+    paths = [out] if len(wanted) == 1 else [out.with_name(f"{out.stem}-{image.seed}{out.suffix}") for image in wanted]
+    pictures: list[Image.Image] = []
+    times = []
+    for drawn, ms in _batches_of(pipeline, wanted, batch, call, start):
+        for picture in drawn:
+            images.save_png(picture, paths[len(pictures)])
+            pictures.append(picture)
+        times.append(ms)
+    if len(wanted) > 1:
+        images.save_png(images.grid([pictures], [""], scale=enlargement(pictures[0])), out)
+    return Generated(paths, 0, median(times))
+
+
+def _batches_of(
+    pipeline: Any, wanted: Sequence[image_folder.Image], batch: int, call: Any, start: Any
+) -> Iterator[tuple[list[Image.Image], float]]:
+    if wanted:
+        seeds = [image.seed for image in wanted]
+        yield from batches(pipeline, [image.prompt for image in wanted], seeds, batch=batch, call=call, start=start)
 
 
 def compare(
@@ -238,6 +326,7 @@ def compare(
     steps: int,
     guidance_scale: float,
     call: Mapping[str, Any] | None = None,
+    batch: int = 8,
 ) -> tuple[Image.Image, float, float]:
     """Teacher in many steps above the student, from the same noise: ``(picture, teacher's ms, student's ms)`` per image.
 
@@ -246,8 +335,8 @@ def compare(
     # First calls pay for set-up that later ones do not.
     draw(teacher, prompts[:1], seeds[:1])
     draw(student, prompts[:1], seeds[:1], call=call)
-    slow = draw(teacher, prompts, seeds, steps, guidance_scale)
-    fast = draw(student, prompts, seeds, call=call)
+    slow = draw(teacher, prompts, seeds, steps, guidance_scale, batch)
+    fast = draw(student, prompts, seeds, batch=batch, call=call)
     own = dict(call or {}).get("num_inference_steps", 1)
     labels = [
         f"teacher\n{steps} steps\n{slow.ms_per_image:.0f} ms",

@@ -138,7 +138,7 @@ def test_compare_takes_lora_token_and_steps(parts, finished_run, tmp_path):
     [
         (["--size", "12x16"], ("12x16", "multiples of 8")),
         (["--size", "32"], ("WIDTHxHEIGHT", "'32'")),
-        (["--size", "0x0"], ("0x0", "multiples")),
+        (["--size", "0x0"], ("0x0", "pixels")),
         (["--size", "-32x32"], ("size",)),
         (["--size", "32x32", "--redilate", "0.5"], ("factor", "0.5")),
         (["--size", "32x32", "--redilate", "twice"], ("'twice'", "factor")),

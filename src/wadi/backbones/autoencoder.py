@@ -16,29 +16,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wadi.backbones import finite
+
 
 @torch.no_grad()
 def encode(vae: Any, images: Tensor, batch: int = 4) -> Tensor:
     """Return latents ``(N, C, H, W)``, float32, of images ``(N, 3, height, width)`` in ``[0, 1]``, ``batch`` at a time.
 
     An autoencoder that returns a distribution gives its mode: the same image always has the same latents.
+
+    Raises:
+        WadiError: if latents contain NaN or infinity.
     """
     with _safe_precision(vae):
         inputs = [(2 * part - 1).to(vae.device, vae.dtype) for part in images.split(batch)]
         parts = [_mode(vae.encode(part, return_dict=False)[0]) for part in inputs]
-    z = torch.cat(parts).float()
+    z = finite.check(torch.cat(parts), "encoder").float()
     mean, std = _moments(vae.config, z)
     return (z - mean) / std * vae.config.scaling_factor
 
 
 @torch.no_grad()
 def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Return images ``(N, 3, height, width)`` in ``[0, 1]``, float32, of latents ``(N, C, H, W)``."""
+    """Return images ``(N, 3, height, width)`` in ``[0, 1]``, float32, of latents ``(N, C, H, W)``.
+
+    Raises:
+        WadiError: if an image contains NaN or infinity.
+    """
     latents = latents.float()
     mean, std = _moments(vae.config, latents)
     z = latents * std / vae.config.scaling_factor + mean
     with _safe_precision(vae):
-        images = vae.decode(z.to(vae.dtype), return_dict=False)[0]
+        images = finite.check(vae.decode(z.to(vae.dtype), return_dict=False)[0], "decoder")
     return (images.float() / 2 + 0.5).clamp(0, 1)
 
 

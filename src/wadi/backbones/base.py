@@ -192,6 +192,9 @@ class Backbone(ABC):
 
         Inverse of the autoencoder's normalisation, then the autoencoder in its own dtype (in float32 where its config says
         that half precision overflows).
+
+        Raises:
+            WadiError: if an image contains NaN or infinity.
         """
         return autoencoder.decode(self.pipeline.vae, latents)
 
