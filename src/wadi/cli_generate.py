@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wadi.bounds import BATCH, COUNT, GUIDANCE, SCALE, SEED, SIDE, STEPS, Number, Whole
 from wadi.errors import WadiError
 from wadi.files import check_writable, sha256
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from wadi.downstream.redilation import Factor
 
 NUMBER = r"\d{1,6}(?:\.\d{1,6})?"
-LEAST_SIDE, MOST_SIDE = 8, 65_536  # pixels
+STRENGTH = Number(0, 1, above=True)
+IMAGE_SIDE = Whole(8, SIDE.high)  # the autoencoder of every family has at least 8 pixels a latent
 
 
 def add_options(parser: Any) -> None:
@@ -35,29 +37,29 @@ def add_options(parser: Any) -> None:
     add("--run", type=str, default=None, help="folder of a run or of an exported pipeline")
     add("--adapter", type=str, default=None, help="folder of a student's adapter")
     add("--teacher", type=str, default=None, help="pipeline folder or Hub id that the rotation is applied to")
-    add("--seed", type=int, default=0, help="of the first picture; later ones count up")
-    add("--count", type=int, default=1, help="pictures per prompt")
-    add("--batch", type=int, default=8, help="pictures drawn at once; does not change them")
+    add("--seed", type=SEED, default=0, help="of the first picture; later ones count up")
+    add("--count", type=COUNT, default=1, help="pictures per prompt")
+    add("--batch", type=BATCH, default=8, help="pictures drawn at once; does not change them")
     add("--dtype", type=str, default="float32", help="float32, bfloat16 or float16")
     add("--device", type=str, default=None, help="cpu, cuda, cuda:1, ...; default: the best there is")
-    add("--steps", type=int, default=1, help="of the student: noise again and predict again (docs/steps.md)")
+    add("--steps", type=STEPS, default=1, help="of the student: noise again and predict again (docs/steps.md)")
     add("--init", type=str, default=None, help="picture to start from")
-    add("--strength", type=float, default=None, help="how far to leave --init: above 0 (not at all) to 1; default 0.8")
+    add("--strength", type=STRENGTH, default=None, help="how far to leave --init: above 0 (not at all) to 1; default 0.8")
     add("--size", type=str, default=None, help="WIDTHxHEIGHT in pixels, also beyond the training size (docs/highres.md)")
     add("--redilate", type=str, default=None, help="with --size: factor of what convolutions see, D or DOWNxACROSS; 1 = plain")
     add("--redilate_blocks", nargs="+", default=None, help="with --size: blocks to re-dilate, or all; default: the deepest")
     add("--disperse", action="store_true", help="with --size: dispersed kernels make for a factor of two")
     add("--tiled_vae", action="store_true", help="decode in tiles; above a megapixel that is done anyway")
     add("--lora", type=str, default=None, help="LoRA or LoRaD customisation to put into the weights")
-    add("--lora_scale", "--lora-scale", type=float, default=None, help="of --lora; default 1")
+    add("--lora_scale", "--lora-scale", type=SCALE, default=None, help="of --lora; default 1")
     add("--token", type=str, default=None, help="learned token (textual inversion) to read prompts with")
     add("--control", type=str, default=None, help="ControlNet, T2I-Adapter or IP-Adapter: zoo, folder, Hub id or file")
     add("--condition", type=str, default=None, help="with --control: its condition image")
     add("--condition_from", type=str, default=None, help="make the condition: canny, scribble, depth or pose of --condition")
-    add("--control_scale", "--control-scale", type=float, default=None, help="strength of --control; default 1")
+    add("--control_scale", "--control-scale", type=SCALE, default=None, help="strength of --control; default 1")
     add("--compare", action="store_true", help="put the teacher's many-step pictures beside, with both times")
-    add("--teacher_steps", type=int, default=None, help="steps of the teacher with --compare; default: 25")
-    add("--guidance_scale", type=float, default=None, help="of the teacher with --compare; default: 2, for FLUX 1 (none)")
+    add("--teacher_steps", type=STEPS, default=None, help="steps of the teacher with --compare; default: 25")
+    add("--guidance_scale", type=GUIDANCE, default=None, help="of the teacher with --compare; default: 2, for FLUX 1 (none)")
 
 
 def run(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[str], Any]) -> int:
@@ -126,7 +128,6 @@ def refuse_conflicts(args: Any) -> None:
     for option, other in needs:
         if getattr(args, option) not in (None, False) and getattr(args, other) in (None, False):
             raise WadiError(f"--{option} was given without --{other}. Expected both, or neither.")
-    check_numbers(args)
     if args.run is not None and args.adapter is not None:
         raise WadiError(f"--run {args.run!r} and --adapter {args.adapter!r} were given. Give one of them.")
     if is_export(args.run):
@@ -147,20 +148,6 @@ def refuse_conflicts(args: Any) -> None:
     from wadi.downstream.steps import check
 
     check(args.steps, strength_of(args))
-
-
-LIMITS = {
-    "count": (1, 1_000_000), "batch": (1, 65_536), "seed": (0, 2**63 - 1), "teacher_steps": (1, 1000),
-    "guidance_scale": (0.0, 1000.0), "lora_scale": (-1000.0, 1000.0), "control_scale": (0.0, 1000.0),
-}  # fmt: skip
-
-
-def check_numbers(args: Any) -> None:
-    """Raise `WadiError` for a number out of range, NaN and infinity included."""
-    for option, (low, high) in LIMITS.items():
-        value = getattr(args, option, None)
-        if value is not None and not low <= value <= high:
-            raise WadiError(f"--{option} is {value}. It must be from {low:,} to {high:,}.")
 
 
 def is_export(run: str | None) -> bool:
@@ -252,8 +239,8 @@ def size_of(text: str | None) -> tuple[int, int] | None:
     if not found:
         raise WadiError(f"--size is {text[:80]!r}. Expected WIDTHxHEIGHT in pixels, as 1792x1024.")
     width, height = int(found[1]), int(found[2])
-    if not all(LEAST_SIDE <= side <= MOST_SIDE for side in (width, height)):
-        raise WadiError(f"--size is {text!r}. Each side must be from {LEAST_SIDE} to {MOST_SIDE:,} pixels.")
+    if not all(IMAGE_SIDE.low <= side <= IMAGE_SIDE.high for side in (width, height)):
+        raise WadiError(f"--size is {text!r}. Each side must be from {IMAGE_SIDE.low} to {IMAGE_SIDE.high:,} pixels.")
     return height, width
 
 

@@ -19,12 +19,12 @@ from torch import Tensor
 from wadi import adapters, config, image_folder, images
 from wadi.backbones import family, from_pipeline, load_pipeline
 from wadi.backbones.finite import finite_decoding
+from wadi.bounds import SEEDS
 from wadi.embedded import embedded, resolve_teacher
 from wadi.errors import WadiError
 from wadi.progress import progress
 from wadi.sampling import one_step_scheduler
 
-SEEDS = 2**63  # torch generators take seeds below this
 MOST_IMAGES = 1_000_000  # of one command
 
 

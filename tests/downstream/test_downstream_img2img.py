@@ -178,8 +178,8 @@ def test_a_large_start_is_encoded_in_tiles(finished_run, init, tmp_path, monkeyp
     ("flags", "word"),
     [
         (["--strength", "0.5"], "--init"),
-        (["--init", "INIT", "--strength", "0"], "strength is 0"),
-        (["--init", "INIT", "--strength", "1.5"], "strength is 1.5"),
+        (["--init", "INIT", "--strength", "0"], "--strength: '0'"),
+        (["--init", "INIT", "--strength", "1.5"], "--strength: '1.5'"),
         (["--init", "INIT", "--strength", "nan"], "nan"),
         (["--init", "INIT", "--strength", "much"], "strength"),
         (["--init", "/nowhere.png"], "nowhere.png"),

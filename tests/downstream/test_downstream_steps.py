@@ -136,7 +136,7 @@ def test_the_command_line(finished_run, tmp_path, capsys):
     assert (one != four).any()
     assert picture("beside", "--compare", "--teacher_steps", "2", "--steps", "2").shape[0] > 32
     assert main(["generate", "apple", "--run", str(finished_run), "--steps", "0", "--out", str(tmp_path / "x.png")]) == 2
-    assert "steps is 0" in capsys.readouterr().err
+    assert "--steps: '0'" in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
 
 
