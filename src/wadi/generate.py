@@ -38,7 +38,7 @@ def load(
 ) -> Any:
     """A diffusers pipeline whose plain call ``pipe(prompt, num_inference_steps=1, guidance_scale=0.0)`` is the one-step image.
 
-    (For FLUX ``guidance_scale=3.5``, its own default, a number that the network is told.) The rotation is merged into the
+    (For FLUX ``guidance_scale=3.5``, its own default, which is an input of its network.) The rotation is merged into the
     weights and the scheduler starts at the student's timestep: nothing of this package is needed to use the pipeline, or what
     its ``save_pretrained`` writes.
 

@@ -1,5 +1,8 @@
 """How guidance enters: one scale for the whole package; the family says what its pipeline makes of it."""
 
+import json
+import shutil
+
 import aura_flow
 import pytest
 import test_new_family
@@ -7,8 +10,9 @@ from conformance import PROMPTS, Conformance, Family
 from diffusers import AuraFlowPipeline, FluxTransformer2DModel
 
 import tiny
-from wadi.backbones import register_family
+from wadi.backbones import load_pipeline, register_family
 from wadi.cli import main
+from wadi.errors import WadiError
 from wadi.evaluate.generators import Source
 from wadi.generate import draw
 from wadi.train import distill
@@ -125,3 +129,18 @@ def test_fluxs_network_gets_the_guidance_of_its_training_in_evaluation(flux_run,
 @pytest.mark.parametrize(("name", "last"), [("sd1", 999), ("pixart-sigma", 999), ("sd3", 1000), ("flux", 1000), ("sana", 1000)])
 def test_the_teacher_forced_to_one_step_starts_at_its_last_timestep(folder_of, name, last):
     assert Source("x", pipeline=True, teacher=str(folder_of(name))).last_timestep() == last
+
+
+def test_a_pipeline_that_no_family_serves_is_not_measured_at_a_guidance_of_its_own(folder_of, tmp_path):
+    folder = tmp_path / "exported"
+    shutil.copytree(folder_of("flux"), folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxInpaintPipeline"}))
+    source = Source(str(folder), pipeline=True)
+    for steps, scale in ((1, None), (4, 3.0)):
+        with pytest.raises(WadiError, match="FluxInpaintPipeline"):
+            source.plain(steps, scale)
+    pipeline = load_pipeline(folder_of("flux"))
+    pipeline.__class__ = type("Unknown", (type(pipeline),), {})
+    with pytest.raises(WadiError, match="Unknown"):
+        draw(pipeline, ["a"], [0], 4, 3.0)

@@ -142,9 +142,10 @@ class Source:
     def _call(self, path: str, steps: int, guidance_scale: float | None) -> dict[str, Any]:
         """Return how the pipeline at ``path`` is called; raise `WadiError` if no family serves it."""
         call = {"steps": steps, "guidance_scale": guidance_scale, "dtype": str(self.dtype).removeprefix("torch.")}
-        arguments = _family_of(path).guidance_arguments(guidance_scale or 1)
+        served = _family_of(path)
+        arguments = None if guidance_scale is None else served.guidance_arguments(guidance_scale)
         # Only where the scale is not passed as it is: results of the other families keep their keys.
-        return call if guidance_scale is None or "guidance_scale" in arguments else call | {"arguments": arguments}
+        return call if arguments in (None, {"guidance_scale": guidance_scale}) else call | {"arguments": arguments}
 
 
 def _family_of(path: str) -> type[Backbone]:
