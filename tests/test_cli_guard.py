@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -162,3 +163,26 @@ def test_output_that_the_terminal_cannot_show_is_escaped():
         capture_output=True, check=True, env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )  # fmt: skip
     assert b"\\xe9" in done.stdout
+
+
+def test_an_interrupt_that_a_destructor_drops_still_ends_the_command(capsys):
+    """Python goes on after it; the command ends all the same, and soon."""
+
+    class Library:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0)  # where the handler runs
+
+    def act():
+        thing = Library()
+        del thing
+        until = time.monotonic() + 30
+        while time.monotonic() < until:
+            time.sleep(0.01)
+        return 0
+
+    begun, hook = time.monotonic(), sys.unraisablehook
+    assert cli_guard.guard("wadi distill", act) == 130
+    assert time.monotonic() - begun < 10
+    assert sys.unraisablehook is hook
+    assert capsys.readouterr().err.count("interrupted") == 1

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import _thread
 import errno
 import os
 import signal
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 from wadi.errors import WadiError
 
@@ -131,20 +133,31 @@ class _Interrupts:
 
 @contextmanager
 def _interrupts() -> Iterator[_Interrupts]:
-    """Within the block Ctrl-C raises `KeyboardInterrupt` and is remembered."""
-    interrupts = _Interrupts()
+    """Within the block Ctrl-C raises `KeyboardInterrupt` and is remembered.
+
+    Python drops an exception that a destructor raises, and goes on. An interrupt that ends there is sent once more.
+    """
+    interrupts, report = _Interrupts(), sys.unraisablehook
 
     def note(number: int, frame: FrameType | None) -> None:
         interrupts.seen = True
         raise KeyboardInterrupt
+
+    def send_again(dropped: Any) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            threading.Timer(0.02, _thread.interrupt_main).start()
+        else:
+            report(dropped)
 
     ours = (
         threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     )
     if ours:
         signal.signal(signal.SIGINT, note)
+        sys.unraisablehook = send_again
     try:
         yield interrupts
     finally:
         if ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            sys.unraisablehook = report
