@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import socket
 import stat
@@ -22,7 +21,7 @@ from wadi import adapters
 from wadi import config as configs
 from wadi.config import DistillConfig
 from wadi.errors import WadiError
-from wadi.files import check_writable, refuse_foreign, sweep, unwritable, write_whole
+from wadi.files import check_writable, refuse_foreign, remove_folder, sweep, unwritable, write_whole
 from wadi.io.records import Finite, read_json_lines
 from wadi.io.regular import read_text
 from wadi.progress import console
@@ -80,23 +79,34 @@ class Run:
         names = {path.name for path in self.folder.iterdir() if not re.fullmatch(_FIRST_FILES, path.name)}
         return names - ({"samples"} if self.samples.is_dir() and not any(self.samples.iterdir()) else set())
 
+    def forget(self) -> None:
+        """Remove what a start with other settings left that made no checkpoint: its pairs, images and statistics.
+
+        Raises:
+            WadiError: if the folder cannot be written.
+        """
+        if not self.config_file.exists() or self._begun():
+            return
+        if changed := configs.differences(configs.load(self.config_file), self.config):
+            console.print(
+                f"{self.folder} has no checkpoint of its earlier settings. It starts anew; changed: {'; '.join(changed)}.",
+                soft_wrap=True,
+            )
+            try:
+                for path in (self.folder / WARM_START, self.stats_file, *self.samples.glob("step-*.png")):
+                    path.unlink(missing_ok=True)
+                if (self.checkpoints / STEP_0).exists():
+                    remove_folder(self.checkpoints / STEP_0)
+            except OSError as error:
+                raise unwritable(self.folder, error) from error
+
     def open(self) -> None:
         """Create the folder and write the config; after everything else was checked, so that a mistyped run leaves no folder.
-
-        What a start with other settings left, which made no checkpoint, is removed: its pairs and images are of those.
 
         Raises:
             WadiError: if the folder cannot be written.
         """
         try:
-            if self.config_file.exists() and (changed := configs.differences(configs.load(self.config_file), self.config)):
-                console.print(
-                    f"{self.folder} has no checkpoint of its earlier settings. It starts anew; changed: {'; '.join(changed)}.",
-                    soft_wrap=True,
-                )
-                for path in (self.folder / WARM_START, self.stats_file, *self.samples.glob("step-*.png")):
-                    path.unlink(missing_ok=True)
-                shutil.rmtree(self.checkpoints / STEP_0, ignore_errors=True)
             if not (self.config_file.exists() and configs.load(self.config_file) == self.config):
                 configs.save(self.config, self.config_file)
             self.samples.mkdir(parents=True, exist_ok=True)

@@ -289,6 +289,7 @@ def resume(run: Run, state: TrainState, teacher: str) -> tuple[list[dict[str, fl
     history: list[dict[str, float]] = []
 
     def newest() -> int:
+        run.forget()
         found, complaints = checkpoint.latest(run.checkpoints)
         for line in complaints:
             console.print(f"[yellow]{line}[/]", soft_wrap=True)
