@@ -22,10 +22,14 @@ TEACHER = "teacher"  # as --reference: the teacher behind the first source draws
 
 def run(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[str], Any]) -> int:
     """The command; the same again draws only what is missing and takes features it has seen from the cache."""
-    args = parse(_options(make_parser("eval")), argv)
+    parser = _options(make_parser("eval"))
+    args = parse(parser, argv)
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     if args.compare is not None:
         from wadi.evaluate.result import compare
 
+        if others := sorted(given - {"compare"}):
+            raise WadiError(f"--compare reads two result files; --{others[0]} has no effect beside it. Leave it out.")
         print(compare(*args.compare))
         return 0
     import torch
@@ -41,11 +45,13 @@ def run(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[s
     device = find_device(args.device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         device = make_accelerator(device, None, Path(args.pictures)).device
-    return _evaluate(args, argv, device, Ranks())
+    return _evaluate(args, given, argv, device, Ranks())
 
 
-def _evaluate(args: Any, argv: Sequence[str], device: Any, ranks: Any) -> int:
+def _evaluate(args: Any, given: set[str], argv: Sequence[str], device: Any, ranks: Any) -> int:
+    _check_outputs(args)
     protocol = _protocol(args)
+    _refuse_unused(args, given, protocol, device)
     generators, folders = _entrants(args, protocol, device)
     evaluation = _evaluation(args, protocol, _reference(args, protocol, device), device, ranks)
     if generators:
@@ -64,7 +70,54 @@ def _evaluate(args: Any, argv: Sequence[str], device: Any, ranks: Any) -> int:
     return 0
 
 
+def _check_outputs(args: Any) -> None:
+    """Refuse places that cannot be written before anything is generated."""
+    from wadi.evaluate.result import check_table
+    from wadi.files import check_writable
+
+    if args.out is not None:
+        check_writable(args.out)
+    if args.table is not None:
+        check_table(Path(args.table))
+
+
+def _refuse_unused(args: Any, given: set[str], protocol: Protocol | None, device: Any) -> None:
+    from wadi.evaluate.unused import Request, refuse_unused
+
+    kinds = {
+        "folder" if source is None else "pipeline" if source.pipeline else "student" for _, source in _sources(args, device)
+    }
+    teachers = args.beside_teacher or args.reference == TEACHER or (args.protocol == "zoo" and not args.what)
+    metrics, features = _metrics(args, protocol), args.features or (protocol.features if protocol is not None else None)
+    refuse_unused(Request(given, metrics, args.protocol, kinds, teachers, _weights(args), features))
+
+
+def _metrics(args: Any, protocol: Protocol | None) -> tuple[str, ...]:
+    """Those of ``--metrics``, else those of the protocol."""
+    metrics = tuple(filter(None, (args.metrics or "").replace(" ", ",").split(",")))
+    return protocol.metrics if protocol is not None and not metrics else metrics
+
+
+def _weights(args: Any) -> dict[str, str]:
+    """``--weights`` as names and places.
+
+    Raises:
+        WadiError: if an entry is not ``NAME=PLACE``, or a name comes twice.
+    """
+    places: dict[str, str] = {}
+    for entry in args.weights:
+        name, equals, place = entry.partition("=")
+        if not (name and equals and place):
+            raise WadiError(f"--weights has {entry!r}. Each entry is NAME=PLACE, such as clip=openai/clip-vit-large-patch14.")
+        if name in places:
+            raise WadiError(f"--weights names {name!r} twice. Give one place.")
+        places[name] = place
+    return places
+
+
 def _options(parser: Any) -> Any:
+    from wadi.bounds import BATCH, COUNT, GUIDANCE, SEED, STEPS, THREADS, Whole
+
     add = parser.add_argument
     add("what", nargs="*", default=[], help="folders of pictures; or runs, adapters, pipelines (folder or Hub id), zoo")
     add("--compare", nargs=2, default=None, help="two result files: print both if they were measured alike")
@@ -77,38 +130,49 @@ def _options(parser: Any) -> Any:
         help="comma-separated: fid kid fd kd pr clip diversity ...; default: the protocol's",
     )
     add("--features", type=str, default=None, help="network of fd, kd, pr, diversity: embedded, inception, dinov2[:NAME], zoo")
-    add("--prompts", type=str, default=None, help="file with the prompt of each picture of a folder")
+    add(
+        "--prompts",
+        type=str,
+        default=None,
+        help="file with the prompt of each image of a folder, in the natural order of their names (2 before 10)",
+    )
+    add("--pairs", type=str, default=None, help='JSON lines {"file": "0.png", "prompt": "..."}: images of a folder by name')
     add(
         "--size",
-        type=int,
+        type=Whole(1, 8192),
         default=None,
         help="crop to the central square and resize to so many pixels; default: the protocol's",
     )
-    add("--count", type=int, default=None, help="only so many prompts of the protocol")
-    add("--set", type=int, default=1, help="which seeds: set s has s * 1000000 + index; 0 is the reference's")
+    add("--count", type=COUNT, default=None, help="only so many prompts of the protocol")
+    add("--set", type=Whole(0, 10**12), default=1, help="which seeds: set s has s * 1000000 + index; 0 is the reference's")
     add("--ids", type=str, default=None, help="file of COCO annotation ids in place of the documented choice")
-    add("--coco_seed", type=int, default=0, help="of the documented choice of captions")
+    add("--coco_seed", type=SEED, default=0, help="of the documented choice of captions")
     add("--teacher", type=str, default=None, help="pipeline in place of the one that an adapter names")
-    add("--steps", type=int, default=1, help="of a pipeline with its own scheduler")
+    add("--steps", type=STEPS, default=1, help="of a pipeline with its own scheduler")
     add(
         "--guidance_scale",
-        type=float,
+        type=GUIDANCE,
         default=None,
         help="of --steps; default: none in one step; else 3, for FLUX 1 (none)",
     )
     add("--beside_teacher", action="store_true", help="measure the teacher too, in many steps and, undistilled, in one")
-    add("--teacher_steps", type=int, default=25, help="of the teacher")
+    add("--teacher_steps", type=STEPS, default=25, help="of the teacher")
     add(
         "--teacher_guidance_scale",
-        type=float,
+        type=GUIDANCE,
         default=None,
         help="of the teacher; default: 3; zoo 2.5; FLUX 1 (none)",
     )
-    add("--speed", type=int, default=0, help="time so many calls of each generator, in turns; 0: none")
-    add("--k", type=int, default=3, help="of the nearest neighbours")
+    add("--speed", type=Whole(0, 10_000), default=0, help="time so many calls of each generator, in turns; 0: none")
+    add("--k", type=Whole(1, 10_000), default=3, help="of the nearest neighbours")
     add("--resize", type=str, default="clean", help="filter before a feature network: clean, legacy-tf, legacy-torch, ...")
     add("--no_spread", action="store_true", help="leave out the standard deviations")
-    add("--rounds", type=int, default=None, help="of older versions: 0 is --no_spread, other values have no effect")
+    add(
+        "--rounds",
+        type=Whole(0, 1_000_000),
+        default=None,
+        help="of older versions: 0 is --no_spread, other values have no effect",
+    )
     add("--inception", type=str, default=None, help="inception-2015-12-05.pt; default: in the cache folder")
     add("--download", action="store_true", help="fetch that file if it is missing (96 MB)")
     add(
@@ -126,19 +190,17 @@ def _options(parser: Any) -> Any:
     )
     add("--out", type=str, default=None, help="result file (JSON)")
     add("--table", type=str, default=None, help="Markdown file: the table between its markers, or a new one")
-    add("--batch", type=int, default=32, help="pictures per feature network call")
-    add("--draw_batch", type=int, default=8, help="pictures drawn at once")
+    add("--batch", type=BATCH, default=32, help="pictures per feature network call")
+    add("--draw_batch", type=BATCH, default=8, help="pictures drawn at once")
     add("--dtype", type=str, default="float32", help="of the generators: float32, bfloat16 or float16")
     add("--device", type=str, default=None, help="cpu, cuda, cuda:1, ...; default: the best there is")
-    add("--threads", type=int, default=None, help="of torch")
+    add("--threads", type=THREADS, default=None, help="of torch")
     return parser
 
 
 def _protocol(args: Any) -> Protocol | None:
     from wadi.evaluate import protocols
 
-    if args.set < 0 or (args.count is not None and args.count < 1):
-        raise WadiError("Expected --set of at least 0 and --count of at least 1.")
     if args.protocol is None:
         return None
     if args.protocol == "zoo":
@@ -222,24 +284,24 @@ def _reference(args: Any, protocol: Protocol | None, device: Any) -> Reference |
 
 def _evaluation(args: Any, protocol: Protocol | None, reference: Reference | None, device: Any, ranks: Any) -> Evaluation:
     from wadi.data.prompts import read_prompts
+    from wadi.evaluate.pairs import read_pairs
     from wadi.evaluate.run import Evaluation
     from wadi.evaluate.score import Options
 
-    metrics = tuple(filter(None, (args.metrics or "").replace(" ", ",").split(",")))
-    if protocol is not None and not metrics:
-        metrics = protocol.metrics
-    weights = dict(entry.partition("=")[::2] for entry in args.weights)
+    metrics = _metrics(args, protocol)
     options = Options(
         features=args.features or (protocol.features if protocol is not None else "embedded"), resize=args.resize,
-        inception=args.inception, download=args.download, weights=weights, k=args.k, batch=args.batch,
+        inception=args.inception, download=args.download, weights=_weights(args), k=args.k, batch=args.batch,
         spread=not (args.no_spread or args.rounds == 0),
         device=str(device),
     )  # fmt: skip
+    named = [name for name in ("protocol", "prompts", "pairs") if getattr(args, name) is not None]
+    if len(named) > 1:
+        raise WadiError(f"Received --{' and --'.join(named)}. Each of them says the prompts: give one.")
     prompts = read_prompts(args.prompts) if args.prompts is not None else None
-    if prompts is not None and protocol is not None:
-        raise WadiError("Received both --protocol and --prompts. Expected one: a protocol has its own prompts.")
+    pairs = read_pairs(args.pairs) if args.pairs is not None else None
     return Evaluation(
-        metrics, options, protocol, reference, args.pictures, prompts=prompts, size=args.size, set_number=args.set,
+        metrics, options, protocol, reference, args.pictures, prompts=prompts, pairs=pairs, size=args.size, set_number=args.set,
         draw_batch=args.draw_batch, ranks=ranks,
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import pytest
 from evaluate_toys import coco
@@ -66,7 +67,7 @@ def test_what_is_missing_is_named(root):
 @pytest.mark.parametrize("text", ["{", "[]", '{"images": [], "annotations": [{"id": 1}]}', '{"images": [{"id": 1}]}'])
 def test_a_damaged_captions_file_is_named(root, text):
     (root / "annotations" / "captions_val2017.json").write_text(text)
-    with pytest.raises(WadiError, match=r"captions_val2017\.json.*damaged"):
+    with pytest.raises(WadiError, match=r"captions_val2017\.json.*[Uu]npack it anew"):
         open_coco(root, "val2017")
 
 
@@ -102,3 +103,39 @@ def test_sets_share_no_seed(root):
     protocol = protocols.coco("coco2017-5k", root, count=6)
     used = [seed for number in range(3) for seed in (*protocol.seeds(number), *protocol.varied_rows(number)[1])]
     assert len(set(used)) == len(used)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('{"images": [{"id": -1, "file_name": "a"}], "annotations": []}', "id"),
+        ('{"images": [{"id": 1, "file_name": "../a.jpg"}], "annotations": []}', "../a.jpg"),
+        ('{"images": [{"id": 1, "file_name": 3}], "annotations": []}', "file_name"),
+        ('{"images": [], "annotations": [{"id": 1, "image_id": 1, "caption": null}]}', "caption"),
+        ('{"images": 3}', "images"),
+        ("[" * 100_000, "nested"),
+        ('{"images": [{"id": ' + "9" * 5000 + "}]}", "too long"),
+    ],
+)
+def test_hostile_captions_files_are_named(root, content, told):
+    path = root / "annotations" / "captions_val2017.json"
+    path.write_text(content)
+    with pytest.raises(WadiError, match=told.replace(".", r"\.")):
+        open_coco(root, "val2017")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(WadiError, match="captions_val2017"):
+        open_coco(root, "val2017")
+
+
+def test_lists_of_ids_are_regular_files_of_numbers(root, tmp_path):
+    source = open_coco(root, "val2017")
+    (tmp_path / "ids.txt").write_text("²\n")
+    with pytest.raises(WadiError, match="²"):
+        listed(source, tmp_path / "ids.txt")
+    (tmp_path / "ids.txt").write_text("9" * 5000)
+    with pytest.raises(WadiError, match="line 1"):
+        listed(source, tmp_path / "ids.txt")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(WadiError, match="pipe"):
+        listed(source, tmp_path / "pipe")

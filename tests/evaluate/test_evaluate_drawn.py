@@ -15,8 +15,9 @@ from wadi.backbones import from_pipeline, loading
 from wadi.backbones.sd import StableDiffusion
 from wadi.errors import WadiError
 from wadi.evaluate import drawn
-from wadi.evaluate.drawn import draw_missing, file_name, read_about, read_prompts
+from wadi.evaluate.drawn import draw_missing, file_name, read_about
 from wadi.evaluate.generators import Source, find, same_family
+from wadi.evaluate.pairs import read_pairs
 from wadi.evaluate.result import read_result
 from wadi.images import to_pil
 from wadi.sampling import noise, one_step
@@ -99,16 +100,15 @@ def test_a_folder_of_something_else_is_refused(student, finished_run, tmp_path):
     with pytest.raises(WadiError, match=r"generator\.kind: 'student' -> 'teacher'"):
         draw_missing(teacher, PROMPTS, SEEDS, folder)
     (folder / drawn.ABOUT).write_text("{")
-    with pytest.raises(WadiError, match="damaged"):
+    with pytest.raises(WadiError, match=r"pictures\.json"):
         draw_missing(student, PROMPTS, SEEDS, folder)
 
 
 def test_the_folder_tells_prompts_and_generator(student, tmp_path):
     draw_missing(student, PROMPTS, SEEDS, tmp_path / "set")
-    assert read_prompts(tmp_path / "set") == PROMPTS
+    assert read_pairs(tmp_path / "set" / "prompts.jsonl") == [(file_name(i), prompt) for i, prompt in enumerate(PROMPTS)]
     assert read_about(tmp_path / "set")["generator"] == json.loads(json.dumps(student.about))
     assert read_about(tmp_path) is None
-    assert read_prompts(tmp_path) is None
 
 
 def shared_eval(run, prompts, reference, place, index):

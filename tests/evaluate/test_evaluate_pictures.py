@@ -25,6 +25,17 @@ def test_files_are_sorted_by_path_and_others_ignored(tmp_path):
     assert [path.relative_to(tmp_path).as_posix() for path in files_in(tmp_path)] == ["a.JPG", "b.png", "sub/c.webp"]
 
 
+def test_numbers_in_names_count_as_numbers_and_linked_folders_are_entered(tmp_path):
+    (tmp_path / "in" / "10").mkdir(parents=True)
+    (tmp_path / "else").mkdir()
+    for name in ("in/10.png", "in/9.png", "in/a2.png", "in/a10.png", "in/02.png", "in/2.png", "in/10/1.png", "else/7.png"):
+        picture(0).save(tmp_path / name)
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "else")
+    (tmp_path / "else" / "round").symlink_to(tmp_path / "in")  # a circle
+    found = [path.relative_to(tmp_path / "in").as_posix() for path in files_in(tmp_path / "in")]
+    assert found == ["02.png", "2.png", "9.png", "10.png", "10/1.png", "a2.png", "a10.png", "linked/7.png"]
+
+
 @pytest.mark.parametrize("place", ["empty", "missing"])
 def test_a_folder_without_pictures(tmp_path, place):
     (tmp_path / "empty").mkdir()

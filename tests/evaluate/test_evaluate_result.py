@@ -2,12 +2,26 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 
 from wadi.cli import main
 from wadi.errors import WadiError
-from wadi.evaluate.result import BEGIN, END, Number, Result, Row, canonical, compare, read_result, table, told, write_table
+from wadi.evaluate.result import (
+    BEGIN,
+    END,
+    Number,
+    Result,
+    Row,
+    canonical,
+    compare,
+    protocol_hash,
+    read_result,
+    table,
+    told,
+    write_table,
+)  # fmt: skip
 
 PROTOCOL = {"images": 8, "prompts": {"sha256": "ab", "count": 8}, "metrics": {"fd net": {"resize": "clean", "mean": (0.5, 1)}}}
 
@@ -74,7 +88,7 @@ def test_what_is_no_result_is_refused(tmp_path, text):
     path = tmp_path / "a.json"
     path.write_text(text)
     result().save(tmp_path / "b.json")
-    with pytest.raises(WadiError, match=r"a\.json.*Expected a file that"):
+    with pytest.raises(WadiError, match=r"a\.json.*wadi eval --out"):
         compare(path, tmp_path / "b.json")
     with pytest.raises(WadiError, match=r"gone\.json"):
         compare(tmp_path / "gone.json", tmp_path / "b.json")
@@ -128,3 +142,53 @@ def test_a_table_goes_between_its_markers(tmp_path):
     with pytest.raises(WadiError, match="has no lines"):
         write_table(path, result())
     assert path.read_text() == "prose without markers"
+
+
+def _changed(path, change):
+    """A result file with a change, and a hash that fits its settings."""
+    content = json.loads(path.read_text())
+    change(content)
+    if isinstance(content["protocol"], dict):
+        content["protocol_hash"] = protocol_hash(content["protocol"])
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda c: c["rows"][0].update(images=-1), "images"),
+        (lambda c: c["rows"][0].update(images="8"), "images"),
+        (lambda c: c["rows"][0].update(metrics=[]), "metrics"),
+        (lambda c: c["rows"][0]["metrics"].update(fd=3), "metrics"),
+        (lambda c: next(iter(c["rows"][0]["metrics"].values())).update(value="x"), "value"),
+        (lambda c: next(iter(c["rows"][0]["metrics"].values())).update(std=float("nan")), "std"),
+        (lambda c: c.update(protocol=[1]), "protocol"),
+        (lambda c: c.update(rows={}), "rows"),
+        (lambda c: c.update(format=[1]), "format"),
+        (lambda c: c.update(command=3), "command"),
+    ],
+)  # fmt: skip
+def test_wrong_types_are_named(tmp_path, change, told):
+    path = tmp_path / "a.json"
+    result().save(path)
+    _changed(path, change)
+    with pytest.raises(WadiError, match=rf"a\.json.*{told}"):
+        read_result(path)
+
+
+@pytest.mark.parametrize("data", [b'{"format": "\xe9"}', b"[" * 100_000, b'{"format": ' + b"9" * 5000 + b"}", b"\xff\xfe{\x00"])
+def test_hostile_files_are_named(tmp_path, data):
+    path = tmp_path / "a.json"
+    path.write_bytes(data)
+    with pytest.raises(WadiError, match=r"a\.json"):
+        read_result(path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_only_regular_files_are_read(tmp_path, make):
+    path = tmp_path / "a.json"
+    make(path)
+    with pytest.raises(WadiError, match=r"a\.json"):
+        read_result(path)
+    with pytest.raises(WadiError, match=r"a\.json"):
+        write_table(path, result())

@@ -310,7 +310,7 @@ def test_a_drawn_folder_knows_its_prompts(drawn, tmp_path):
     place, _ = drawn
     student = next((place / "pictures").glob("*/student-*-set1"))
     weights = f"clip={clip_folder(tmp_path / 'clip')}"
-    assert run(student, "--metrics", "clip", "--weights", weights, "--out", tmp_path / "c.json", *QUICK) == 0
+    assert run(student, "--metrics", "clip", "--weights", weights, "--out", tmp_path / "c.json", "--device", "cpu") == 0
     found = read_result(tmp_path / "c.json")
     assert found.rows[0].generator["drawn_by"]["kind"] == "student"
     assert found.protocol["prompts"] == read_result(place / "a.json").protocol["prompts"]
@@ -382,7 +382,7 @@ def test_coco_from_a_folder(finished_run, tmp_path, capsys):
 
 def test_the_zoo_by_its_own_protocol(tmp_path):
     arguments = ("zoo", "--protocol", "zoo", "--count", "4", "--metrics", "fd-zoo,top1", "--pictures", tmp_path / "pictures")
-    assert run(*arguments, "--out", tmp_path / "zoo.json", *QUICK) == 0
+    assert run(*arguments, "--out", tmp_path / "zoo.json", "--device", "cpu") == 0
     result = read_result(tmp_path / "zoo.json")
     assert result.rows[0].name == "shipped student, one step"
     assert result.rows[0].metrics["top1"].value >= 0.5  # two of four would be a broken student
@@ -406,9 +406,30 @@ def test_the_zoo_by_its_own_protocol(tmp_path):
         (("RUN", "--protocol", "zoo", "--steps", "4"), "one-step student"),
         (("RUN", "--protocol", "zoo", "--dtype", "int8"), "--dtype"),
         (("FAKE", "--metrics", "top1"), "--protocol zoo"),
-        (("FAKE", "--reference", "FAKE", "--metrics", "fd", "--k", "0"), "at least 1"),
+        (("FAKE", "--reference", "FAKE", "--metrics", "fd", "--k", "0"), "--k"),
         (("FAKE", "--reference", "teacher", "--metrics", "fd"), "no teacher is known"),
         (("--compare", "gone.json", "also.json"), "gone.json"),
+        (("FAKE", "--metrics", "clip", "--weights", "clip"), "'clip'"),
+        (("FAKE", "--metrics", "clip", "--weights", "clip=a", "clip=b"), "'clip'"),
+        (("FAKE", "--reference", "FAKE", "--metrics", "fd", "--weights", "clip=a"), "clip"),
+        (("FAKE", "--reference", "FAKE", "--metrics", "fd", "--k", "5"), "--k"),
+        (("FAKE", "--reference", "FAKE", "--metrics", "fd", "--count", "5"), "--count"),
+        (("FAKE", "--reference", "FAKE", "--metrics", "fd", "--set", "5"), "--set"),
+        (("FAKE", "--reference", "FAKE", "--metrics", "fd", "--steps", "5"), "--steps"),
+        (("FAKE", "--reference", "FAKE", "--metrics", "fd", "--guidance_scale", "5"), "--guidance_scale"),
+        (("FAKE", "--reference", "FAKE", "--metrics", "fd", "--beside_teacher"), "--beside_teacher"),
+        (("FAKE", "--reference", "FAKE", "--metrics", "fd", "--speed", "5"), "--speed"),
+        (("FAKE", "--reference", "FAKE", "--metrics", "fd", "--teacher", "FAKE"), "--teacher"),
+        (("FAKE", "--reference", "FAKE", "--metrics", "fd", "--download"), "--download"),
+        (("FAKE", "--reference", "FAKE", "--metrics", "fd", "--ids", "PROMPTS"), "--ids"),
+        (("FAKE", "--reference", "FAKE", "--metrics", "clip"), "--reference"),
+        (("FAKE", "--metrics", "clip", "--features", "zoo"), "--features"),
+        (("RUN", "--protocol", "zoo", "--prompts", "PROMPTS"), "--prompts"),
+        (("RUN", "--protocol", "zoo", "--teacher_steps", "5"), "--teacher_steps"),
+        (("FAKE", "--metrics", "clip", "--prompts", "PROMPTS", "--pairs", "PROMPTS"), "--pairs"),
+        (("--compare", "a.json", "b.json", "--k", "5"), "--k"),
+        (("FAKE", "--reference", "FAKE", "--metrics", "fd", "--out", "FAKE"), "FAKE"),
+        (("FAKE", "--reference", "FAKE", "--metrics", "fd", "--table", "PROMPTS"), "wadi eval: begin"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
@@ -416,7 +437,104 @@ def test_bad_input_is_one_line(fake, finished_run, tmp_path, capsys, arguments, 
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "prompts.txt").write_text("".join(f"thing {i}\n" for i in range(10)))
     places = {"FAKE": fake, "EMPTY": tmp_path / "EMPTY", "RUN": finished_run, "PROMPTS": tmp_path / "prompts.txt"}
-    assert told in failed(capsys, *(places.get(word, word) for word in arguments))
+    expected = str(places.get(told, told))
+    assert expected in failed(capsys, *(places.get(word, word) for word in arguments))
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("--count", ["-1", "0", "1e3", "nan", "9" * 5000]), ("--set", ["-1", "9" * 30]), ("--size", ["0", "100000"]),
+        ("--k", ["-3"]), ("--speed", ["-1", "1000000"]), ("--rounds", ["-1"]), ("--batch", ["0"]), ("--draw_batch", ["-2"]),
+        ("--steps", ["0", "100000"]), ("--teacher_steps", ["0"]), ("--guidance_scale", ["nan", "inf"]), ("--threads", ["0"]),
+        ("--teacher_guidance_scale", ["1e9"]), ("--coco_seed", ["-1"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused_where_they_are_parsed(capsys, option, values):
+    for value in values:
+        assert option in failed(capsys, "zoo", "--protocol", "zoo", f"{option}={value}")
+
+
+def test_captions_are_counted_or_listed(finished_run, tmp_path, capsys):
+    root = coco(tmp_path / "coco")
+    (tmp_path / "ids.txt").write_text("9000\n")
+    arguments = (
+        finished_run,
+        "--protocol",
+        "coco2017-5k",
+        "--reference",
+        root,
+        "--metrics",
+        "fd",
+        "--ids",
+        tmp_path / "ids.txt",
+    )
+    assert "--count" in failed(capsys, *arguments, "--count", "3")
+    assert "--coco_seed" in failed(capsys, *arguments, "--coco_seed", "3")
+
+
+def test_rounds_of_older_versions_are_accepted(real, fake, tmp_path, capsys):
+    for value, spread in (("0", False), ("100", True)):
+        out = tmp_path / f"{value}.json"
+        assert run(fake, "--reference", real, "--metrics", "fd", "--rounds", value, "--out", out, *QUICK) == 0
+        assert (read_result(out).rows[0].metrics["fd zoo-classifier"].std is not None) == spread
+    assert "--rounds has no effect" in capsys.readouterr().err
+
+
+def test_a_result_of_an_older_version_is_compared_with_its_own_kind(real, fake, tmp_path, capsys):
+    """Bootstrap spreads are read, but not put beside the others."""
+    evaluation = of(["fd"], real)
+    result = evaluation.result([evaluation.folder_row(fake)])
+    result.save(tmp_path / "new.json")
+    del result.protocol["spread"]
+    result.protocol["bootstrap"] = {"rounds": 100, "level": 0.95, "seed": 0}
+    result.save(tmp_path / "old.json")
+    assert run("--compare", tmp_path / "old.json", tmp_path / "old.json") == 0
+    assert "bootstrap.rounds" in failed(capsys, "--compare", tmp_path / "old.json", tmp_path / "new.json")
+
+
+def clip_of(folder, tmp_path, **named):
+    weights = {"clip": str(clip_folder(tmp_path / "clip"))}
+    return Evaluation(["clip"], options(weights=weights), **named).folder_row(folder).metrics["clip"].value
+
+
+def test_unpadded_numbers_pair_as_padded_ones_do(tmp_path):
+    """``10.png`` comes after ``2.png``: the same images under both kinds of names have the same score."""
+    prompts = [f"thing {i}" for i in range(12)]
+    for kind in ("plain", "padded"):
+        (tmp_path / kind).mkdir()
+        for i in range(12):
+            noisy(i).save(tmp_path / kind / (f"{i}.png" if kind == "plain" else f"{i:03d}.png"))
+    assert clip_of(tmp_path / "plain", tmp_path, prompts=prompts) == clip_of(tmp_path / "padded", tmp_path, prompts=prompts)
+
+
+def test_a_list_pairs_images_with_prompts_whatever_their_names(fake, tmp_path, capsys):
+    prompts = [f"thing {i}" for i in range(10)]
+    plain = clip_of(fake, tmp_path, prompts=prompts)
+    names = ["zebra", "ant", "cow", "10", "9", "b/1", "b/01", "x", "y", "a"]
+    (fake / "b").mkdir()
+    for old, new in zip(sorted(fake.glob("*.png")), names, strict=True):
+        old.rename(fake / f"{new}.png")
+    pairs = list(zip((f"{name}.png" for name in names), prompts, strict=True))
+    assert clip_of(fake, tmp_path, pairs=pairs) == plain
+    assert clip_of(fake, tmp_path, prompts=prompts) != plain
+    weights = f"clip={tmp_path / 'clip'}"
+    lines = "".join(json.dumps({"file": file, "prompt": prompt}) + "\n" for file, prompt in pairs)
+    for number, (text, told) in enumerate(
+        [(lines, None), (lines[: lines.rindex("{")], "a.png"), (lines + '{"file": "more.png", "prompt": "x"}', "more.png"),
+         (lines + lines, "zebra.png"), ('{"file": "../x.png", "prompt": "x"}', "../x.png"),
+         ('{"file": 3, "prompt": "x"}', "file"),
+         ("", "empty"), ("[" * 100_000, "nested"), ('{"file": "/x.png", "prompt": "x"}', "/x.png")]
+    ):  # fmt: skip
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(text)
+        arguments = (fake, "--metrics", "clip", "--weights", weights, "--pairs", path, "--device", "cpu")
+        if told is None:
+            assert run(*arguments) == 0
+            capsys.readouterr()
+        else:
+            assert told in failed(capsys, *arguments)
 
 
 def test_a_truncated_picture_is_named(real, fake, capsys):

@@ -9,13 +9,18 @@ result, so that lists of another origin do not go unseen.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wadi.errors import WadiError
+from wadi.io.records import Count, Record, read_json
+from wadi.io.regular import exists, read_text
+
+ID = re.compile("[0-9]{1,18}")
+IDS_BYTES = 64 * 2**20  # of a list of ids
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,28 @@ class Coco:
     captions: list[tuple[int, int, str]]
 
 
+class Image(Record):
+    """An entry of ``images`` in a captions file."""
+
+    id: Count
+    file_name: str
+
+
+class Annotation(Record):
+    """An entry of ``annotations`` in a captions file."""
+
+    id: Count
+    image_id: Count
+    caption: str
+
+
+class Captions(Record):
+    """``captions_SPLIT.json``, as far as it is used."""
+
+    images: list[Image]
+    annotations: list[Annotation]
+
+
 def open_coco(root: str | Path, split: str) -> Coco:
     """``root/annotations/captions_SPLIT.json`` and the images of ``root/SPLIT/``, ``split`` being 'val2014' or 'val2017'.
 
@@ -38,19 +65,17 @@ def open_coco(root: str | Path, split: str) -> Coco:
         WadiError: naming the file that is missing or damaged.
     """
     path, folder = Path(root) / "annotations" / f"captions_{split}.json", Path(root) / split
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        names = {int(image["id"]): str(image["file_name"]) for image in content["images"]}
-        captions = sorted((int(a["id"]), int(a["image_id"]), " ".join(a["caption"].split())) for a in content["annotations"])
-    except FileNotFoundError as error:
+    if not exists(path):
         raise WadiError(
             f"COCO folder {str(root)!r} lacks annotations/captions_{split}.json. Expected it and {split}/: unpack "
             f"annotations_trainval{split[-4:]}.zip and {split}.zip there."
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WadiError(
-            f"{str(path)!r} is damaged: {type(error).__name__}: {error}. Expected COCO's captions file: unpack it anew."
-        ) from error
+        )
+    content: Captions = read_json(path, Captions, "COCO's captions file", remedy="Unpack it anew.")
+    names = {image.id: image.file_name for image in content.images}
+    for name in names.values():
+        if not name or "/" in name or "\\" in name or name in (".", ".."):
+            raise WadiError(f"{str(path)!r} names the image file {name!r}. Expected a name without a folder: unpack it anew.")
+    captions = sorted((a.id, a.image_id, " ".join(a.caption.split())) for a in content.annotations)
     if not folder.is_dir():
         raise WadiError(f"COCO folder {str(root)!r} lacks {split}/. Expected the images there: unpack {split}.zip.")
     there = set(os.listdir(folder))
@@ -92,7 +117,7 @@ def listed(coco: Coco, ids: str | Path) -> list[tuple[int, str]]:
         if not line.strip():
             continue
         problem = None
-        annotation: Any = int(line) if line.strip().isdecimal() else None
+        annotation: Any = int(line) if ID.fullmatch(line.strip()) else None
         if annotation is None:
             problem = "is no annotation id"
         elif annotation not in captions:
@@ -110,7 +135,4 @@ def listed(coco: Coco, ids: str | Path) -> list[tuple[int, str]]:
 
 
 def _lines(path: str | Path) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise WadiError(f"List of ids {str(path)!r} cannot be read: {error}. Expected one annotation id a line.") from error
+    return read_text(path, IDS_BYTES, "List of ids").splitlines()

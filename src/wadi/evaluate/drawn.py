@@ -21,10 +21,20 @@ from wadi.errors import WadiError
 from wadi.evaluate.generators import Generator
 from wadi.files import write_whole
 from wadi.generate import draw
+from wadi.io.records import Record, convert, read_json
+from wadi.io.regular import exists
 from wadi.progress import progress
 from wadi.ranks import Ranks
 
 ABOUT, PROMPTS = "pictures.json", "prompts.jsonl"
+
+
+class About(Record):
+    """``pictures.json``: what decided about the images."""
+
+    generator: dict[str, Any]
+    prompts: dict[str, Any]
+    seeds: str
 
 
 def file_name(index: int) -> str:
@@ -119,23 +129,9 @@ def read_about(folder: Path) -> dict[str, Any] | None:
         WadiError: if it is damaged.
     """
     path = folder / ABOUT
-    if not path.is_file():
+    if not exists(path):
         return None
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(about, dict):
-            raise ValueError(f"it holds a {type(about).__name__}")
-    except (OSError, ValueError) as error:
-        raise WadiError(f"{str(path)!r} is damaged: {error}. Expected what `wadi eval` wrote: remove the folder.") from error
+    remedy = "It is no longer as `wadi eval` wrote it: remove the folder."
+    about: dict[str, Any] = read_json(path, dict[str, Any], "Description of generated images", remedy=remedy)
+    convert(about, About, f"Description of generated images {str(path)!r}", remedy)
     return about
-
-
-def read_prompts(folder: Path) -> list[str] | None:
-    """The prompts of drawn pictures, in their order; None where the folder does not tell."""
-    path = folder / PROMPTS
-    if not path.is_file():
-        return None
-    try:
-        return [str(json.loads(line)["prompt"]) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WadiError(f"{str(path)!r} is damaged: {error}. Expected what `wadi eval` wrote.") from error

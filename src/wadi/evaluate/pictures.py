@@ -9,6 +9,8 @@ is antialiased. Without, every picture of a set must have the same size already.
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ FITTING = "central square, Lanczos (Pillow)"
 
 
 def files_in(folder: str | Path) -> list[Path]:
-    """The picture files in a folder and below, sorted by their path within it.
+    """The image files in a folder and below, linked folders included, in the natural order of their paths: 2 before 10.
 
     Raises:
         WadiError: if there is no such folder, or no picture in it.
@@ -34,15 +36,30 @@ def files_in(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise WadiError(f"{str(folder)!r} is no folder. Expected a folder of pictures: check the path.")
-    inside = ((path.relative_to(folder), path) for path in folder.rglob("*"))
-    found = sorted((part.as_posix(), path) for part, path in inside if path.suffix.lower() in SUFFIXES and not _hidden(part))
+    found = sorted((natural(path.relative_to(folder).as_posix()), path) for path in _below(folder, ()))
     if not found:
         raise WadiError(f"Folder {str(folder)!r} holds no picture. Expected files named {', '.join(SUFFIXES)}: check the path.")
     return [path for _, path in found]
 
 
-def _hidden(part: Path) -> bool:
-    return any(name.startswith(".") for name in part.parts)
+def natural(name: str) -> tuple[list[tuple[int, str]], str]:
+    """Sort key by which digits count as a number; names that differ in leading zeros alone keep the order of their letters."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(int(part) if part.isdecimal() else -1, "" if part.isdecimal() else part) for part in parts], name
+
+
+def _below(folder: Path, entered: tuple[str, ...]) -> Iterator[Path]:
+    """Image files at any depth, without hidden names; a folder that is linked into itself is entered once."""
+    place = os.path.realpath(folder)
+    if place in entered:
+        return
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _below(path, (*entered, place))
+        elif path.suffix.lower() in SUFFIXES:
+            yield path
 
 
 def content_digest(files: Iterable[Path]) -> str:

@@ -19,8 +19,10 @@ from typing import Any
 
 from wadi.errors import WadiError
 from wadi.evaluate.drawn import differences
-from wadi.files import write_whole
+from wadi.files import check_writable, write_whole
 from wadi.io import markdown
+from wadi.io.records import Count, Finite, Record, read_json
+from wadi.io.records import asdict as asdict_of
 from wadi.io.regular import read_text
 
 FORMAT = 1
@@ -95,29 +97,52 @@ def protocol_hash(protocol: dict[str, Any]) -> str:
     return hashlib.sha256(canonical(protocol)).hexdigest()
 
 
+class WrittenNumber(Record):
+    """A `Number` in a result file."""
+
+    value: Finite
+    std: Finite | None = None
+    low: Finite | None = None
+    high: Finite | None = None
+
+
+class WrittenRow(Record):
+    """A `Row` in a result file."""
+
+    name: str
+    generator: dict[str, Any]
+    images: Count
+    metrics: dict[str, WrittenNumber]
+    speed: dict[str, Finite | str | None] | None = None
+
+
+class Written(Record):
+    """A result file."""
+
+    format: int
+    protocol_hash: str
+    rows: list[WrittenRow]
+    protocol: dict[str, Any]
+    environment: dict[str, Any]
+    command: str
+
+
 def read_result(path: str | Path) -> Result:
     """What `Result.save` wrote.
 
     Raises:
         WadiError: if the file is none, or its settings were changed after the hash was taken.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
-            raise WadiError(f"Result {str(path)!r} is of format {content['format']!r}. Expected {FORMAT}: measure again.")
-        rows = [
-            Row(**{**row, "metrics": {name: Number(**number) for name, number in row["metrics"].items()}})
-            for row in content["rows"]
-        ]
-        result = Result(content["protocol"], rows, content["environment"], content["command"])
-        told = content["protocol_hash"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, WadiError):
-            raise
-        raise WadiError(
-            f"Result {str(path)!r} cannot be read: {error}. Expected a file that `wadi eval --out` wrote."
-        ) from error
-    if told != result.hash:
+    remedy = "It must be a file that `wadi eval --out` wrote."
+    found: Written = read_json(path, Written, "Result", remedy=remedy)
+    if found.format != FORMAT:
+        raise WadiError(f"Result {str(path)!r} is of format {found.format}. Expected {FORMAT}: measure again.")
+    rows = [
+        Row(row.name, row.generator, row.images, {name: Number(**asdict_of(n)) for name, n in row.metrics.items()}, row.speed)
+        for row in found.rows
+    ]
+    result = Result(found.protocol, rows, found.environment, found.command)
+    if found.protocol_hash != result.hash:
         raise WadiError(
             f"Result {str(path)!r} was changed: its settings do not give its protocol hash. Expected it as written."
         )
@@ -197,15 +222,26 @@ def write_table(path: Path, result: Result) -> None:
         f"{BEGIN}\n{table(result.rows)}\n\nEvery row: {markdown.code(result.command)}\n\n"
         f"Protocol `{result.hash}`. {machine}; {libraries}.\n{END}"
     )
+    around = check_table(path)
+    write_whole(path, (block + "\n" if around is None else around[0] + block + around[1]).encode())
+
+
+def check_table(path: Path) -> tuple[str, str] | None:
+    """What stands before and after the markers of a Markdown file; None if there is no file yet.
+
+    Raises:
+        WadiError: if the file has no such markers, cannot be read, or its folder cannot be written.
+    """
+    check_writable(path)
     if not path.exists():
-        write_whole(path, (block + "\n").encode())
-        return
-    text = read_text(path)
-    before, begin, rest = text.partition(BEGIN)
+        return None
+    before, begin, rest = read_text(path, what="Table").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise WadiError(f"{str(path)!r} is there and has no lines {BEGIN!r} and {END!r}. Expected them, or a new file.")
-    write_whole(path, (before + block + after).encode())
+        raise WadiError(
+            f"{str(path)!r} has no lines {BEGIN!r} and {END!r}. Add them where the table belongs, or name a new file."
+        )
+    return before, after
 
 
 def told(number: Number) -> str:

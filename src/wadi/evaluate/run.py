@@ -16,11 +16,13 @@ from wadi.errors import WadiError
 from wadi.evaluate import drawn
 from wadi.evaluate.generators import Generator, same_family
 from wadi.evaluate.memory import peak_mib
+from wadi.evaluate.pairs import Pairs, paired, read_pairs
 from wadi.evaluate.pictures import content_digest, files_in
 from wadi.evaluate.protocols import SEED_STEP, Protocol
 from wadi.evaluate.result import Result, Row, environment
 from wadi.evaluate.score import Judge, Options, Seen
 from wadi.generate import draw
+from wadi.io.regular import exists
 from wadi.metrics.speed import Subject, measure
 from wadi.ranks import Ranks
 
@@ -76,7 +78,7 @@ class Evaluation:
     """One protocol, one reference, any number of generators or folders that are measured alike.
 
     Args:
-        protocol: None = folders as they are, with ``prompts`` if a metric wants them.
+        protocol: None = folders as they are, with ``prompts`` in the order of their files, or ``pairs`` of file and prompt.
         pictures: folder in which what is drawn is kept, each generator in a folder of its own.
         set_number: which seeds; see `wadi.evaluate.protocols`.
         ranks: the processes that share the drawing; the first alone measures.
@@ -87,13 +89,15 @@ class Evaluation:
     def __init__(
         self, metrics: Sequence[str], options: Options | None = None, protocol: Protocol | None = None,
         reference: Reference | None = None, pictures: str | Path = "runs/eval", *, prompts: Sequence[str] | None = None,
-        size: int | None = None, set_number: int = 1, draw_batch: int = 8, ranks: Ranks | None = None,
+        pairs: Pairs | None = None, size: int | None = None, set_number: int = 1, draw_batch: int = 8,
+        ranks: Ranks | None = None,
     ) -> None:  # fmt: skip
         self.ranks = ranks or Ranks()
         self.judge = Judge(metrics, options, load=self.ranks.index == 0)
         self.protocol, self.reference = protocol, reference
         if reference is not None and reference.files is not None:
             self.judge.check_reference(len(reference.files))
+        self.pairs = pairs
         self.prompts = list(protocol.prompts) if protocol is not None else prompts
         self.size = size if size is not None or protocol is None else protocol.size
         self.set_number, self.draw_batch = set_number, draw_batch
@@ -139,8 +143,15 @@ class Evaluation:
         folder = Path(folder)
         refuse_other_prompts(folder, self.protocol, "Folder")
         told = drawn.read_about(folder)
-        files = files_in(folder) if told is None else sorted(folder.glob("*.png"))  # below lie those for diversity
-        prompts = self.prompts if self.prompts is not None else drawn.read_prompts(folder)
+        files = files_in(folder)
+        pairs = self.pairs
+        if told is not None:
+            files = [path for path in files if path.parent == folder]  # below lie those for diversity
+            if pairs is None and self.judge.reads_prompts and exists(folder / drawn.PROMPTS):
+                pairs = read_pairs(folder / drawn.PROMPTS)
+        prompts = self.prompts
+        if prompts is None and pairs is not None:
+            files, prompts = paired(folder, files, pairs)
         about: dict[str, Any] = {"kind": "folder", "folder": str(folder)}
         if told is not None:
             about |= {"drawn_by": told.get("generator"), "seeds": told.get("seeds")}
@@ -156,10 +167,10 @@ class Evaluation:
             if prompts is not None and len(prompts) != len(source):
                 raise WadiError(
                     f"Received {len(source)} pictures ({name}) and {len(prompts)} prompts. Expected one prompt for each "
-                    "picture, in the order of the files' names."
+                    "picture, in the natural order of the files' names (2 before 10); --pairs lists files with prompts."
                 )
         seen = self.judge.look(source, prompts, self.size)
-        if prompts is not None and self.judge.reads_prompts:
+        if prompts is not None and self._prompts_are_settings:
             self._prompts.add((len(prompts), drawn.prompts_digest(prompts)))
         varied = _repeated(seen.features["features"], prompts) if "diversity" in self.judge.metrics and prompts else None
         labels = self.protocol.labels if self.protocol is not None else None
@@ -196,7 +207,7 @@ class Evaluation:
     @property
     def _prompts_are_settings(self) -> bool:
         """Whether the prompts of every row are known and in the hash, so that the spreads may rest on them."""
-        return self.prompts is not None or self.judge.reads_prompts
+        return self.prompts is not None or self.pairs is not None or self.judge.reads_prompts
 
     def _of_set(self, row: Row) -> bool:
         """Whether a row's pictures are from the seeds of the set; a folder of others' pictures does not tell its own."""
