@@ -15,7 +15,7 @@ RANKS = (
     {"io", "bounds"},
     {"files", "device", "ranks"},
     {"process", "config", "embedded", "images", "progress", "figures", "pretrained"},
-    {"image_folder", "presets", "lorad", "data"},
+    {"image_folder", "presets", "lorad", "data", "digests"},
     {"adapters"},
     {"backbones"},
     {"objectives"},

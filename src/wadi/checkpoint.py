@@ -43,11 +43,12 @@ class TrainState:
     seconds: float = 0.0  # wall-clock time in the loop
     prompts: str = ""  # hash of the prompts that ``drawn`` counts
     images: int = 0  # per step, of all processes
+    pipeline: str | None = None  # digest of the whole teacher: `wadi.backbones.digest`
     ranks: Ranks = field(default_factory=Ranks)
 
 
 class Saved(Record):
-    """``state.json``: see `TrainState`. ``prompts`` and ``images`` are None in checkpoints of earlier versions."""
+    """``state.json``: see `TrainState`. What is None here was not written by earlier versions."""
 
     step: Count
     drawn: Count
@@ -58,6 +59,7 @@ class Saved(Record):
     teacher: str
     prompts: str | None = None
     images: Count | None = None
+    pipeline: str | None = None
 
 
 COUNTERS = ("step", "drawn", "skipped", "skipped_in_a_row", "seconds")
@@ -118,7 +120,7 @@ def save(folder: Path, state: TrainState, teacher: str, keep: int, keep_every: i
         save_file(tensors, temporary / "training.safetensors")
         plain = {name: getattr(state, name) for name in COUNTERS}
         plain["scalers"] = {role: scaler.state_dict() for role, scaler in state.scalers.items()}
-        plain |= {"teacher": teacher, "prompts": state.prompts, "images": state.images}
+        plain |= {"teacher": teacher, "prompts": state.prompts, "images": state.images, "pipeline": state.pipeline}
         (temporary / "state.json").write_text(json.dumps(plain, indent=2))
         files = sorted(file for file in temporary.rglob("*") if file.is_file())
         manifest = {file.relative_to(temporary).as_posix(): sha256(file) for file in files}
@@ -265,6 +267,12 @@ def load(path: Path, state: TrainState, teacher: str) -> None:
         raise WadiError(
             f"Checkpoint {str(path)!r} was made on a teacher with fingerprint {plain.teacher}; this teacher has {teacher}. "
             "Expected the same weights: give the original teacher, or another --out."
+        )
+    if None not in (plain.pipeline, state.pipeline) and plain.pipeline != state.pipeline:
+        raise WadiError(
+            f"Checkpoint {str(path)!r} was made with a teacher whose files have the digest {str(plain.pipeline)[:16]}; "
+            f"those of this teacher have {str(state.pipeline)[:16]}. Weights, a config, a tokenizer or the schedule changed "
+            "since: restore the original teacher, or choose another --out."
         )
     if state.prompts and plain.prompts not in (None, state.prompts):
         raise WadiError(

@@ -132,7 +132,8 @@ def _generators(args: Any) -> tuple[list[Generator], list[Generator]]:
     from wadi.analysis.analyze import is_layer
     from wadi.analysis.kinds import KINDS, kind
     from wadi.analysis.sources import open_teacher
-    from wadi.evaluate.generators import Generator, find, weights_of
+    from wadi.backbones.digest import teacher_digest
+    from wadi.evaluate.generators import Generator, find
     from wadi.files import sha256
 
     weights = open_teacher(args.teacher)
@@ -145,7 +146,7 @@ def _generators(args: Any) -> tuple[list[Generator], list[Generator]]:
         load_student(args.teacher, args.student)  # says what is wrong with it
         raise WadiError(f"Student {args.student!r} cannot draw. Expected a run, an adapter, a pipeline or zoo.")
     student = replace(source.plain(), name="student")
-    base = sha256(Path(args.teacher)) if Path(args.teacher).is_file() else weights_of(resolve_teacher(args.teacher))
+    base = sha256(Path(args.teacher)) if Path(args.teacher).is_file() else teacher_digest(resolve_teacher(args.teacher))
 
     def put(name: str, take: str, of: str, chosen: Callable[[str], bool]) -> Generator:
         about = {"kind": "hybrid", "student": student.about, "teacher": base, "take": take, "layers": of}

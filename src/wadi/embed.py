@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from wadi.backbones import Backbone, Condition
+from wadi.backbones.digest import loaded_digest
 from wadi.checkpoint import fingerprint
 from wadi.data import embeddings
 from wadi.data.embeddings import Embeddings
@@ -36,6 +37,9 @@ def encoder_of(backbone: Backbone) -> dict[str, Any]:
         elif name.startswith("tokenizer"):
             words = json.dumps(sorted(parts[name].get_vocab().items()))
             known[name] = f"{hashlib.sha256(words.encode()).hexdigest()[:16]} {parts[name].model_max_length}"
+    own = {name for name in parts if name.startswith(("text_encoder", "tokenizer")) and parts[name] is not None}
+    if (digest := loaded_digest(backbone.pipeline, own)) is not None:
+        known[embeddings.DIGEST] = digest
     return known
 
 
@@ -95,7 +99,7 @@ def embed(backbone: Backbone, prompts: Prompts, out: Path, batch: int = 16, shar
     if batch < 1 or shard_rows < 1:
         raise WadiError(f"--batch is {batch} and --shard_rows is {shard_rows}. Expected both at least 1.")
     first = backbone.encode([prompts[0]])
-    manifest = {
+    manifest: dict[str, Any] = {
         "encoder": encoder_of(backbone),
         "prompts": prompts.digest,
         "count": len(prompts),
@@ -104,7 +108,8 @@ def embed(backbone: Backbone, prompts: Prompts, out: Path, batch: int = 16, shar
     }
     if embeddings.is_cache(out):
         found = embeddings.read_manifest(out)
-        embeddings.refuse_stale(out, found["encoder"], encoder_of(backbone))
+        embeddings.refuse_stale(out, found["encoder"], manifest["encoder"])
+        manifest["encoder"] = found["encoder"]  # each shard names it; an earlier version's has no digest of files
         other = [name for name in manifest if found[name] != manifest[name]]
         if other:
             raise WadiError(

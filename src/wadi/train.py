@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from wadi import adapters, checkpoint, health, validation
 from wadi.backbones import Backbone, from_pipeline, load_pipeline, refuse_distilled
+from wadi.backbones.digest import loaded_digest
 from wadi.checkpoint import TrainState
 from wadi.config import DistillConfig, FakeConfig, StudentConfig
 from wadi.data.embeddings import Embeddings
@@ -80,6 +81,8 @@ def distill(config: DistillConfig) -> Path:
     state = initial_state(network, config, device)
     state.prompts, state.images = prompts.digest, images_per_step(config, state)
     teacher = checkpoint.fingerprint(network)
+    ranks.first(lambda: bool(loaded_digest(teacher_pipeline)))  # the others find it in the cache
+    state.pipeline = loaded_digest(teacher_pipeline)
     conditions, null = conditions_of(backbone, prompts), backbone.encode([""])
     order = PromptOrder(len(prompts), config.seed)
     if config.shard:
@@ -96,6 +99,7 @@ def distill(config: DistillConfig) -> Path:
                 "resolution": list(backbone.resolution),
                 "teacher": config.teacher,
                 "fingerprint": teacher,
+                "teacher_digest": state.pipeline,
                 "step": state.step,
             }
             for role in state.optimizers:

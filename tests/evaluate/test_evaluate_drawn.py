@@ -208,8 +208,9 @@ def test_families_are_not_mixed(sd_folder, monkeypatch):
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):
-    (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(WadiError, match="holds no safetensors"):
+    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(WadiError, match="unet"):
         find(str(tmp_path)).plain()
 
 

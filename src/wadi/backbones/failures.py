@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from wadi.errors import WadiError
+from wadi.io.regular import exists
 from wadi.pretrained import opened, quiet
 
 _FULL = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "defaultcpuallocator")
@@ -38,7 +39,7 @@ def loading(
         if out_of_memory(error):
             raise WadiError(_too_large(path, files, dtype, device)) from error
         subject = f"{part} of the teacher {str(path)!r}" if part else f"Teacher {str(path)!r}"
-        if exists(path):
+        if exists(str(path)):
             raise WadiError(
                 f"{subject} could not be loaded: {first_line(error)}. Its files are damaged or incomplete: download or save it "
                 "again with save_pretrained()."
@@ -78,14 +79,6 @@ def _too_large(path: object, files: Sequence[Path], dtype: torch.dtype, device: 
         f"Memory on {device} ran out while the teacher {str(path)!r} was loaded.{size} Load it{half or ' where more is free'}: "
         "see --dtype and --device; `wadi plan --teacher` prints what training needs."
     )
-
-
-def exists(path: object) -> bool:
-    """Return whether ``path`` is on this machine; a name that no file can have is not."""
-    try:
-        return Path(str(path)).exists()
-    except (OSError, ValueError):  # too long, a null byte, half of a surrogate pair
-        return False
 
 
 def first_line(error: BaseException) -> str:

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from wadi.backbones.base import RESOLUTION, Backbone
-from wadi.backbones.failures import exists, first_line, loading
+from wadi.backbones.failures import first_line, loading
 from wadi.backbones.pooling import pool_pipeline_at_end_token
 from wadi.backbones.stored import LEFT_OUT, Weights, components, names_in, pipeline_folder, pipeline_weights
 from wadi.backbones.tokenizers import refuse_absent_files, refuse_misfits
 from wadi.errors import WadiError
 from wadi.io.records import read_json
+from wadi.io.regular import exists
 from wadi.pretrained import load_complete, opened, quiet
 
 MOST_LAYERS = 1000

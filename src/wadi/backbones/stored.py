@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wadi.backbones.failures import exists, loading
+from wadi.backbones.failures import loading
 from wadi.errors import WadiError
 from wadi.io.records import read_json
-from wadi.io.regular import open_regular
+from wadi.io.regular import exists, open_regular
 
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"  # how their names of files begin
 STEMS = {"diffusers": DIFFUSERS, "transformers": TRANSFORMERS}

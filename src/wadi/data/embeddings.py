@@ -21,6 +21,7 @@ from wadi.files import write_whole
 from wadi.io.records import Count, Digest, Positive, Record, asdict, read_json
 
 MANIFEST = "cache.json"
+DIGEST = "digest"  # of the files of text encoders and tokenizers, in what `Embeddings.encoder` says
 TOKENS = ("prompt_embeds", "mask")  # tensors of a condition whose second axis is tokens
 OPEN_SHARDS = 64  # memory maps held at once
 
@@ -132,7 +133,10 @@ def _trouble(folder: Path, number: int, manifest: Mapping[str, Any]) -> str | No
 
 def refuse_stale(folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Raise `WadiError` that names what differs, unless the cache's encoder is the one ``expected``."""
-    different = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
+    names = {*found, *expected}
+    if DIGEST not in found or DIGEST not in expected:  # caches of earlier versions, and encoders that are not of files
+        names.discard(DIGEST)
+    different = [name for name in sorted(names) if found.get(name) != expected.get(name)]
     if different:
         told = "; ".join(f"{name}: {found.get(name)!r} in the cache, {expected.get(name)!r} here" for name in different)
         raise WadiError(

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from wadi.backbones import Backbone, Condition, from_pipeline
+from wadi.backbones.digest import loaded_digest
 from wadi.checkpoint import fingerprint
 from wadi.downstream.conditions import soft_edges
 from wadi.downstream.control_data import Pictures, chosen_prompts, draw_pictures, load, save, stored
@@ -161,7 +162,11 @@ def train(config: ControlConfig, teacher: Any, prompts: Sequence[str], student: 
     refuse_misfit(teacher if student is None else student, controlnet)
     timestep = None if student is None else student_timestep(student)
     note = dataclasses.asdict(config) | {"out": "", "save_every": 0, "network": fingerprint(backbone.network)}
-    note |= {"timestep": timestep, "start": None if start is None else digest(start.state_dict())}
+    note |= {
+        "teacher": loaded_digest(teacher),
+        "timestep": timestep,
+        "start": None if start is None else digest(start.state_dict()),
+    }
     refuse_other(state, note)
     pictures = _pictures(config, drawer, prompts, out / "pictures.safetensors")
     note["images"] = digest({"latents": pictures.latents, "edges": pictures.edges}, json.dumps(pictures.prompts))

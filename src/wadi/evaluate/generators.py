@@ -13,6 +13,7 @@ import torch
 
 from wadi import generate
 from wadi.backbones import Backbone, family, from_pipeline, load_pipeline
+from wadi.backbones.digest import teacher_digest
 from wadi.backbones.loading import pipeline_index, read_config
 from wadi.backbones.schedulers import make_scheduler
 from wadi.embedded import NAME
@@ -73,7 +74,7 @@ class Source:
             WadiError: if a student is asked for several steps.
         """
         if self.pipeline:
-            about = {"kind": "pipeline", "weights": weights_of(self.name), **self._call(self.name, steps, guidance_scale)}
+            about = {"kind": "pipeline", "weights": teacher_digest(self.name), **self._call(self.name, steps, guidance_scale)}
             return Generator(
                 f"{_short(self.name)}, {_steps(steps)}",
                 about,
@@ -85,7 +86,7 @@ class Source:
             raise WadiError(f"--steps is {steps}, and {self.name!r} is a one-step student. Expected 1, or a pipeline.")
         folder, base = generate.locate(self.run, self.adapter, self.teacher)
         about = {
-            "kind": "student", "adapter": sha256(folder / "adapter_model.safetensors"), "teacher": weights_of(base),
+            "kind": "student", "adapter": sha256(folder / "adapter_model.safetensors"), "teacher": teacher_digest(base),
             "timestep": generate.about_of(folder).timestep, **self._call(base, 1, guidance_scale),
         }  # fmt: skip
         return Generator(
@@ -95,13 +96,13 @@ class Source:
 
     def many_steps(self, steps: int, guidance_scale: float) -> Generator:
         """The teacher behind a student, with its family's deterministic sampler."""
-        about = {"kind": "teacher", "weights": weights_of(self._base()), **self._call(self._base(), steps, guidance_scale)}
+        about = {"kind": "teacher", "weights": teacher_digest(self._base()), **self._call(self._base(), steps, guidance_scale)}
         return Generator(f"teacher, {_steps(steps)}", about, self._teacher, steps, guidance_scale)
 
     def undistilled(self, timestep: int) -> Generator:
         """The teacher forced to one step from ``timestep``."""
         base = self._base()
-        about = {"kind": "undistilled", "weights": weights_of(base), "timestep": timestep, **self._call(base, 1, None)}
+        about = {"kind": "undistilled", "weights": teacher_digest(base), "timestep": timestep, **self._call(base, 1, None)}
 
         def forced() -> Any:
             pipeline = self._teacher()
@@ -182,26 +183,6 @@ def same_family(student: Any, teacher: Any) -> None:
             f"The student is of the family {families[0]}, the teacher of {families[1]}. Expected one family: give the teacher "
             "that the student was made of."
         )
-
-
-def weights_of(path: str) -> str:
-    """A digest of a pipeline folder's weights and configs; of a Hub id its commit, as it lies in the cache.
-
-    Raises:
-        WadiError: if the folder holds no weights.
-    """
-    if not Path(path).is_dir():
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(path, "model_index.json")
-        return f"{path}@{Path(cached).parent.name if isinstance(cached, str) else 'main'}"
-    files = sorted(p for p in Path(path).rglob("*") if p.suffix in (".safetensors", ".json") and p.parent != Path(path))
-    if not any(file.suffix == ".safetensors" for file in files):
-        raise WadiError(f"{path!r} holds no safetensors. Expected a pipeline folder as diffusers writes it.")
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.relative_to(path).as_posix()} {sha256(file)}\n".encode())
-    return digest.hexdigest()
 
 
 def _short(name: str) -> str:

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from wadi.digests import cache_folder
 from wadi.errors import WadiError
 from wadi.evaluate.networks import feature_network, scorer
 from wadi.evaluate.pictures import FITTING, batches
@@ -24,7 +25,6 @@ from wadi.evaluate.result import Number
 from wadi.metrics import diversity, frechet
 from wadi.metrics.cache import FeatureCache
 from wadi.metrics.features import Extractor
-from wadi.metrics.hub import cache_folder
 from wadi.metrics.kernel import kernel_distance
 from wadi.metrics.neighbours import membership, recall_spread
 from wadi.metrics.spread import Z, nearest_prompts, of_influence

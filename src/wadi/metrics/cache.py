@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wadi.digests import cache_folder
 from wadi.errors import WadiError
 from wadi.files import write_whole
 from wadi.metrics.checks import Images, as_bytes
 from wadi.metrics.features import Extractor
-from wadi.metrics.hub import cache_folder
 
 SHARD = 4096  # images per file
 

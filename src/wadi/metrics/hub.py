@@ -14,14 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wadi.digests import cache_folder
 from wadi.errors import WadiError
 from wadi.files import sha256, unwritable
-
-
-def cache_folder() -> Path:
-    """Where features and fetched weights are kept: ``$WADI_CACHE``, else ``$XDG_CACHE_HOME/wadi``, else ``~/.cache/wadi``."""
-    chosen = os.environ.get("WADI_CACHE")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wadi"
 
 
 def weights_file(path: str | Path | None, name: str, url: str, download: bool = False) -> Path:
