@@ -198,16 +198,16 @@ def settings_of(args: Any) -> dict[str, Any]:
 
 def weights_of(args: Any) -> dict[str, Any]:
     """Digests of the student's weights."""
-    from wadi.evaluate import generators
+    from wadi.backbones.digest import teacher_digest
     from wadi.generate import about_of, locate
 
     if is_export(args.run):
-        return {"pipeline": generators.weights_of(args.run)}
+        return {"pipeline": teacher_digest(args.run)}
     folder, base = locate(args.run, args.adapter, args.teacher)
     about = about_of(folder)
     return {
         "adapter": sha256(folder / "adapter_model.safetensors"), "adapter_config": sha256(folder / "adapter_config.json"),
-        "teacher": generators.weights_of(base), "timestep": about.timestep, "resolution": about.resolution,
+        "teacher": teacher_digest(base), "timestep": about.timestep, "resolution": about.resolution,
     }  # fmt: skip
 
 
