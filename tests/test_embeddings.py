@@ -250,3 +250,33 @@ def test_a_run_does_not_go_on_with_other_prompts(sd_folder, tmp_path):
     prompts.write_text("red apple\nblue cat\n")
     with pytest.raises(WadiError, match="other prompts"):
         distill(config)
+
+
+@pytest.mark.parametrize("change", [{"text_encoder_2": "ab float32"}, {"text_encoder": None}, {"tokenizer": "x 77"}])
+def test_an_encoder_that_only_one_of_the_two_has_makes_a_cache_stale(change, tmp_path):
+    made = {"family": "SD", "text_encoder": "cd float32", "resolution": [16, 16]}
+    teacher = {name: value for name, value in {**made, **change}.items() if value is not None}
+    embeddings.refuse_stale(tmp_path, made, dict(made))
+    for found, expected in ((made, teacher), (teacher, made)):
+        with pytest.raises(WadiError, match=next(iter(change))):
+            embeddings.refuse_stale(tmp_path, found, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"count": -1}, ("'count'", "-1")),
+        ({"shard_rows": 0}, ("'shard_rows'", "0")),
+        ({"shapes": {"prompt_embeds": [77, "x"]}}, ("shapes",)),
+        ({"encoder": []}, ("'encoder'",)),
+        ({"prompts": 5}, ("'prompts'", "5")),
+    ],
+)
+def test_the_manifest_is_typed(change, words, tmp_path):
+    manifest = {"encoder": {}, "prompts": "ab", "count": 3, "shard_rows": 2, "shapes": {"prompt_embeds": [77, 8]}}
+    embeddings.write_manifest(tmp_path, manifest)
+    assert embeddings.read_manifest(tmp_path) == manifest
+    embeddings.write_manifest(tmp_path, manifest | change)
+    with pytest.raises(WadiError) as error:
+        embeddings.read_manifest(tmp_path)
+    assert all(word in str(error.value) for word in (*words, "cache.json"))
