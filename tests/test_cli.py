@@ -174,7 +174,7 @@ def test_one_line_and_code_2(argv, words, refused):
     assert all(word in line for word in words), line
 
 
-@pytest.mark.parametrize(("content", "word"), [(None, "cannot be read"), (b"\n \n", "no prompt"), (b"\x89PNG\xff", "UTF-8")])
+@pytest.mark.parametrize(("content", "word"), [(None, "does not exist"), (b"\n \n", "no prompt"), (b"\x89PNG\xff", "UTF-8")])
 def test_bad_prompts_files(content, word, sd_folder, tmp_path, refused):
     if content is not None:
         (tmp_path / "p.txt").write_bytes(content)
@@ -196,6 +196,112 @@ def test_a_teacher_that_is_no_pipeline(prompts_path, sd_folder, tmp_path, refuse
     for teacher in (tmp_path / "nowhere", tmp_path / "empty", prompts_path, hollow, "owner/name"):
         assert str(teacher) in refused(*short(teacher, prompts_path, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_teacher_and_prompts_moved_is_continued(sd_folder, prompts_path, tmp_path, capsys, monkeypatch, refused):
+    """Fingerprint and digest decide, not names; other contents are still refused."""
+    teacher, prompts = shutil.copytree(sd_folder, tmp_path / "teacher"), shutil.copy(prompts_path, tmp_path / "p.txt")
+    monkeypatch.chdir(tmp_path)
+    assert main(short(teacher, "p.txt", "run")) == 0
+    assert main(short("teacher", "./p.txt", "run", steps=3)) == 0
+    moved, elsewhere = shutil.move(teacher, tmp_path / "moved"), shutil.move(prompts, tmp_path / "q.txt")
+    assert main(short(moved, elsewhere, "run", steps=4)) == 0
+    assert "from step 3 of 4" in capsys.readouterr().err
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["teacher"] == str(moved)
+    assert main(["generate", "red apple", "--run", "run", "--out", "a.png"]) == 0
+    capsys.readouterr()
+    (tmp_path / "q.txt").write_text("another\n")
+    assert "prompts" in refused(*short(moved, "q.txt", "run", steps=5), beside=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"teacher: caf\xe9", ("UTF-8", "0xe9")),
+        (b"a: &a [*a]", ("contains itself",)),
+        (b"[" * 100_000, ("nested",)),
+        (b"steps: " + b"9" * 5000, ("digits",)),
+        (b"resolution: [16]", ("resolution", "[16]")),
+        (b"stdent: {rank: 3}", ("stdent", "student")),
+        (b"student: {rnk: 3}", ("student.rnk", "student.rank")),
+        (b"student: 3", ("student", "3")),
+        (b"student: {lr: .nan}", ("student.lr", "nan")),
+        (b"preset: demo", ("preset",)),
+        (b"- 1", ("list",)),
+        (None, ("folder",)),
+    ],
+)
+def test_what_is_wrong_in_a_config_file_is_named(content, words, tmp_path, refused):
+    path = tmp_path / "c.yaml"
+    path.mkdir() if content is None else path.write_bytes(content)
+    for command in (["distill", "--dry_run"], ["plan"]):
+        line = refused(*command, "--preset=demo", "--out=x", "--config", path)
+        assert all(word in line for word in words), line
+        assert str(path) in line or "nan" in words
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["distill", "--student.lr", ".inf"], ["distill", "--guidance_scale", ".nan"], ["distill", "--student.rank=1000000"],
+        ["distill", "--batch", "9" * 5000], ["distill", "--resolution", "[16]"], ["distill", "--sample_prompts", "[" * 5000],
+        ["plan", "--processes=0"], ["plan", "--processes=-1"], ["plan", "--processes=1e9"],
+        ["extract", "a", "b", "--out=c", "--rank=1000000"], ["extract", "a", "b", "--out=c", "--timestep=0"],
+        ["embed", "--teacher=zoo", "--prompts=zoo", "--out=c", "--batch=0"],
+        ["embed", "--teacher=zoo", "--prompts=zoo", "--out=c", "--limit=-1"],
+        ["embed", "--teacher=zoo", "--prompts=zoo", "--out=c", "--shard_rows=99999999999"],
+        ["embed", "--teacher=zoo", "--prompts=zoo", "--out=c", "--resolution", "64", "0"],
+        ["analyze", "zoo", "zoo", "--out=c", "--exact_up_to=-1"],
+        ["analyze", "zoo", "zoo", "--out=c", "--swap_eval", "--count=0"],
+        ["analyze", "zoo", "zoo", "--out=c", "--swap_eval", "--steps=1001"],
+        ["analyze", "zoo", "zoo", "--out=c", "--swap_eval", "--guidance_scale=nan"],
+        ["analyze", "zoo", "zoo", "--out=c", "--swap_eval", "--draw_batch=0"],
+        ["control", "eval", "--count=1"], ["control", "eval", "--sets=100000"], ["control", "eval", "--steps=1001"],
+        ["control", "eval", "--strengths", "1", "inf"], ["control", "eval", "--guidance_scale=inf"],
+        ["control", "train", "--batch=0"], ["control", "train", "--lr=nan"],
+        ["zoo", "train", "--threads=-1"], ["zoo", "train", "--minutes_teacher=inf"], ["zoo", "train", "--seed=-1"],
+        ["zoo", "train", "--batch_teacher=9999999"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_numbers_out_of_bounds_are_refused_before_anything_is_loaded(argv, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    option = next(word.lstrip("-").partition("=")[0] for word in reversed(argv) if word.startswith("--"))
+    more = ["--teacher=t", "--prompts=p", "--out=o"] if argv[0] in ("distill", "plan") else []
+    line = refused(*argv, *more)
+    assert option.rpartition(".")[2] in line
+    assert len(line) < 1000
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["analyze", "zoo", "zoo", "--out=c", "--by_kind"], ("by_kind", "swap_eval")),
+        (["analyze", "zoo", "zoo", "--out=c", "--prompts=p"], ("prompts", "swap_eval")),
+        (["analyze", "zoo", "zoo", "--out=c", "--count=3"], ("count", "swap_eval")),
+        (["analyze", "zoo", "zoo", "--out=c", "--metrics=fd"], ("metrics", "swap_eval")),
+        (["analyze", "zoo", "zoo", "--out=c", "--steps=25"], ("steps", "swap_eval")),
+        (["analyze", "zoo", "zoo", "--out=c", "--guidance_scale=2"], ("guidance_scale", "swap_eval")),
+        (["analyze", "zoo", "zoo", "--out=c", "--draw_batch=2"], ("draw_batch", "swap_eval")),
+        (["analyze", "zoo", "zoo", "--out=c", "--pictures=x"], ("pictures", "swap_eval")),
+        (["analyze", "zoo", "zoo", "--out=c", "--swap_eval", "--prompts=p"], ("prompts", "zoo")),
+        (["control", "train", "--edge_weight=1"], ("edge_weight", "student")),
+        (["control", "train", "--keep_weight=1"], ("keep_weight", "student")),
+        (["control", "train", "--picture_weight", "1"], ("picture_weight", "student")),
+        (["control", "train", "--start=zoo", "--slim=false"], ("slim", "start")),
+        (["embed", "--teacher=zoo", "--prompts=zoo", "--out=c", "--prompts_field=x"], ("prompts_field", "'x'")),
+        (["distill", "--preset=demo", "--out=c", "--prompts_field=x"], ("prompts_field", "'x'")),
+        (["distill", "--preset=sd15", "--teacher=t", "--prompts=p", "--out=c", "--warm_start.weight=1"], ("weight", "pairs")),
+        (["distill", "--preset=sd15", "--teacher=t", "--prompts=p", "--out=c", "--warm_start.fake_steps=1"], ("pairs",)),
+    ],
+    ids=lambda value: " ".join(value),
+)  # fmt: skip
+def test_an_option_that_would_be_ignored_is_refused(argv, words, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = refused(*argv)
+    assert all(word in line for word in words), line
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_of_another_config(finished_run, tmp_path, refused):
@@ -270,7 +376,8 @@ def test_a_fresh_process_says_one_line(sd_folder, prompts_path, tmp_path):
     assert done.returncode == 2
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line.startswith("wadi: Teacher ")
+    assert line.startswith("wadi: ")
+    assert str(hollow) in line
 
 
 def test_the_embedded_student_answers_at_once_in_a_fresh_process(tmp_path):

@@ -1,6 +1,8 @@
 """Configs: what is written is what is read, mistakes are named, and the command line stays light."""
 
 import dataclasses
+import math
+import re
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wadi import config as configs
+from wadi.bounds import Number
 from wadi.config import DistillConfig, FakeConfig, StudentConfig, WarmStartConfig, from_dict, to_dict
 from wadi.errors import WadiError
 from wadi.presets import PRESETS, preset
@@ -155,6 +158,61 @@ def test_differences_name_what_matters_and_pass_over_bookkeeping():
     assert configs.differences(old, other) == ["student.rank: 256 -> 7"]  # a run of constant rate may be lengthened
     old, other = (dataclasses.replace(config, lr_schedule="cosine") for config in (old, other))
     assert configs.differences(old, other) == ["steps: 10000 -> 5", "student.rank: 256 -> 7"]
+
+
+def test_what_is_compared_by_content_is_not_compared_by_name(tmp_path, monkeypatch):
+    (tmp_path / "p.txt").write_text("a")
+    monkeypatch.chdir(tmp_path)
+    old = DistillConfig(teacher="a", prompts="p.txt", prompts_field="x")
+    for new in ("./p.txt", str(tmp_path / "p.txt")):
+        assert configs.differences(old, dataclasses.replace(old, prompts=new)) == []
+    moved = dataclasses.replace(old, teacher="b", prompts="q.txt", prompts_field=None)
+    assert len(configs.differences(old, moved)) == 3
+    assert configs.differences(old, moved, sources=False) == []
+    assert configs.differences(old, dataclasses.replace(moved, seed=1), sources=False) == ["seed: 0 -> 1"]
+
+
+def test_the_home_folder_in_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "c.yaml"
+    path.write_text('teacher: ~/t\nprompts: "~/p*.txt"\nout: ~\ntracker: ~/x\n'.replace("out: ~", "out: ~/o"))
+    config = configs.load(path)
+    assert (config.teacher, config.prompts, config.out) == (f"{tmp_path}/t", f"{tmp_path}/p*.txt", f"{tmp_path}/o")
+    assert config.tracker == "~/x"  # not a path
+
+
+FLOATS = [name for name, bounds in configs.BOUNDS.items() if isinstance(bounds, Number)]
+
+
+@pytest.mark.parametrize("name", [*FLOATS, "t_range", "betas"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_settings_are_finite(name, value):
+    group, _, inner = name.rpartition(".")
+    given = [0.5, value] if name in ("t_range", "betas") else value
+    with pytest.raises(WadiError, match=re.escape(name)):
+        configs.from_dict({group: {inner: given}} if group else {name: given})
+
+
+def test_every_number_has_bounds():
+    """A number that a new setting adds needs some too."""
+    flat = configs.flatten(configs.to_dict(DistillConfig()))
+    numbers = {name for name, value in flat.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
+    assert numbers | {"student.timestep"} == set(configs.BOUNDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("student.rank", 10**6), ("fake.rank", 10**30), ("batch", 10**9), ("teacher_steps", 1001), ("seed", 2**63),
+        ("warm_start.sampler_steps", 1001), ("sample_seeds", 10**6), ("resolution", [16, 10**6]), ("resolution", [0, 16]),
+        ("resolution", [16]), ("resolution", [-16, 16]), ("steps", 10**12), ("lr_warmup", 10**12), ("clip", 10**400),
+    ],
+)  # fmt: skip
+def test_nonsense_is_refused(name, value):
+    group, _, inner = name.rpartition(".")
+    with pytest.raises(WadiError, match=re.escape(name)) as error:
+        configs.from_dict({group: {inner: value}} if group else {name: value})
+    assert len(str(error.value)) < 500
 
 
 def test_configs_are_frozen():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wadi.cli_guard import BAD_INPUT, forgiving_output, guard, refuse_undecodable, split_debug
+from wadi.bounds import PROCESSES, RANK, TIMESTEP, Whole
+from wadi.cli_guard import BAD_INPUT, LONGEST, forgiving_output, guard, refuse_undecodable, split_debug
 from wadi.errors import WadiError
 
 if TYPE_CHECKING:
@@ -62,14 +64,29 @@ def _parser(command: str) -> ArgumentParser:
 
 
 def _parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
+    """Parse a command line; ``~`` at the start of a value, as in ``--out=~/runs``, becomes the home folder.
+
+    Raises:
+        WadiError: with the option and its value.
+    """
     from jsonargparse import ArgumentError
 
     try:
-        return parser.parse_args(list(argv))
+        return parser.parse_args([_at_home(word) for word in argv])
     except ArgumentError as error:
-        raise WadiError(f"{error.message if hasattr(error, 'message') else error} See `{parser.prog} --help`.") from error
-    except UnicodeDecodeError as error:
-        raise WadiError(f"--config is not UTF-8 text (byte {error.start}). Expected a YAML or JSON file.") from error
+        reason = " ".join(str(getattr(error, "message", None) or error).split())
+        reason = reason if len(reason) <= LONGEST else f"{reason[: LONGEST // 2]} ... {reason[-LONGEST // 2 :]}"
+        raise WadiError(f"{reason.rstrip('.')}. See `{parser.prog} --help`.") from error
+    except (ValueError, RecursionError) as error:  # what the parser's own YAML cannot read
+        if isinstance(error, WadiError):
+            raise
+        reason = " ".join(str(error).split())[:LONGEST]
+        raise WadiError(f"An option cannot be read: {reason}. See `{parser.prog} --help`.") from error
+
+
+def _at_home(word: str) -> str:
+    """``--out=~/runs`` with the home folder written out: shells leave ``~`` after ``=`` as it is."""
+    return re.sub(r"^(--\w[\w.-]*=)(~(?:/.*)?)$", lambda found: found[1] + os.path.expanduser(found[2]), word)
 
 
 # --- distill ----------------------------------------------------------------------------------------------------------------
@@ -87,44 +104,35 @@ def distill_config(argv: Sequence[str]) -> tuple[DistillConfig, bool]:
 
 
 def _settings(parser: ArgumentParser, argv: Sequence[str]) -> tuple[DistillConfig, dict[str, Any]]:
-    """The settings of a run that a command line tells, and the command's own options apart."""
-    from jsonargparse import ActionConfigFile
+    """The settings of a run on a command line, and the command's own options apart.
 
-    from wadi.config import DistillConfig, flatten, from_dict, to_dict
+    Flags win over files, wherever they stand; of several files the later one wins.
+    """
+    from wadi.config import DistillConfig, flatten, from_dict, merged, read_settings, to_dict
     from wadi.presets import PRESETS, preset
 
     parser.add_argument("--preset", default=None, help=f"settings to start from: {', '.join(PRESETS)}")
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML or JSON file with some of the settings below")
+    parser.add_argument("--config", type=str, help="YAML or JSON file with some of the settings below; may be repeated")
     parser.add_class_arguments(DistillConfig)
-    first = _value_of("--preset", argv)
-    if first is not None:
-        parser.set_defaults(flatten(to_dict(preset(first))))
-    values = _parse(parser, _files_first(argv)).as_dict()
+    first = _values_of("--preset", argv)
+    start = to_dict(preset(first[-1]) if first else DistillConfig())
+    for file in _values_of("--config", argv):
+        start = merged(start, read_settings(Path(os.path.expanduser(file))))
+    parser.set_defaults(flatten(start))
+    values = _parse(parser, argv).as_dict()
     known = to_dict(DistillConfig())
-    return from_dict({name: values[name] for name in known}), {name: values[name] for name in values.keys() - known.keys()}
+    others = values.keys() - known.keys() - {"config"}
+    return from_dict({name: values[name] for name in known}), {name: values[name] for name in others}
 
 
-def _files_first(argv: Sequence[str]) -> list[str]:
-    """The arguments with every ``--config FILE`` before the others, which then win over it wherever it stood."""
-    files: list[str] = []
-    rest: list[str] = []
-    words = iter(argv)
-    for word in words:
-        if word == "--config":
-            files += [word, *([value] if (value := next(words, None)) is not None else [])]
-        else:
-            (files if word.startswith("--config=") else rest).append(word)
-    return files + rest
-
-
-def _value_of(flag: str, argv: Sequence[str]) -> str | None:
-    """The last value given for ``flag``, as ``--flag value`` or ``--flag=value``."""
-    found = None
+def _values_of(flag: str, argv: Sequence[str]) -> list[str]:
+    """All values given for ``flag``, as ``--flag value`` or ``--flag=value``."""
+    found = []
     for word, following in zip(argv, [*argv, None][1:], strict=True):
-        if word == flag:
-            found = following
+        if word == flag and following is not None:
+            found.append(following)
         elif word.startswith(flag + "="):
-            found = word.partition("=")[2]
+            found.append(word.partition("=")[2])
     return found
 
 
@@ -158,7 +166,7 @@ def _distill(argv: Sequence[str]) -> int:
 
 def _plan(argv: Sequence[str]) -> int:
     parser = _parser("plan")
-    parser.add_argument("--processes", type=int, default=1, help="processes (GPUs) that the run will have")
+    parser.add_argument("--processes", type=PROCESSES, default=1, help="processes (GPUs) that the run will have")
     parser.add_argument("--json", action="store_true", help="print JSON, memory in bytes")
     config, options = _settings(parser, argv)
     import json
@@ -215,10 +223,12 @@ def _extract(argv: Sequence[str]) -> int:
     parser = _parser("extract")
     parser.add_argument("teacher", help="pipeline folder or Hub id")
     parser.add_argument("student", help="pipeline folder or Hub id, or a safetensors file of the network alone")
-    parser.add_argument("--rank", type=int, default=256, help="of the angles")
+    parser.add_argument("--rank", type=RANK, default=256, help="of the angles")
     parser.add_argument("--out", type=str, required=True, help="adapter folder to write; must not exist")
     parser.add_argument("--target_modules", type=str, default=None, help="regular expression; default: the family's")
-    parser.add_argument("--timestep", type=int, default=None, help="of the student; default: what its scheduler says")
+    parser.add_argument(
+        "--timestep", type=Whole(1, TIMESTEP.high), default=None, help="of the student; default: its scheduler's"
+    )
     args = _parse(parser, argv)
     from wadi.extract import describe, extract
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wadi.bounds import BATCH, COUNT, GUIDANCE, SIDE, STEPS
 from wadi.embedded import NAME as ZOO
 from wadi.embedded import resolve_teacher
 from wadi.errors import WadiError
@@ -25,19 +26,21 @@ def analyze(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callabl
     parser.add_argument("teacher", help=TEACHER)
     parser.add_argument("student", help="a run, an adapter folder, or as the teacher; zoo is the embedded student")
     parser.add_argument("--out", type=str, required=True, help="folder to write; a run's analysis/ goes into its report")
-    parser.add_argument("--exact_up_to", type=int, default=4096, help="side of a layer up to which its spectrum is exact")
+    parser.add_argument("--exact_up_to", type=SIDE, default=4096, help="side of a layer up to which its spectrum is exact")
     parser.add_argument("--device", type=str, default="cpu", help="where a layer is computed")
-    parser.add_argument("--swap_eval", action="store_true", help="draw and measure the student and its hybrids (Figure 1c, 1d)")
-    parser.add_argument("--by_kind", action="store_true", help="with --swap_eval: also directions put back kind by kind")
-    parser.add_argument("--prompts", type=str, default=None, help="file of prompts for --swap_eval; zoo has its own")
-    parser.add_argument("--count", type=int, default=None, help="only so many of the prompts")
-    parser.add_argument("--metrics", type=str, default=None, help="as of wadi eval; default: fd-zoo,top1 for zoo, else fd")
-    parser.add_argument("--steps", type=int, default=25, help="steps of the teacher, whose pictures are the reference")
-    parser.add_argument("--guidance_scale", type=float, default=None, help="of the teacher; default: 2.5, for FLUX 1 (none)")
-    parser.add_argument("--draw_batch", type=int, default=8, help="pictures drawn at once")
-    parser.add_argument("--pictures", type=str, default="runs/eval", help="folder in which drawn pictures are kept")
+    parser.add_argument("--swap_eval", action="store_true", help="measure the student and its hybrids (Figure 1c, 1d)")
+    add = parser.add_argument
+    add("--by_kind", action="store_true", help="with --swap_eval: also directions put back kind by kind")
+    add("--prompts", type=str, default=None, help="with --swap_eval: file of prompts; zoo has its own")
+    add("--count", type=COUNT, default=None, help="with --swap_eval: number of prompts, from the start; default: all")
+    add("--metrics", type=str, default=None, help="with --swap_eval: as of wadi eval; default: fd-zoo,top1 for zoo, else fd")
+    add("--steps", type=STEPS, default=None, help="with --swap_eval: steps of the teacher, the reference; default: 25")
+    add("--guidance_scale", type=GUIDANCE, default=None, help="with --swap_eval: guidance of the teacher; default: 2.5")
+    add("--draw_batch", type=BATCH, default=None, help="with --swap_eval: images generated at once; default: 8")
+    add("--pictures", type=str, default=None, help="with --swap_eval: folder of the generated images; default: runs/eval")
     parser.add_argument("--page", type=str, default=None, help="Markdown file: tables and figures between its markers")
     args = parse(parser, [word.replace("--swap-eval", "--swap_eval") for word in argv])
+    _refuse_ignored(args)
     from wadi.analysis import write
     from wadi.analysis.analyze import analyze as compare
     from wadi.device import find_device
@@ -61,6 +64,24 @@ def analyze(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callabl
     print((out / "analysis.md").read_text(encoding="utf-8"))
     print(f"analysis  {out}")
     return 0
+
+
+# Options of --swap_eval, with the values that they have unless given.
+OF_SWAP_EVAL = {
+    "by_kind": False, "prompts": None, "count": None, "metrics": None, "steps": 25, "guidance_scale": 2.5, "draw_batch": 8,
+    "pictures": "runs/eval",
+}  # fmt: skip
+
+
+def _refuse_ignored(args: Any) -> None:
+    """Raise `WadiError` for options that would have no effect; fill in the defaults of the others."""
+    for name, default in OF_SWAP_EVAL.items():
+        if getattr(args, name) in (None, False):
+            setattr(args, name, default)
+        elif not args.swap_eval:
+            raise WadiError(f"--{name} was given without --swap_eval, which alone uses it. Add --swap_eval or leave it out.")
+    if args.prompts is not None and args.teacher == ZOO:
+        raise WadiError(f"--prompts is {args.prompts!r}, and zoo is measured on prompts of its own. Leave out --prompts.")
 
 
 def swap(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[str], Any]) -> int:

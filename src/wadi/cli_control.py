@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wadi.bounds import COUNT, GUIDANCE, ROUNDS, SCALE, STEPS, Whole
 from wadi.errors import WadiError
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def _train(argv: Sequence[str], parse: Callable[..., Any], parser: Any) -> int:
     names = ("teacher", "prompts", "student", "start", "device")
     options = {name: values.pop(name) for name in names}
     config = ControlConfig(**values)
+    _refuse_ignored(argv, options)
     from wadi.backbones import load_pipeline
     from wadi.data.prompts import read_prompts
     from wadi.device import find_device, keep_freed_memory
@@ -83,6 +85,15 @@ def _train(argv: Sequence[str], parse: Callable[..., Any], parser: Any) -> int:
     prompts = read_prompts(resolve_prompts(options["prompts"]))
     print(train(config, teacher, prompts, student, start))
     return 0
+
+
+def _refuse_ignored(argv: Sequence[str], options: Mapping[str, Any]) -> None:
+    """Raise `WadiError` for settings that would have no effect."""
+    given = {word.partition("=")[0].removeprefix("--") for word in argv if word.startswith("--")}
+    if options["student"] is None and (names := sorted(given & {"picture_weight", "edge_weight", "keep_weight"})):
+        raise WadiError(f"--{names[0]} is of a training against a student. Add --student or leave it out.")
+    if options["start"] is not None and "slim" in given:
+        raise WadiError("--slim is of a new ControlNet, and --start names one. Leave out one of them.")
 
 
 def _student(name: str, device: Any = "cpu") -> Any:
@@ -101,20 +112,18 @@ def _eval(argv: Sequence[str], parse: Callable[..., Any], parser: Any) -> int:
     parser.add_argument("--tuned", type=str, default=None, help="the same fine-tuned against the student")
     parser.add_argument("--prompts", type=str, default="zoo", help="text file with one prompt a line")
     parser.add_argument(
-        "--sets", type=int, default=3, help="repetitions with other conditions and noise, which give the spread"
+        "--sets", type=ROUNDS, default=3, help="repetitions with other conditions and noise, which give the spread"
     )
-    parser.add_argument("--count", type=int, default=32, help="pictures per set")
-    parser.add_argument("--steps", type=int, default=25, help="steps of the teacher")
-    parser.add_argument("--guidance_scale", type=float, default=None, help="of the teacher; default: 2.5, for FLUX 1 (none)")
+    parser.add_argument("--count", type=Whole(2, COUNT.high), default=32, help="pictures per set")
+    parser.add_argument("--steps", type=STEPS, default=25, help="steps of the teacher")
+    parser.add_argument("--guidance_scale", type=GUIDANCE, default=None, help="of the teacher; default: 2.5, for FLUX 1 (none)")
     parser.add_argument(
-        "--strengths", nargs="*", type=float, default=[0.5, 1.0, 1.5], help="of the teacher's control on the student"
+        "--strengths", nargs="*", type=SCALE, default=[0.5, 1.0, 1.5], help="of the teacher's control on the student"
     )
     parser.add_argument("--json", type=str, default=None, help="file to write the numbers to")
     parser.add_argument("--picture", type=str, default=None, help="PNG to write: conditions and what became of them")
     parser.add_argument("--page", type=str, default=None, help="Markdown file whose table is to be replaced by this one")
     args = parse(parser, argv)
-    if min(args.sets, args.steps) < 1 or args.count < 2:
-        raise WadiError("Expected --sets and --steps of at least 1 and --count of at least 2.")
     from wadi.device import keep_freed_memory
     from wadi.downstream import control_eval
     from wadi.files import write_whole

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from wadi.bounds import BATCH, COUNT, SIDE
+
 
 def run(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[str], Any]) -> int:
     """The command; the same again continues an interrupted one."""
@@ -14,11 +16,11 @@ def run(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[s
     parser.add_argument("--prompts", type=str, required=True, help="file, pattern or hf://OWNER/NAME, as for distill")
     parser.add_argument("--prompts_field", type=str, default=None, help="the field that holds the prompt, dotted if nested")
     parser.add_argument("--out", type=str, required=True, help="folder of the cache; distill takes it as --prompts")
-    parser.add_argument("--limit", type=int, default=None, help="only so many prompts from the start")
-    parser.add_argument("--batch", type=int, default=16, help="prompts encoded at once")
-    parser.add_argument("--shard_rows", type=int, default=1024, help="prompts in a file of the cache")
+    parser.add_argument("--limit", type=COUNT, default=None, help="only so many prompts from the start")
+    parser.add_argument("--batch", type=BATCH, default=16, help="prompts encoded at once")
+    parser.add_argument("--shard_rows", type=COUNT, default=1024, help="prompts in a file of the cache")
     parser.add_argument("--dtype", type=str, default="float32", help="float32, bfloat16 or float16: that of the run to come")
-    parser.add_argument("--resolution", type=int, nargs=2, default=None, help="height and width of the run to come")
+    parser.add_argument("--resolution", type=SIDE, nargs=2, default=None, help="height and width of the run to come")
     parser.add_argument("--device", type=str, default=None, help="cpu, cuda, cuda:1, ...; default: the best there is")
     args = parse(parser, argv)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from wadi.bounds import (
     Whole,
 )  # fmt: skip
 from wadi.errors import WadiError
-from wadi.io.records import read_yaml
+from wadi.io.records import read_yaml, shortened
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,10 @@ BOUNDS: dict[str, Whole | Number] = {
 }  # fmt: skip
 
 
+PATHS = ("teacher", "prompts", "out")
+SOURCES = frozenset({"teacher", "prompts", "prompts_field"})  # their digests are in every checkpoint
+
+
 def _check(config: DistillConfig) -> None:
     """Bounds of all numbers; one `WadiError` that names the first that is out of them."""
     values = flatten(to_dict(config))
@@ -222,7 +227,10 @@ def _check(config: DistillConfig) -> None:
         ("student.ema", config.student.ema, config.student.ema < 1, "below 1"),
         ("t_range", config.t_range, 0 <= config.t_range[0] < config.t_range[1] <= 1, "0 <= low < high <= 1"),
         ("betas", config.betas, all(0 <= beta < 1 for beta in config.betas), "both in [0, 1)"),
-        ("warm_start.steps", warm.steps, warm.pairs > 0 or warm.steps == 0, "0, or warm_start.pairs above 0"),
+        *(
+            (f"warm_start.{name}", getattr(warm, name), warm.pairs > 0 or not getattr(warm, name), "0 without warm_start.pairs")
+            for name in ("steps", "fake_steps", "weight")
+        ),
     )
     for name, value, holds, expected in rules:
         if not holds:
@@ -244,6 +252,20 @@ def from_dict(values: Mapping[str, Any], cls: Any = DistillConfig, prefix: str =
     """A config from nested dictionaries; what is left out takes its default.
 
     Raises:
+        WadiError: on an unknown key (the nearest known one is named), a value of another type or out of bounds.
+    """
+    return _build(typed(values, cls, prefix), cls)
+
+
+def _build(values: Mapping[str, Any], cls: Any) -> Any:
+    hints = get_type_hints(cls)
+    return cls(**{k: _build(v, hints[k]) if dataclasses.is_dataclass(hints[k]) else v for k, v in values.items()})
+
+
+def typed(values: Mapping[str, Any], cls: Any = DistillConfig, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries with some of the settings, each as its type; ``~`` in a path becomes the home folder.
+
+    Raises:
         WadiError: on an unknown key (the nearest known one is named) or a value of another type.
     """
     hints = get_type_hints(cls)
@@ -253,17 +275,19 @@ def from_dict(values: Mapping[str, Any], cls: Any = DistillConfig, prefix: str =
         if key not in hints:
             near = difflib.get_close_matches(key, hints, n=1)
             raise WadiError(
-                f"Unknown setting {prefix + key!r}. Expected one of {', '.join(sorted(hints))}."
+                f"Unknown setting {prefix + key[:100]!r}. Expected one of {', '.join(sorted(hints))}."
                 + (f" Did you mean {prefix + near[0]!r}?" if near else "")
             )
         arguments[key] = _convert(value, hints[key], prefix + key)
-    return cls(**arguments)
+        if prefix + key in PATHS and arguments[key].startswith("~"):
+            arguments[key] = os.path.expanduser(arguments[key])
+    return arguments
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
     """``value`` as read from YAML to the annotated type; numbers widen from int to float, lists become tuples."""
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return from_dict(value, hint, name + ".")
+        return typed(value, hint, name + ".")
     options = get_args(hint)
     if get_origin(hint) is Literal:
         if value in options:
@@ -275,12 +299,12 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     elif type(None) in options:  # X | None
         return None if value is None else _convert(value, options[0], name)
     elif hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        with suppress(ValueError):  # a string is what YAML 1.1 makes of 1e-4, which lacks a point
+        with suppress(ValueError, OverflowError):  # a string is what YAML 1.1 makes of 1e-4, which lacks a point
             return float(value)
     elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     expected = getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")
-    raise WadiError(f"{name} is {value!r}. Expected {expected}: correct it in the configuration.")
+    raise WadiError(f"{name} is {shortened(value)}. Expected {expected}: correct it in the configuration.")
 
 
 def save(config: DistillConfig, path: Path) -> None:
@@ -296,23 +320,62 @@ def load(path: Path) -> DistillConfig:
     """Read a config written by `save`, or any YAML/JSON file with some of the settings.
 
     Raises:
-        WadiError: if the file is missing, is no YAML mapping, or holds an unknown or ill-typed setting.
+        WadiError: if the file cannot be read, is no YAML mapping, or holds an unknown, ill-typed or unbounded setting.
     """
-    values = read_yaml(path, "Config")
-    if not isinstance(values, dict):
-        raise WadiError(f"Config {str(path)!r} holds {type(values).__name__}. Expected a mapping of settings.")
+    values = read_settings(path)
     try:
-        config: DistillConfig = from_dict(values)
+        config: DistillConfig = _build(values, DistillConfig)
     except WadiError as error:
         raise WadiError(f"Config {str(path)!r}: {error}") from error
     return config
 
 
-def differences(old: DistillConfig, new: DistillConfig) -> list[str]:
-    """Settings in which two configs differ and that matter to a run's result, as ``name: old -> new`` lines."""
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read some of the settings from a YAML or JSON file, as nested dictionaries; bounds are not checked.
+
+    Raises:
+        WadiError: if the file cannot be read, is no YAML mapping, or holds an unknown or ill-typed setting.
+    """
+    values = read_yaml(path, "Config")
+    if not isinstance(values, dict):
+        raise WadiError(f"Config {str(path)!r} holds {type(values).__name__}. Expected a mapping of settings.")
+    try:
+        return typed(values)
+    except WadiError as error:
+        raise WadiError(f"Config {str(path)!r}: {error}") from error
+
+
+def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries as one; where both have a value, that of ``second``."""
+    both = {**first, **second}
+    for name in first.keys() & second.keys():
+        if isinstance(first[name], Mapping) and isinstance(second[name], Mapping):
+            both[name] = merged(first[name], second[name])
+    return both
+
+
+def differences(old: DistillConfig, new: DistillConfig, sources: bool = True) -> list[str]:
+    """Settings in which two configs differ and that matter to a run's result, as ``name: old -> new`` lines.
+
+    Args:
+        sources: whether the names of teacher and prompts count. They do not where their contents are compared instead: folders
+            may have moved. Two spellings of one path never count.
+    """
     before, after = flatten(to_dict(old)), flatten(to_dict(new))
     free = BOOKKEEPING | ({"steps"} if old.lr_schedule == new.lr_schedule == "constant" else set())
-    return [f"{k}: {before[k]!r} -> {after[k]!r}" for k in after if k not in free and before[k] != after[k]]
+    free |= set() if sources else SOURCES
+    return [
+        f"{k}: {before[k]!r} -> {after[k]!r}"
+        for k in after
+        if k not in free and before[k] != after[k] and not (k in PATHS and _same_place(before[k], after[k]))
+    ]
+
+
+def _same_place(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, ValueError):  # one is not there, or a Hub id
+        return False
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

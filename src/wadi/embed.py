@@ -64,7 +64,11 @@ def open_source(source: str, field: str | None) -> Prompts | Embeddings:
     Raises:
         WadiError: if there is none, or it cannot be read.
     """
-    return Embeddings(source) if embeddings.is_cache(source) else open_prompts(source, field)
+    if not embeddings.is_cache(source):
+        return open_prompts(source, field)
+    if field is not None:
+        raise WadiError(f"prompts_field is {field!r}, and {source!r} is an embedding cache. Leave out --prompts_field.")
+    return Embeddings(source)
 
 
 def conditions_of(backbone: Backbone, prompts: Prompts | Embeddings) -> Conditions:

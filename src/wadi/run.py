@@ -55,7 +55,7 @@ class Run:
     def _check(self) -> None:
         try:
             if self.config_file.exists():
-                changed = configs.differences(configs.load(self.config_file), self.config)
+                changed = configs.differences(configs.load(self.config_file), self.config, sources=not self._saved())
                 if changed and self._begun():
                     raise WadiError(
                         f"{str(self.folder)!r} holds a run of another config. Different: {'; '.join(changed)}. Expected the "
@@ -73,6 +73,10 @@ class Run:
     def _begun(self) -> bool:
         """Whether there is something to continue, damaged or not."""
         return any(STEP_0 not in path.name for pattern in ("step-*", ".step-*") for path in self.checkpoints.glob(pattern))
+
+    def _saved(self) -> bool:
+        """Whether there is a checkpoint, whose digests say more about teacher and prompts than their names."""
+        return any(path.name != STEP_0 for path in self.checkpoints.glob("step-*"))
 
     def _foreign(self) -> set[str]:
         """Names in the folder that are not of a start that was killed before it wrote the config."""

@@ -76,7 +76,13 @@ def lines_of(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def text_rows(path: Path, field: str | None) -> Rows:
-    """One prompt a line, blank lines left out; ``field`` has no meaning here."""
+    """One prompt a line, blank lines left out.
+
+    Raises:
+        WadiError: if a ``field`` is given: lines of text have none.
+    """
+    if field is not None:
+        raise WadiError(f"prompts_field is {field!r}, and {str(path)!r} has one prompt a line. Leave out --prompts_field.")
     for place, line in lines_of(path):
         for part in line.splitlines():
             if part.strip():

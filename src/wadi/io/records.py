@@ -210,7 +210,7 @@ def _refuse(error: msgspec.ValidationError, value: Any, where: str, remedy: str)
     path = path.rstrip("`").lstrip(".")
     field = f" in field {path!r}" if path else ""
     found = _at(value, path)
-    received = "" if found is _NOWHERE else f" It is {_shortened(found)}."
+    received = "" if found is _NOWHERE else f" It is {shortened(found)}."
     raise WadiError(f"{where} is not valid{field}: {problem.replace('`', '')}.{received} {remedy}") from error
 
 
@@ -227,7 +227,8 @@ def _at(value: Any, path: str) -> Any:
     return _NOWHERE if isinstance(value, (dict, list)) and not path else value
 
 
-def _shortened(value: object) -> str:
+def shortened(value: object) -> str:
+    """Return ``repr`` of a value in at most 80 characters."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits
