@@ -18,7 +18,7 @@ from typing import Any
 from wadi.config import flatten
 from wadi.errors import WadiError
 from wadi.files import sha256, unwritable, write_whole
-from wadi.io.records import JSON_BYTES, Count, Digest, Record, read_json_lines
+from wadi.io.records import JSON_BYTES, Count, Digest, Record, read_json_lines, written
 from wadi.io.regular import read_bytes
 
 MANIFEST = "images.jsonl"
@@ -53,7 +53,7 @@ def missing(folder: Path, images: Sequence[Image], settings: Mapping[str, Any], 
         WadiError: if a file is there that was made otherwise, or not by this package, unless ``overwrite``; or if the manifest
             is damaged.
     """
-    known, settings = _read(folder / MANIFEST), json.loads(json.dumps(dict(settings)))
+    known, settings = _read(folder / MANIFEST), written(dict(settings))
     rows = []
     for index, image in enumerate(images):
         path = folder / image.file

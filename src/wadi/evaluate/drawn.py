@@ -21,7 +21,7 @@ from wadi.errors import WadiError
 from wadi.evaluate.generators import Generator
 from wadi.files import write_whole
 from wadi.generate import draw
-from wadi.io.records import Record, convert, read_json
+from wadi.io.records import Record, convert, read_json, written
 from wadi.io.regular import exists
 from wadi.progress import progress
 from wadi.ranks import Ranks
@@ -103,7 +103,7 @@ def _claim(folder: Path, about: dict[str, Any], prompts: Sequence[str], seeds: S
         lines = (json.dumps({"file": file_name(i), "prompt": p, "seed": seeds[i]}) for i, p in enumerate(prompts))
         write_whole(folder / PROMPTS, ("\n".join(lines) + "\n").encode())
         write_whole(folder / ABOUT, (json.dumps(about, indent=1) + "\n").encode())
-    elif told := differences(there, json.loads(json.dumps(about))):
+    elif told := differences(there, written(about)):
         raise WadiError(
             f"Folder {str(folder)!r} holds pictures of something else: {'; '.join(told)}. Expected a new folder, or the "
             "settings they were drawn with: give another --pictures."

@@ -105,6 +105,11 @@ def convert(value: Any, kind: Any, where: str, remedy: str = REMEDY) -> Any:
         raise WadiError(f"{where} holds a number that is too large. {remedy}") from error
 
 
+def written(value: Any) -> Any:
+    """Return a value as JSON gives it back: tuples as lists, keys as strings."""
+    return json.loads(json.dumps(value))
+
+
 def decoded(data: bytes, where: str, first_line: int = 1) -> str:
     """Return UTF-8 text without its byte-order mark; ``first_line`` is the number of its first line in the file.
 
