@@ -1,5 +1,6 @@
 """Files and folders are written whole or not at all."""
 
+import ast
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ import pytest
 
 from wadi import files
 from wadi.errors import WadiError
-from wadi.files import check_writable, refuse_foreign, sha256, whole_folder, write_whole
+from wadi.files import check_out, check_writable, refuse_foreign, sha256, whole_folder, write_whole
 from wadi.io.regular import exists, is_dir, is_file, read_bytes, read_text, regular
 
 
@@ -444,6 +445,33 @@ def test_an_unwritable_place_is_named_before_the_work(tmp_path, name, options):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", ["file", "folder", "link", "file/x", "x" * 300, "a\0b"])
+def test_a_new_place_is_new_and_writable(tmp_path, name):
+    fill(tmp_path, "mine", "file", "folder/a")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for folder in (True, False):
+        check_out(tmp_path / "new", folder=folder)
+        with pytest.raises(WadiError) as caught:
+            check_out(tmp_path / name, folder=folder)
+        assert repr(str(tmp_path / name))[1:100] in str(caught.value)
+    with pytest.raises(WadiError):
+        write_whole(tmp_path / "a\0b", b"x")
+    with pytest.raises(WadiError), whole_folder(tmp_path / "a\0b"):
+        pass
+
+
+def test_an_error_of_the_caller_stays_its_own(tmp_path):
+    def fail():
+        with files.whole_file(tmp_path / "file") as stream:
+            stream.write(b"half")
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine") as caught:
+        fail()
+    assert type(caught.value) is ValueError
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_place_without_permission(tmp_path):
     place = Path("/proc/wadi/new") if os.geteuid() == 0 else tmp_path / "locked"  # root may write anywhere else
     if os.geteuid():
@@ -464,3 +492,23 @@ def test_the_longest_name_can_be_written(tmp_path):
     with whole_folder(tmp_path / name) as folder:
         fill(folder, "new", "a")
     assert everything_in(tmp_path) == {name: None, f"{name}/a": b"new"}
+
+
+def test_no_reader_opens_what_is_not_a_regular_file():
+    """Whatever opens a path goes through `wadi.io.regular`: a test over the syntax trees."""
+    import wadi
+
+    allowed = {"/proc/cpuinfo", "/proc/self/status", "CARD"}
+    found = []
+    for path in sorted(Path(wadi.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name, target = ast.unparse(node.func), ast.unparse(node.args[0]) if node.args else ""
+            if name.endswith((".read_text", ".read_bytes")):
+                found += [f"{path.name}:{node.lineno} {name}"] * (not any(text in name for text in allowed))
+            elif name in ("safe_open", "load_file") and "regular(" not in target:
+                found.append(f"{path.name}:{node.lineno} {name}({target})")
+            elif name == "open" and not (len(node.args) > 1 and ast.unparse(node.args[1]) in ("'a'", "'w'", "'wb'")):
+                found.append(f"{path.name}:{node.lineno} open({target})")
+    assert found == []

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from wadi.errors import WadiError
 from wadi.files import whole_folder
 from wadi.io.records import Count, Record, Side, read_json
+from wadi.io.regular import regular
 
 if TYPE_CHECKING:
     from wadi.lorad import LoRaDConfig
@@ -212,7 +213,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     config = read_config(folder)
     try:
-        return config, load_file(folder / WEIGHTS)
+        return config, load_file(regular(folder / WEIGHTS))
     except (OSError, SafetensorError) as error:
         raise WadiError(f"Adapter {str(folder)!r} is damaged: {error}. Expected files as PEFT writes them.") from error
 

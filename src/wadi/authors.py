@@ -16,7 +16,7 @@ from wadi.backbones import from_pipeline, load_pipeline
 from wadi.backbones.weights import LazyTensors, compare
 from wadi.embedded import resolve_teacher
 from wadi.errors import WadiError
-from wadi.files import whole_folder
+from wadi.files import check_out, whole_folder
 
 TIMESTEP = 999
 ALPHA_SQUARED = 0.0047
@@ -61,8 +61,7 @@ def import_authors(file: Path, base: str, out: Path, dtype: torch.dtype = torch.
         WadiError: if the file cannot be read, belongs to another network or holds angles beside its weights; if ``base`` is no
             epsilon-predicting pipeline; or if ``out`` exists.
     """
-    if out.exists():
-        raise WadiError(f"--out {str(out)!r} exists. Expected a new folder: choose another name.")
+    check_out(out)
     weights = LazyTensors([file])
     angles = [name for name in weights if name.endswith(("theta_a", "theta_b"))]
     if angles:

@@ -24,6 +24,7 @@ from wadi import adapters
 from wadi.errors import WadiError
 from wadi.files import remove_folder, sha256, whole_folder
 from wadi.io.records import Count, Finite, Record, read_json
+from wadi.io.regular import regular
 from wadi.ranks import Ranks
 
 
@@ -230,7 +231,7 @@ def _tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of a safetensors file, one at a time."""
     from safetensors import safe_open
 
-    with safe_open(file, framework="pt") as tensors:
+    with safe_open(regular(file), framework="pt") as tensors:
         yield from ((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118
 
 
@@ -284,7 +285,7 @@ def load(path: Path, state: TrainState, teacher: str) -> None:
             f"Checkpoint {str(path)!r} was made with {plain.images} images a step; now there are {state.images} ("
             f"{state.ranks.count} processes x batch x accumulate). Expected the same number: set --batch and --accumulate."
         )
-    tensors = load_file(path / "training.safetensors")
+    tensors = load_file(regular(path / "training.safetensors"))
     for role, optimizer in state.optimizers.items():
         _, saved = adapters.read(path / role)
         adapters.restore(state.network, role, saved, repr(str(path)))

@@ -204,11 +204,10 @@ def _export(argv: Sequence[str]) -> int:
     parser.add_argument("--device", type=str, default="cpu", help="where to merge")
     args = _parse(parser, argv)
     from wadi.cli_generate import student
-    from wadi.files import whole_folder
+    from wadi.files import check_out, whole_folder
 
     out = Path(args.out)
-    if out.exists():
-        raise WadiError(f"--out {str(out)!r} exists. Expected a new folder: choose another name.")
+    check_out(out)
     pipeline = student(args)
     with whole_folder(out) as folder:
         pipeline.save_pretrained(folder)

@@ -45,6 +45,7 @@ def analyze(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callabl
     from wadi.analysis.analyze import analyze as compare
     from wadi.device import find_device
     from wadi.files import whole_folder
+    from wadi.io.regular import read_text
 
     out = Path(args.out)
     write.refuse_foreign(out)
@@ -61,7 +62,7 @@ def analyze(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callabl
             _write_hybrids(hybrids, folder)
     if args.page is not None:
         write.write_page(Path(args.page), out, "wadi analyze " + " ".join(argv))
-    print((out / "analysis.md").read_text(encoding="utf-8"))
+    print(read_text(out / "analysis.md"))
     print(f"analysis  {out}")
     return 0
 
@@ -96,11 +97,10 @@ def swap(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[
     args = parse(parser, argv)
     from wadi.analysis.sources import open_teacher
     from wadi.analysis.swap import matching
-    from wadi.files import whole_folder
+    from wadi.files import check_out, whole_folder
 
     out, chosen = Path(args.out), matching(args.layers)
-    if out.exists():
-        raise WadiError(f"--out {str(out)!r} exists. Expected a new folder: choose another name.")
+    check_out(out)
     pipeline, changed = hybrid(args.teacher, args.student, args.take, chosen, args.dtype, open_teacher(args.teacher))
     with whole_folder(out) as folder:
         pipeline.save_pretrained(folder)

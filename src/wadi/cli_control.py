@@ -212,8 +212,9 @@ BEGIN, END = "<!-- table: wadi control eval -->", "<!-- /table -->"
 
 def _replace_table(page: Path, text: str) -> None:
     from wadi.files import write_whole
+    from wadi.io.regular import read_text
 
-    old = page.read_text(encoding="utf-8") if page.is_file() else ""
+    old = read_text(page) if page.is_file() else ""
     if BEGIN not in old or END not in old.partition(BEGIN)[2]:
         raise WadiError(f"{str(page)!r} has no place for the table. Expected the lines {BEGIN!r} and {END!r} in it.")
     before, _, rest = old.partition(BEGIN)

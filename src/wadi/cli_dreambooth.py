@@ -94,6 +94,8 @@ def _options(parser: Any) -> Any:
 
 def _refuse_conflicts(args: Namespace, out: Path) -> None:
     """Raise `WadiError` for options that contradict each other, before anything is loaded."""
+    from wadi.files import check_out
+
     if (args.teacher is None) == (args.student is None):
         raise WadiError(
             "Expected one of --teacher (train the many-step model; its student takes the adapter) and --student (train the "
@@ -111,8 +113,7 @@ def _refuse_conflicts(args: Namespace, out: Path) -> None:
         raise WadiError("--carry shows an adapter of the teacher on a student. Expected --teacher, and --method lorad or lora.")
     if args.prior_count < 1 or args.prior_steps < 1:
         raise WadiError(f"--prior_count is {args.prior_count} and --prior_steps {args.prior_steps}. Expected both at least 1.")
-    if out.exists():
-        raise WadiError(f"--out {str(out)!r} exists. Expected a new folder: choose another name.")
+    check_out(out)
 
 
 def _config(args: Namespace) -> DreamboothConfig:

@@ -28,7 +28,7 @@ from wadi.backbones.loading import build_network, pipeline_index, read_config
 from wadi.backbones.weights import LazyTensors, compare, network_weights
 from wadi.embedded import resolve_teacher
 from wadi.errors import WadiError
-from wadi.files import whole_folder
+from wadi.files import check_out, whole_folder
 
 NAME = "student"
 
@@ -149,8 +149,7 @@ def extract(
     Raises:
         WadiError: if the two are of different architectures, one cannot be read, or ``out`` exists.
     """
-    if out.exists():
-        raise WadiError(f"--out {str(out)!r} exists. Expected a new folder: choose another name.")
+    check_out(out)
     source = resolve_teacher(teacher)
     network, targets = _skeleton(source)
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}

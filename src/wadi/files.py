@@ -19,6 +19,7 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from wadi.errors import WadiError
 from wadi.io.regular import exists, is_dir, kind_of, open_regular, reason, shown
@@ -71,8 +72,31 @@ def check_writable(path: str | Path, suffixes: Sequence[str] = (), folder: bool 
         raise unwritable(path, error) from error
 
 
+def check_out(path: str | Path, folder: bool = True) -> None:
+    """Check that nothing is at ``path`` and that a folder (or file) can be written there; see `check_writable`.
+
+    Raises:
+        WadiError: if something exists there, or it cannot be written.
+    """
+    if os.path.lexists(path):
+        kind = "folder" if folder else "file"
+        raise WadiError(f"--out {shown(path)} exists. Expected a new {kind}: choose another name.")
+    check_writable(path, folder=folder)
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data``; on any failure what was there before is still there.
+
+    Raises:
+        WadiError: see `whole_file`.
+    """
+    with whole_file(path) as stream:
+        stream.write(data)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A stream to write, which becomes ``path`` when the block ends and vanishes if it fails.
 
     Raises:
         WadiError: if the folder cannot be written, the disk is full, or ``path`` is not a regular file.
@@ -84,7 +108,7 @@ def write_whole(path: Path, data: bytes) -> None:
         _sweep_files(path.parent)
         descriptor, temporary = _create(path)
         with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
             if os.name == "nt":  # Windows renames no open file; elsewhere the lock is held to the end
@@ -94,7 +118,7 @@ def write_whole(path: Path, data: bytes) -> None:
         if temporary is not None:
             with suppress(OSError):
                 temporary.unlink()
-        if isinstance(error, (OSError, ValueError)):
+        if isinstance(error, OSError) or (isinstance(error, ValueError) and temporary is None):  # NUL bytes in the path
             raise unwritable(path, error) from error
         raise
 
@@ -130,7 +154,8 @@ def whole_folder(path: Path, known: Iterable[str] = ()) -> Iterator[Path]:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         # safetensors reports a full disk through an exception class of its own
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+        path_error = isinstance(error, ValueError) and temporary is None
+        if isinstance(error, OSError) or path_error or type(error).__name__ == "SafetensorError":
             raise unwritable(path, error) from error
         raise
     finally:
@@ -339,7 +364,7 @@ def _finish(folder: Path) -> None:
             continue
         with suppress(PermissionError):
             file.chmod(stat.S_IMODE(file.stat().st_mode) | readable)
-        with open(file, "rb") as stream:
+        with open_regular(file) as stream:
             os.fsync(stream.fileno())
 
 

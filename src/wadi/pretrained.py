@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wadi.errors import WadiError
-from wadi.io.regular import open_regular
+from wadi.io.regular import regular
 
 NAMED = 3  # tensors that a message names
 
@@ -116,8 +116,7 @@ def opened(file: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:
-        open_regular(file, None, "Weights").close()  # safetensors would wait for ever on a named pipe
-        return safe_open(file, framework="pt")
+        return safe_open(regular(file, what="Weights"), framework="pt")  # it would wait for ever on a named pipe
     except (OSError, SafetensorError) as error:
         raise WadiError(
             f"Weights {str(file)!r} cannot be read: {str(error).splitlines()[0]}. A safetensors file is needed."

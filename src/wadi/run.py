@@ -23,7 +23,7 @@ from wadi.config import DistillConfig
 from wadi.errors import WadiError
 from wadi.files import check_writable, refuse_foreign, remove_folder, sweep, unwritable, write_whole
 from wadi.io.records import Finite, read_json_lines
-from wadi.io.regular import read_text
+from wadi.io.regular import read_bytes, read_text
 from wadi.progress import console
 from wadi.ranks import Ranks
 
@@ -156,7 +156,7 @@ class Run:
         """Drop statistics after ``step``, which a resumed run will write again; return those that stay."""
         lines = [line for line in read_stats(self.stats_file) if line["step"] <= step]
         text = "".join(_as_line(line) for line in lines).encode()
-        if not self.stats_file.exists() or self.stats_file.read_bytes() != text:
+        if not self.stats_file.exists() or read_bytes(self.stats_file) != text:
             write_whole(self.stats_file, text)
         return lines
 

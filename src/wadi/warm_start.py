@@ -14,6 +14,7 @@ from wadi.backbones import Backbone, Condition
 from wadi.config import WarmStartConfig
 from wadi.errors import WadiError
 from wadi.files import write_whole
+from wadi.io.regular import regular
 from wadi.progress import progress
 from wadi.run import Stop
 from wadi.sampling import many_steps, noise
@@ -73,7 +74,7 @@ def load_pairs(path: Path, device: torch.device) -> Pairs:
     from safetensors.torch import load_file
 
     try:
-        tensors = load_file(path)
+        tensors = load_file(regular(path))
         return Pairs(tensors["z"].to(device), tensors["x0"].to(device), tensors["rows"])
     except (OSError, KeyError, SafetensorError) as error:
         raise WadiError(

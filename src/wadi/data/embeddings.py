@@ -19,6 +19,7 @@ from torch import Tensor
 from wadi.errors import WadiError
 from wadi.files import write_whole
 from wadi.io.records import Count, Digest, Positive, Record, asdict, read_json
+from wadi.io.regular import regular
 
 MANIFEST = "cache.json"
 DIGEST = "digest"  # of the files of text encoders and tokenizers, in what `Embeddings.encoder` says
@@ -119,7 +120,7 @@ def _trouble(folder: Path, number: int, manifest: Mapping[str, Any]) -> str | No
     path = shard_path(folder, number)
     rows = min(manifest["shard_rows"], manifest["count"] - number * manifest["shard_rows"])
     try:
-        with safe_open(path, "pt") as shard:  # checks the file's length against its header
+        with safe_open(regular(path), "pt") as shard:  # checks the file's length against its header
             told = shard.metadata() or {}
             names = set(shard.keys())
     except FileNotFoundError:
@@ -206,4 +207,4 @@ class Embeddings(Sequence[str]):
     def _open(self, number: int) -> Any:
         from safetensors import safe_open
 
-        return safe_open(shard_path(self.folder, number), "pt").__enter__()
+        return safe_open(regular(shard_path(self.folder, number)), "pt").__enter__()

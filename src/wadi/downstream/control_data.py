@@ -16,6 +16,7 @@ from wadi.downstream.conditions import edge_map
 from wadi.errors import WadiError
 from wadi.files import write_whole
 from wadi.io.records import parse_json
+from wadi.io.regular import regular
 from wadi.progress import progress
 from wadi.sampling import decode_in_batches, many_steps, noise
 
@@ -106,7 +107,7 @@ def stored(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(regular(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise WadiError(f"{str(path)!r} is damaged ({error}). Expected it as it was written: delete it to {remedy}.") from error

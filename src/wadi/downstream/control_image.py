@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from wadi.errors import WadiError
+from wadi.io.regular import regular
 from wadi.pretrained import load_complete
 
 PARTS = ("image_proj", "ip_adapter")
@@ -25,7 +26,7 @@ def read_weights(file: Path) -> dict[str, dict[str, Tensor]]:
     if not file.is_file():
         raise WadiError(f"IP-Adapter {str(file)!r} does not exist. Expected its .safetensors file.")
     try:
-        tensors = load_file(file)
+        tensors = load_file(regular(file))
     except SafetensorError as error:
         raise WadiError(f"IP-Adapter {str(file)!r} cannot be read: {error}. Expected a safetensors file.") from error
     parts = {part: {k[len(part) + 1 :]: v for k, v in tensors.items() if k.startswith(part + ".")} for part in PARTS}

@@ -43,6 +43,7 @@ from wadi.downstream.inversion_token import (
     write_token,
 )
 from wadi.errors import WadiError
+from wadi.files import check_out
 from wadi.objectives.denoise import denoising_loss
 from wadi.progress import progress
 
@@ -147,8 +148,7 @@ def invert_relation(
 def _check_out(out: Path) -> None:
     if out.suffix != ".safetensors":
         raise WadiError(f"--out is {str(out)!r}. Expected a name that ends in .safetensors.")
-    if out.exists():
-        raise WadiError(f"--out {str(out)!r} exists. Expected a new file: choose another name.")
+    check_out(out, folder=False)
 
 
 def _check_length(pipeline: Any, token: str, exemplars: Exemplars) -> None:

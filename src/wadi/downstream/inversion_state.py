@@ -14,6 +14,7 @@ from torch import Tensor
 from wadi.errors import WadiError
 from wadi.files import write_whole
 from wadi.io.records import Count, Record, parse_json
+from wadi.io.regular import regular
 
 
 @dataclass
@@ -72,7 +73,7 @@ def resume(out: Path, state: State, job: str, network: str) -> None:
         return
     advice = f"Expected the same command as before; to begin anew, delete {str(path)!r}."
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(regular(path), framework="pt") as file:
             text = (file.metadata() or {})["note"]
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, KeyError) as error:

@@ -20,6 +20,7 @@ from torch import Tensor
 from wadi.backbones.pooling import pool_at_end_token
 from wadi.errors import WadiError
 from wadi.files import write_whole
+from wadi.io.regular import regular
 from wadi.progress import without_remarks
 
 KEYS = ("clip_l", "clip_g")  # of a file for two encoders
@@ -171,7 +172,7 @@ def read_token(path: Path) -> tuple[str | None, list[Tensor]]:
     if not path.is_file():
         raise WadiError(f"Token {str(path)!r} does not exist. Expected a file that `wadi invert-relation` wrote.")
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(regular(path), framework="pt") as file:
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:

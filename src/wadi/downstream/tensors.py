@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from wadi.errors import WadiError
+from wadi.io.regular import regular
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 UNPICKLE = (
@@ -33,7 +34,7 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, st
     if path.suffix.lower() in PICKLES:
         raise WadiError(f"{what} {str(path)!r} is not a .safetensors file. {UNPICKLE}")
     try:
-        with safe_open(path, framework="pt") as stored:
+        with safe_open(regular(path), framework="pt") as stored:
             header = stored.metadata() or {}
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:

@@ -19,6 +19,7 @@ from torch import Tensor
 from wadi.digests import cache_folder
 from wadi.errors import WadiError
 from wadi.files import write_whole
+from wadi.io.regular import regular
 from wadi.metrics.checks import Images, as_bytes
 from wadi.metrics.features import Extractor
 
@@ -78,7 +79,7 @@ class FeatureCache:
         from safetensors import SafetensorError, safe_open
 
         try:
-            opened = safe_open(file, framework="pt")
+            opened = safe_open(regular(file), framework="pt")
             keys, shape = opened.get_tensor("keys"), opened.get_slice("features").get_shape()
         except (OSError, SafetensorError) as error:
             raise WadiError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tempfile
 import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from wadi.digests import cache_folder
 from wadi.errors import WadiError
-from wadi.files import sha256, unwritable
+from wadi.files import sha256, unwritable, whole_file
+from wadi.io.regular import regular
 
 
 def weights_file(path: str | Path | None, name: str, url: str, download: bool = False) -> Path:
@@ -39,15 +39,8 @@ def weights_file(path: str | Path | None, name: str, url: str, download: bool = 
 
 def _fetch(url: str, to: Path) -> None:
     try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=to.parent, delete=False) as partial:
-            try:
-                with urllib.request.urlopen(url, timeout=60) as stream:
-                    shutil.copyfileobj(stream, partial)
-            except BaseException:
-                Path(partial.name).unlink()
-                raise
-        os.replace(partial.name, to)
+        with urllib.request.urlopen(url, timeout=60) as stream, whole_file(to) as partial:
+            shutil.copyfileobj(stream, partial)
     except urllib.error.URLError as error:
         raise WadiError(f"Cannot fetch {url} ({error.reason}). Fetch it by other means and put it at {to}") from error
     except OSError as error:
@@ -89,11 +82,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         WadiError: if it cannot be read as such, or holds anything but tensors.
     """
+    regular(path, what="Weights")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            found: Any = load_file(path)
+            found: Any = load_file(regular(path))
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's restricted reader and safetensors each have several classes of their own
