@@ -119,13 +119,13 @@ def _trouble(folder: Path, number: int, manifest: Mapping[str, Any]) -> str | No
 
     path = shard_path(folder, number)
     rows = min(manifest["shard_rows"], manifest["count"] - number * manifest["shard_rows"])
+    if not path.exists():
+        return "is missing"
     try:
         with safe_open(regular(path), "pt") as shard:  # checks the file's length against its header
             told = shard.metadata() or {}
             names = set(shard.keys())
-    except FileNotFoundError:
-        return "is missing"
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, WadiError) as error:
         return f"is damaged ({error})"
     if told != {**identity_of(manifest), "rows": str(rows)} or not manifest["shapes"].keys() <= names:
         return "belongs to another cache"
