@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 NUMBER = r"\d{1,6}(?:\.\d{1,6})?"
 STRENGTH = Number(0, 1, above=True)
+MODE = Whole(0, 1000)
 IMAGE_SIDE = Whole(8, SIDE.high)  # the autoencoder of every family has at least 8 pixels a latent
 
 
@@ -50,13 +51,17 @@ def add_options(parser: Any) -> None:
     add("--redilate_blocks", nargs="+", default=None, help="with --size: blocks to re-dilate, or all; default: the deepest")
     add("--disperse", action="store_true", help="with --size: dispersed kernels make for a factor of two")
     add("--tiled_vae", action="store_true", help="decode in tiles; above a megapixel that is done anyway")
-    add("--lora", type=str, default=None, help="LoRA or LoRaD customisation to put into the weights")
-    add("--lora_scale", "--lora-scale", type=SCALE, default=None, help="of --lora; default 1")
-    add("--token", type=str, default=None, help="learned token (textual inversion) to read prompts with")
-    add("--control", type=str, default=None, help="ControlNet, T2I-Adapter or IP-Adapter: zoo, folder, Hub id or file")
-    add("--condition", type=str, default=None, help="with --control: its condition image")
-    add("--condition_from", type=str, default=None, help="make the condition: canny, scribble, depth or pose of --condition")
-    add("--control_scale", "--control-scale", type=SCALE, default=None, help="strength of --control; default 1")
+    many: dict[str, Any] = {"action": "append", "default": None}
+    add("--lora", type=str, **many, help="LoRA or LoRaD customisation for the weights; repeat it for several")
+    add("--lora_scale", "--lora-scale", type=str, **many, help="scale of --lora, once for each; default 1")
+    add("--token", type=str, **many, help="file of a learned token (textual inversion) for the prompts; repeat it for several")
+    add("--token_name", type=str, **many, help="name of --token in prompts, such as '<R>', once for each; default: the file's")
+    add("--control", type=str, **many, help="ControlNet, T2I-Adapter or IP-Adapter: zoo, folder, Hub id or file; may repeat")
+    add("--condition", type=str, **many, help="condition image of --control, once for each")
+    add("--condition_from", type=str, **many, help="make --condition first: canny, scribble, depth, pose, none; once for each")
+    add("--control_scale", "--control-scale", type=str, **many, help="strength of --control, once for each; default 1")
+    add("--control_mode", type=str, **many, help="number of the condition's kind for a union ControlNet of FLUX, once for each")
+    add("--image_encoder", type=str, default=None, help="CLIP vision model of an IP-Adapter, a folder; default: near its file")
     add("--compare", action="store_true", help="put the teacher's many-step pictures beside, with both times")
     add("--teacher_steps", type=STEPS, default=None, help="steps of the teacher with --compare; default: 25")
     add("--guidance_scale", type=GUIDANCE, default=None, help="of the teacher with --compare; default: 2, for FLUX 1 (none)")
@@ -123,11 +128,24 @@ def refuse_conflicts(args: Any) -> None:
     needs = (
         ("strength", "init"), ("redilate", "size"), ("redilate_blocks", "size"), ("disperse", "size"),
         ("lora_scale", "lora"), ("condition", "control"), ("condition_from", "control"), ("control_scale", "control"),
-        ("control", "condition"), ("teacher_steps", "compare"), ("guidance_scale", "compare"), ("overwrite", "prompts"),
+        ("control", "condition"), ("control_mode", "control"), ("image_encoder", "control"), ("token_name", "token"),
+        ("teacher_steps", "compare"), ("guidance_scale", "compare"), ("overwrite", "prompts"),
     )  # fmt: skip
     for option, other in needs:
         if getattr(args, option) not in (None, False) and getattr(args, other) in (None, False):
             raise WadiError(f"--{option} was given without --{other}. Expected both, or neither.")
+    for option, other in (
+        ("lora_scale", "lora"), ("token_name", "token"), ("condition", "control"), ("condition_from", "control"),
+        ("control_scale", "control"), ("control_mode", "control"),
+    ):  # fmt: skip
+        given, wanted = getattr(args, option), getattr(args, other)
+        if given is not None and len(given) != len(wanted):
+            raise WadiError(
+                f"--{option} was given {len(given)} times and --{other} {len(wanted)} times. Give --{option} once for each "
+                f"--{other}, in the same order."
+            )
+    for option in ("lora_scale", "control_scale", "control_mode"):
+        numbers(args, option, None, None)
     if args.run is not None and args.adapter is not None:
         raise WadiError(f"--run {args.run!r} and --adapter {args.adapter!r} were given. Give one of them.")
     if is_export(args.run):
@@ -164,9 +182,12 @@ def refuse_output(args: Any, out: Path, folder: bool) -> None:
     """Raise `WadiError` if ``out`` cannot be written, or is the image that another option reads."""
     check_writable(out, () if folder else (".png",), folder)
     for option in ("init", "condition"):
-        source = getattr(args, option)
-        if source is not None and not folder and out.exists() and Path(source).exists() and out.samefile(source):
-            raise WadiError(f"--out {str(out)!r} is the image that --{option} reads, which would be lost. Choose another name.")
+        given = getattr(args, option) or []
+        for source in [given] if isinstance(given, str) else given:
+            if not folder and out.exists() and Path(source).exists() and out.samefile(source):
+                raise WadiError(
+                    f"--out {str(out)!r} is the image that --{option} reads, which would be lost. Choose another name."
+                )
 
 
 def refuse_too_large(size: tuple[int, int], batch: int, device: Any) -> None:
@@ -331,30 +352,49 @@ def prepare(pipeline: Any, args: Any, size: tuple[int, int] | None) -> Drawing:
 
 
 def customised(pipeline: Any, args: Any) -> Any:
-    """``pipeline`` with the token and the LoRA that ``args`` names."""
+    """``pipeline`` with the tokens and the LoRAs that ``args`` names, each in the order of the command."""
     if args.token is not None:
         from wadi.downstream.inversion import add_token
 
-        add_token(pipeline, Path(args.token))
+        for file, name in zip(args.token, args.token_name or [None] * len(args.token), strict=True):
+            add_token(pipeline, Path(file), name)
     if args.lora is not None:
         from wadi.downstream.lora import apply_lora
 
-        apply_lora(pipeline, args.lora, 1.0 if args.lora_scale is None else args.lora_scale)
+        for file, scale in zip(args.lora, numbers(args, "lora_scale", args.lora, 1.0), strict=True):
+            apply_lora(pipeline, file, scale)
     return pipeline
 
 
+def numbers(args: Any, option: str, files: Sequence[str] | None, default: float | None) -> list[Any]:
+    """The numbers of an option that is given once for each of ``files``, or its default for each.
+
+    Raises:
+        WadiError: if one is not a number or out of bounds.
+    """
+    bounds: Number | Whole = MODE if option.endswith("_mode") else SCALE
+    for text in getattr(args, option) or ():
+        bounds.check(option, text)
+    return [bounds(text) for text in getattr(args, option) or ()] or [default] * len(files or ())
+
+
 def controlled(pipeline: Any, args: Any, wanted: tuple[int, int]) -> tuple[Any, dict[str, Any]]:
-    """``pipeline`` under ``--control``, and what its call is to be told."""
+    """``pipeline`` under every ``--control``, and the arguments of its call."""
     from wadi.downstream import conditions
-    from wadi.downstream.control import control_arguments, with_control
+    from wadi.downstream.control import arguments_of_several, is_image_prompt, with_controls
     from wadi.io.images import open_image
 
-    picture = open_image(args.condition, "Condition image")
-    colours = conditions.as_rgb(picture)
-    if args.condition_from is not None:
-        picture = conditions.condition(args.condition_from, conditions.fitted(colours, wanted))  # lines fade when shrunk
-    pipeline = with_control(pipeline, args.control)
-    return pipeline, control_arguments(pipeline, picture, 1.0 if args.control_scale is None else args.control_scale)
+    pictures = []
+    for file, kind in zip(args.condition, args.condition_from or ["none"] * len(args.condition), strict=True):
+        picture = open_image(file, "Condition image")
+        if kind != "none":  # lines fade when shrunk: bring the image to size first
+            picture = conditions.condition(kind, conditions.fitted(conditions.as_rgb(picture), wanted))
+        pictures.append(picture)
+    prompts = [is_image_prompt(control) for control in args.control]
+    pipeline = with_controls(pipeline, args.control, args.image_encoder)
+    scales = numbers(args, "control_scale", args.control, 1.0)
+    modes = numbers(args, "control_mode", args.control, None)
+    return pipeline, arguments_of_several(pipeline, pictures, scales, prompts, modes)
 
 
 def student(args: Any) -> Any:

@@ -107,17 +107,19 @@ def quiet() -> Iterator[None]:
             (library.enable_progress_bar if bars else library.disable_progress_bar)()
 
 
-def opened(file: Path) -> Any:
+def opened(file: Path, what: str = "Weights") -> Any:
     """Open a safetensors file for reading tensors one at a time.
 
+    Args:
+        what: names the file in errors, with a capital letter.
     Raises:
         WadiError: if it is not a regular file, is damaged, or is of another format.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
-        return safe_open(regular(file, what="Weights"), framework="pt")  # it would wait for ever on a named pipe
+        return safe_open(regular(file, what=what), framework="pt")  # it would wait for ever on a named pipe
     except (OSError, SafetensorError) as error:
         raise WadiError(
-            f"Weights {str(file)!r} cannot be read: {str(error).splitlines()[0]}. A safetensors file is needed."
+            f"{what} {str(file)!r} is damaged or cannot be read: {str(error).splitlines()[0]}. A safetensors file is needed."
         ) from error

@@ -125,6 +125,46 @@ def test_the_pictures_of_a_batch_do_not_enter_one_another(parts, finished_run, t
     assert np.abs(alone - among).max() <= 1
 
 
+def image(parts, finished_run, tmp_path, *flags, prompt="a <R> b"):
+    out = tmp_path / f"{len(list(tmp_path.iterdir()))}.png"
+    argv = ["generate", prompt, "--run", str(finished_run), "--device", "cpu", "--seed", "3", "--out", str(out)]
+    assert main([*argv, *map(str, flags)]) == 0
+    return np.asarray(Image.open(out)).astype(int)
+
+
+def test_several_loras_add_up(parts, finished_run, tmp_path):
+    lora_, lorad = ("--lora", parts / "lora"), ("--lora", parts / "lorad")
+    scales = ("--lora_scale", "0.8", "--lora_scale", "0")
+    first, second = (image(parts, finished_run, tmp_path, *one) for one in (lora_, lorad))
+    both = image(parts, finished_run, tmp_path, *lora_, *lorad)
+    assert (both != first).any()
+    assert (both != second).any()
+    weaker = image(parts, finished_run, tmp_path, *lora_, "--lora_scale", "0.8")
+    assert np.array_equal(image(parts, finished_run, tmp_path, *lora_, *lorad, *scales), weaker)
+    assert np.array_equal(image(parts, finished_run, tmp_path, *lorad, *lora_, *scales[2:], *scales[:2]), weaker)
+
+
+def test_several_tokens(parts, finished_run, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"emb_params": 3 * torch.randn(1, 32)}, tmp_path / "other.safetensors")
+    one, other = ("--token", parts / "token.safetensors"), ("--token", tmp_path / "other.safetensors")
+    names = ("--token_name", "<R>", "--token_name", "<S>")
+    alone = image(parts, finished_run, tmp_path, *one)
+    assert np.array_equal(image(parts, finished_run, tmp_path, *one, *other, *names), alone)
+    assert (image(parts, finished_run, tmp_path, *one, *other, *names, prompt="a <S> b") != alone).any()
+
+
+def test_several_controlnets(parts, finished_run, tmp_path):
+    control, shown = ("--control", parts / "control"), ("--condition", parts / "square.png")
+    made = ("--condition_from", "canny", "--condition_from", "none")
+    alone = image(parts, finished_run, tmp_path, *control, *shown, "--condition_from", "canny")
+    twice = (*control, *shown, *control, *shown, *made)
+    off = image(parts, finished_run, tmp_path, *twice, "--control_scale", "1", "--control_scale", "0")
+    assert np.abs(off - alone).max() <= 1
+    assert (image(parts, finished_run, tmp_path, *twice) != alone).any()
+
+
 def test_compare_takes_lora_token_and_steps(parts, finished_run, tmp_path):
     flags = [flag for name in ("lora", "token", "steps") for flag in options(parts)[name]]
     out = tmp_path / "beside.png"
@@ -162,12 +202,27 @@ def test_compare_takes_lora_token_and_steps(parts, finished_run, tmp_path):
         (["--lora", "LORA", "--lora_scale", "nan"], ("scale", "nan")),
         (["--token", "/nowhere.safetensors"], ("/nowhere.safetensors",)),
         (["--steps", "51"], ("steps is 51",)),
+        (["--lora", "LORA", "--lora", "LORA", "--lora_scale", "1"], ("--lora_scale", "1 times", "--lora 2 times")),
+        (["--lora", "LORA", "--lora_scale", "1", "--lora_scale", "1"], ("--lora_scale", "2 times")),
+        (["--control", "CONTROL", "--control", "CONTROL", "--condition", "SQUARE"], ("--condition", "1 times")),
+        (["--token", "TOKEN", "--token_name", "R"], ("'R'", "angle brackets")),
+        (["--token_name", "<R>"], ("--token_name", "--token")),
+        (["--lora", "LORA", "--lora_scale", "much"], ("--lora_scale", "'much'")),
+        (["--control", "CONTROL", "--condition", "SQUARE", "--control_mode", "1.5"], ("--control_mode", "'1.5'")),
+        (["--image_encoder", "x"], ("--image_encoder", "--control")),
+        (["--control", "CONTROL", "--condition", "SQUARE", "--control_mode", "1"], ("mode 1",)),
+        (["--control", "CONTROL", "--condition", "SQUARE", "--control_scale", "nan"], ("strength", "nan")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_input_is_one_line_and_nothing_is_written(flags, words, parts, finished_run, tmp_path, capsys):
-    places = {"CONTROL": parts / "control", "SQUARE": parts / "square.png", "LORA": parts / "lora"}
-    flags = [str(places.get(flag, flag)) for flag in flags]
+    places = {
+        "CONTROL": parts / "control",
+        "SQUARE": parts / "square.png",
+        "LORA": parts / "lora",
+        "TOKEN": parts / "token.safetensors",
+    }
+    flags = [str(parts / places[flag]) if flag in places else flag for flag in flags]
     out = tmp_path / "x.png"
     assert main(["generate", "apple", "--run", str(finished_run), "--out", str(out), "--device", "cpu", *flags]) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -22,9 +22,13 @@ UNETS = ("sd1", "sd2", "sdxl")
 TRANSFORMERS = ("sd3", "flux", "sana")
 
 
-def student(name, folder, timestep=800):
-    """A small pipeline with a one-step student's scheduler."""
+def student(name, folder, timestep=800, plain=True):
+    """A small pipeline with a one-step student's scheduler; ``plain`` without what diffusers' controlled pipelines ignore."""
     pipeline = small_pipelines.make(name, folder)
+    if plain:
+        pipeline.vae.register_to_config(latents_mean=None, latents_std=None)
+        if name == "sana":
+            pipeline.transformer.register_to_config(timestep_scale=1.0)
     backbone = from_pipeline(pipeline, small_pipelines.RESOLUTIONS.get(name))
     pipeline.scheduler = backbone.one_step_scheduler(timestep)
     backbone.remember_resolution()
@@ -277,6 +281,14 @@ def test_an_image_prompt_and_a_controlnet_together(tmp_path):
     args = control_arguments(under, condition_of(plain), 0.7)
     outs = [pixels(under, **args, **control_arguments(under, square(48), s, image_prompt=True)) for s in (0.0, 1.0)]
     assert not torch.equal(*outs)
+
+
+@pytest.mark.parametrize(("name", "setting"), [("sdxl", "latents_mean"), ("sana", "timestep_scale")])
+def test_settings_that_diffusers_ignores_under_a_control_are_refused(name, setting, tmp_path):
+    """The plain pipeline obeys them, so that even a control of strength 0 would change the images."""
+    base = student(name, tmp_path, plain=False)
+    with pytest.raises(WadiError, match=setting):
+        with_control(base, t2i_adapter() if name == "sdxl" else control_for(name, base))
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------------

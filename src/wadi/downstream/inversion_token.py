@@ -18,12 +18,18 @@ import torch
 from torch import Tensor
 
 from wadi.backbones.pooling import pool_at_end_token
+from wadi.downstream.tensors import PICKLES, read_tensors
 from wadi.errors import WadiError
 from wadi.files import write_whole
-from wadi.io.regular import regular
+from wadi.pretrained import listed
 from wadi.progress import without_remarks
 
 KEYS = ("clip_l", "clip_g")  # of a file for two encoders
+NAMELESS = ("emb_params", "*")  # keys that name no token; A1111 calls it as the file
+CONVERT = (
+    "embedding = torch.load(FILE, weights_only=True); embedding = embedding['string_to_param']['*'] if 'string_to_param' in "
+    "embedding else next(iter(embedding.values())); safetensors.torch.save_file({'emb_params': embedding.detach()}, NEW_FILE)."
+)
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,10 @@ def check_new(pipeline: Any, token: str) -> None:
     A plain word would be found inside other words too, and change them.
     """
     if not re.fullmatch(r"<[^\s<>]+>", token):
-        raise WadiError(f"The token is {token!r}. Expected a name in angle brackets, such as '<R>'.")
+        raise WadiError(
+            f"The token is {token!r}. Expected a name in angle brackets, such as '<R>'; for a file that is used, give another "
+            "one by --token_name."
+        )
     for tower in towers(pipeline):
         known = {name.lower() for name in tower.tokenizer.get_added_vocab()} | set(tower.tokenizer.get_vocab())
         if {token, token.lower()} & known:
@@ -123,6 +132,14 @@ def insert(pipeline: Any, token: str, rows: Sequence[Tensor]) -> None:
             f"The token's embeddings are {_widths(rows)} wide, the text encoders {' and '.join(map(str, wanted))}. Expected a "
             "token learned on this teacher's text encoder."
         )
+    counts = {1 if row.ndim == 1 else len(row) for row in rows}
+    longest = min(tower.tokenizer.model_max_length for tower in found) - 2
+    if len(counts) > 1 or max(counts) > longest:
+        raise WadiError(
+            f"The token has {' and '.join(map(str, sorted(counts)))} vectors. Expected as many for each text encoder, and "
+            f"at most "
+            f"{longest}, which is what a prompt can hold."
+        )
     with without_remarks("transformers"):  # it remarks that a table grew, at every new token
         for tower, row in zip(found, rows, strict=True):
             pipeline.load_textual_inversion(row, token=token, tokenizer=tower.tokenizer, text_encoder=tower.encoder)
@@ -162,33 +179,36 @@ def write_token(path: Path, token: str, rows: Sequence[Tensor], about: dict[str,
 
 
 def read_token(path: Path) -> tuple[str | None, list[Tensor]]:
-    """``(name, rows)`` of a textual-inversion file in safetensors; the name is None where the file does not say.
+    """``(name, rows)`` of a textual-inversion file; the name is None where the file does not say.
+
+    Read are diffusers' files ``{token: (n, width)}``, A1111's ``{"emb_params": (n, width)}`` and those for two encoders,
+    ``{"clip_l": ..., "clip_g": ...}``, all in safetensors.
 
     Raises:
-        WadiError: if it is no such file.
+        WadiError: if it is something else, a pickle, or has NaN or infinite values.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise WadiError(f"Token {str(path)!r} does not exist. Expected a file that `wadi invert-relation` wrote.")
-    try:
-        with safe_open(regular(path), framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    if path.suffix.lower() in PICKLES and path.is_file():
         raise WadiError(
-            f"Token {str(path)!r} is damaged or no safetensors file: {error}. Expected a textual inversion."
-        ) from error
+            f"Token {str(path)!r} is a pickle, which can run code when it is read, and is never loaded. Where you trust the "
+            f"file, convert it: {CONVERT}"
+        )
+    tensors, header = read_tensors(path, "Token")
     if len(tensors) == 1:
         ((name, tensor),) = tensors.items()
-        rows, token = [tensor], name
+        rows, token = [tensor], (header.get("token") if name in NAMELESS else name)
     else:
         rows, token = [tensors[key] for key in KEYS if key in tensors], header.get("token")
-    if len(rows) != len(tensors) or not all(row.ndim in (1, 2) and row.numel() for row in rows):
+    if not rows or len(rows) != len(tensors):
         raise WadiError(
-            f"{str(path)!r} holds {', '.join(sorted(tensors)[:3]) or 'nothing'}: no textual inversion. Expected one tensor "
-            f"named as its token, or {' and '.join(KEYS)}."
+            f"{str(path)!r} holds {listed(list(tensors)) or 'nothing'}: no textual inversion. Expected one tensor named as its "
+            f"token, {NAMELESS[0]}, or {' and '.join(KEYS)}."
         )
+    for name, row in tensors.items():
+        if row.ndim not in (1, 2) or not row.numel() or not row.is_floating_point():
+            raise WadiError(
+                f"{str(path)!r} holds {name} of shape {tuple(row.shape)}: no textual inversion. Expected (width,) or (vectors, "
+                "width)."
+            )
     return token, rows
 
 
@@ -204,7 +224,10 @@ def add_token(pipeline: Any, file: str | Path, token: str | None = None) -> str:
     own, rows = read_token(Path(file))
     name = token or own
     if name is None:
-        raise WadiError(f"{str(file)!r} does not say what its token is called. Expected a name for it, such as '<R>'.")
+        raise WadiError(
+            f"{str(file)!r} does not say what its token is called. Give it a name in angle brackets, such as '<R>' "
+            f"(--token_name)."
+        )
     if len(rows) != len(towers(pipeline)):
         raise WadiError(
             f"{str(file)!r} holds embeddings for {len(rows)} text encoder(s), and {type(pipeline).__name__} has "

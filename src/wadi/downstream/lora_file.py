@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wadi.downstream.tensors import listed, read_tensors
+from wadi.downstream.tensors import read_tensors
 from wadi.errors import WadiError
 from wadi.io.records import parse_json, read_json
+from wadi.pretrained import listed
 
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' name for the file in a folder
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"

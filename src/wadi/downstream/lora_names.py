@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wadi.downstream.lora_file import entries
-from wadi.downstream.tensors import quiet
+from wadi.pretrained import quiet
 
 Place = tuple[str, str]  # (part of the pipeline, layer in it)
 
