@@ -211,7 +211,7 @@ def test_compare_takes_lora_token_and_steps(parts, finished_run, tmp_path):
         (["--control", "CONTROL", "--condition", "SQUARE", "--control_mode", "1.5"], ("--control_mode", "'1.5'")),
         (["--image_encoder", "x"], ("--image_encoder", "--control")),
         (["--control", "CONTROL", "--condition", "SQUARE", "--control_mode", "1"], ("mode 1",)),
-        (["--control", "CONTROL", "--condition", "SQUARE", "--control_scale", "nan"], ("strength", "nan")),
+        (["--control", "CONTROL", "--condition", "SQUARE", "--control_scale", "nan"], ("control_scale", "nan")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -231,7 +231,10 @@ def arguments_of_several(
         image, scale = _names(pipeline)
         found = _modes(pipeline.controlnet, [mode for _, _, mode in nets])
         size = from_pipeline(pipeline).resolution
-        call = {image: [fitted(finished(_opened(picture)), size) for picture, _, _ in nets], scale: [float(s) for _, s, _ in nets]}
+        call = {
+            image: [fitted(finished(_opened(picture)), size) for picture, _, _ in nets],
+            scale: [float(s) for _, s, _ in nets],
+        }
         call |= {} if found == [None] * len(nets) else {"control_mode": found}
     for picture, strength, mode, prompt in each:
         if prompt:
