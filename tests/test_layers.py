@@ -24,7 +24,7 @@ RANKS = (
     {"draws"},
     {"train", "generate", "report", "metrics", "analysis", "downstream"},
     {"zoo", "plan", "extract", "authors"},
-    {"evaluate"},
+    {"evaluate", "fitting"},
     {
         "cli",
         "cli_guard",

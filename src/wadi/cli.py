@@ -145,11 +145,16 @@ def _distill(argv: Sequence[str]) -> int:
 
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
         return 0
+    from wadi.device import OutOfMemory
     from wadi.report import write_report
     from wadi.train import Interrupted, distill
 
     try:
         folder = distill(config)
+    except OutOfMemory as full:
+        from wadi import fitting
+
+        raise WadiError(f"{full} {fitting.advice(config, full.device, int(os.environ.get('WORLD_SIZE', '1')))}") from full
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signal

@@ -119,7 +119,7 @@ class DistillConfig:
         seed: of initial angles, prompts, noise and timesteps.
         resolution: height and width of the images in pixels; null = the model's own.
         dtype: of the frozen weights; angles, their optimisers and the schedule are float32 always.
-        device: 'cpu', 'cuda', 'cuda:1', ...; null = what accelerate finds.
+        device: 'cpu', 'cuda', 'cuda:1', 'mps', ...; null = a GPU if there is one, else the CPU.
         guidance_scale: guidance of the teacher in the distillation gradient.
         t_range: timesteps of the distillation gradient, as fractions of ``T``.
         lr_schedule: of both learning rates; 'cosine' falls to a tenth, after ``lr_warmup`` steps of linear rise.
@@ -187,12 +187,13 @@ class DistillConfig:
         _check(self)
 
 
-# Settings that may differ when a run is resumed: none of them enters the mathematics.
+# Settings that may differ when a run is resumed: none of them enters the mathematics. (``recompute`` is not among them: its
+# backward pass is a product of its own, which float16 rounds otherwise.)
 # Of batch and accumulate their product with the number of processes does; the checkpoint holds it. Nor does the length of a run
 # whose learning rate is constant: it may be lengthened.
 BOOKKEEPING = frozenset(
     {"out", "sample_every", "checkpoint_every", "keep_checkpoints", "keep_every", "tracker", "device", "batch", "accumulate",
-     "shard"}
+     "shard", "gradient_checkpointing"}
 )  # fmt: skip
 
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
@@ -11,22 +16,81 @@ from wadi.errors import WadiError
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of that name, or the best there is.
+    """The device of that name, or the best there is: an NVIDIA or AMD GPU, an Apple GPU, the CPU.
 
     Raises:
         WadiError: if the machine has no such device.
     """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise WadiError(
-            f"Device {name!r} cannot be used: {str(error).splitlines()[0]} Expected cpu, cuda, cuda:1, ..."
+            f"Device {name!r} cannot be used: {str(error).splitlines()[0]} Expected cpu, cuda, cuda:1, mps, ..."
         ) from error
     return device
 
+
+# --- memory -----------------------------------------------------------------------------------------------------------------
+
+_FULL = (
+    "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "defaultcpuallocator",
+    "cublas_status_alloc_failed",
+)  # fmt: skip
+
+
+class OutOfMemory(WadiError):
+    """Memory ran out on ``device``."""
+
+    def __init__(self, message: str, device: torch.device) -> None:
+        super().__init__(message)
+        self.device = device
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether ``error`` says that memory ran out, on the CPU or a GPU."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and any(words in str(error).lower() for words in _FULL)
+
+
+@contextmanager
+def explained_when_full(device: torch.device, doing: Callable[[], str], advice: str) -> Iterator[None]:
+    """Raise `OutOfMemory` for whatever says within the block that memory ran out.
+
+    Args:
+        doing: says what was done, such as ``step 3 of 100``; called only then.
+        advice: what to do, in sentences.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, WadiError) or not out_of_memory(error):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
+        raise OutOfMemory(f"Memory on {device} ran out ({doing()}): {reason}. {advice}", device) from error
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory that ``device`` has; of the CPU what this process may use of it."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container
+        with suppress(OSError, ValueError):
+            found.append(int(Path("/sys/fs/cgroup", limit).read_text()))
+    with suppress(ImportError, OSError):
+        import resource
+
+        found += [bytes_ for bytes_ in resource.getrlimit(resource.RLIMIT_AS) if bytes_ != resource.RLIM_INFINITY]
+    return min(found)
+
+
+# --- the CPU ----------------------------------------------------------------------------------------------------------------
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # from malloc.h
 

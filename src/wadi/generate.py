@@ -20,11 +20,13 @@ from wadi import adapters, config, image_folder, images
 from wadi.backbones import family, from_pipeline, load_pipeline
 from wadi.backbones.finite import finite_decoding
 from wadi.bounds import SEEDS
+from wadi.device import explained_when_full
 from wadi.embedded import embedded, resolve_teacher
 from wadi.errors import WadiError
 from wadi.progress import progress
 from wadi.sampling import one_step_scheduler
 
+WHEN_FULL = "Generate fewer images at once: set a lower --batch, or load the model with --dtype bfloat16 where that is offered."
 MOST_IMAGES = 1_000_000  # of one command
 
 
@@ -165,7 +167,8 @@ def batches(
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
             begin = time.perf_counter()
             latents = {} if start is None else {"latents": start(generators)}
-            with _own_noise(pipeline.scheduler, generators), finite_decoding(pipeline.vae):
+            full = explained_when_full(pipeline.device, lambda: f"generating {len(generators)} at once", WHEN_FULL)  # noqa: B023
+            with full, _own_noise(pipeline.scheduler, generators), finite_decoding(pipeline.vae):
                 drawn = pipeline(prompt=list(prompts[part]), generator=generators, **arguments, **latents).images
             yield drawn, 1000 * (time.perf_counter() - begin) / len(drawn)
             bar.advance(by=len(drawn))

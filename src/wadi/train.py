@@ -31,7 +31,7 @@ from wadi.checkpoint import TrainState
 from wadi.config import DistillConfig, FakeConfig, StudentConfig
 from wadi.data.embeddings import Embeddings
 from wadi.data.prompts import PromptOrder
-from wadi.device import find_device, keep_freed_memory
+from wadi.device import explained_when_full, find_device, keep_freed_memory
 from wadi.draws import Batch, chance, draw, gaussian_like, images_per_step, replace_rows, timesteps, warm_start_pairs
 from wadi.embed import Conditions, conditions_of, free_encoders, open_source
 from wadi.embedded import lasting, resolve_prompts, resolve_teacher
@@ -46,6 +46,10 @@ from wadi.ranks import Ranks, make_accelerator, shard_frozen
 from wadi.run import Interrupted, Run, Stop, Stopped, stop_on_signals
 from wadi.sampling import one_step, predict_guided, student_timestep
 
+WHEN_FULL = (
+    "What was saved is untouched. Set a lower --batch with a higher --accumulate, or --gradient_checkpointing true: both leave "
+    "the result as it is, and the same command with them continues the run. --recompute true needs less too, in a new run."
+)
 WARN_EVERY = 100  # steps between looks at the run's health, besides every sample grid
 
 
@@ -54,6 +58,7 @@ def distill(config: DistillConfig) -> Path:
 
     Raises:
         WadiError: on bad input (see each part), or if gradients stay non-finite.
+        OutOfMemory: a `WadiError`; what was saved before is untouched.
         Interrupted: on SIGINT, SIGTERM or SIGHUP, after saving.
     """
     from accelerate.utils import set_seed
@@ -106,7 +111,8 @@ def distill(config: DistillConfig) -> Path:
                 adapters.save(network, role, run.folder / role, extra=extra)
         checkpoint.save(run.checkpoints, state, teacher, config.keep_checkpoints, config.keep_every)
 
-    with run.locked(), stop_on_signals(ranks) as stop:
+    full = explained_when_full(device, lambda: f"step {state.step} of {config.steps}, batch {config.batch}", WHEN_FULL)
+    with run.locked(), full, stop_on_signals(ranks) as stop:
         history, saved = resume(run, state, teacher)
         drawn = run.grid_exists(state.step) or not look_at(state.step, config)
         if (state.step > config.steps or (state.step == config.steps and drawn)) and not stop.agreed():

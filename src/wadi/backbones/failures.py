@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from wadi.device import out_of_memory
 from wadi.errors import WadiError
 from wadi.io.regular import exists
 from wadi.pretrained import opened, quiet
-
-_FULL = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "defaultcpuallocator")
 
 
 @contextmanager
@@ -48,13 +46,6 @@ def loading(
             f"{subject} could not be loaded. The Hub could not deliver it: {first_line(error)}. Check the id, the network and, "
             "for a gated model, `hf auth login`; or give a local folder."
         ) from error
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Return whether ``error`` says that memory ran out, on the CPU or a GPU."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or getattr(error, "errno", None) == errno.ENOMEM:
-        return True
-    return isinstance(error, (RuntimeError, OSError)) and any(words in str(error).lower() for words in _FULL)
 
 
 def bytes_in(files: Sequence[Path], dtype: torch.dtype) -> int:
