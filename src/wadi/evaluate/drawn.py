@@ -18,11 +18,12 @@ from PIL import Image
 
 from wadi.config import flatten
 from wadi.errors import WadiError
-from wadi.evaluate.generators import Generator
+from wadi.evaluate.generators import LIBRARIES, Generator
 from wadi.files import write_whole
 from wadi.generate import draw
 from wadi.io.records import Record, convert, read_json, written
 from wadi.io.regular import exists
+from wadi.io.versions import versions
 from wadi.progress import progress
 from wadi.ranks import Ranks
 
@@ -71,6 +72,7 @@ def draw_missing(
         "generator": generator.about,
         "prompts": {"count": len(prompts), "sha256": prompts_digest(prompts)},
         "seeds": seeds_digest(seeds),
+        "libraries": versions(LIBRARIES),
     }
     ranks.first(lambda: _claim(folder, about, prompts, seeds))
     missing = [i for i in range(ranks.index, len(prompts), ranks.count) if not (folder / file_name(i)).exists()]

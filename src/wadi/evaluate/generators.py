@@ -7,20 +7,27 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from wadi import generate
+from wadi import adapters, generate
 from wadi.backbones import Backbone, family, from_pipeline, load_pipeline
+from wadi.backbones.base import RESOLUTION
 from wadi.backbones.digest import teacher_digest
 from wadi.backbones.loading import pipeline_index, read_config
 from wadi.backbones.schedulers import make_scheduler
 from wadi.embedded import NAME
 from wadi.errors import WadiError
 from wadi.files import sha256
+from wadi.io.versions import versions
 from wadi.process import Process
 from wadi.sampling import one_step_scheduler
+
+NOT_SETTINGS = ("base_model_name_or_path", "auto_mapping", "peft_version", "revision", "inference_mode", "task_type")
+# Whose versions decide about images, with that of this package.
+LIBRARIES = ("wadi-onestep", "torch", "diffusers", "transformers", "peft", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -42,8 +49,8 @@ class Generator:
 
     @property
     def key(self) -> str:
-        """A folder name of its own: what it is, and a digest of everything in `about`."""
-        digest = hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()
+        """A folder name of its own: what it is, and a digest of everything in `about` and of the libraries' versions."""
+        digest = hashlib.sha256(json.dumps([self.about, versions(LIBRARIES)], sort_keys=True).encode()).hexdigest()
         return f"{self.about['kind']}-{self.steps}step-{digest[:8]}"
 
 
@@ -87,7 +94,8 @@ class Source:
         folder, base = generate.locate(self.run, self.adapter, self.teacher)
         about = {
             "kind": "student", "adapter": sha256(folder / "adapter_model.safetensors"), "teacher": teacher_digest(base),
-            "timestep": generate.about_of(folder).timestep, **self._call(base, 1, guidance_scale),
+            "adapter_config": config_digest(folder), "timestep": generate.about_of(folder).timestep,
+            **self._resolution(), **self._call(base, 1, guidance_scale),
         }  # fmt: skip
         return Generator(
             f"{'shipped student' if self.name == NAME else _short(self.name)}, one step", about,
@@ -96,13 +104,15 @@ class Source:
 
     def many_steps(self, steps: int, guidance_scale: float) -> Generator:
         """The teacher behind a student, with its family's deterministic sampler."""
-        about = {"kind": "teacher", "weights": teacher_digest(self._base()), **self._call(self._base(), steps, guidance_scale)}
+        about = {"kind": "teacher", "weights": teacher_digest(self._base()), **self._resolution()}
+        about |= self._call(self._base(), steps, guidance_scale)
         return Generator(f"teacher, {_steps(steps)}", about, self._teacher, steps, guidance_scale)
 
     def undistilled(self, timestep: int) -> Generator:
         """The teacher forced to one step from ``timestep``."""
         base = self._base()
-        about = {"kind": "undistilled", "weights": teacher_digest(base), "timestep": timestep, **self._call(base, 1, None)}
+        about = {"kind": "undistilled", "weights": teacher_digest(base), "timestep": timestep, **self._resolution()}
+        about |= self._call(base, 1, None)
 
         def forced() -> Any:
             pipeline = self._teacher()
@@ -128,9 +138,23 @@ class Source:
     def _teacher(self) -> Any:
         if self.pipeline:
             pipeline = load_pipeline(self._base(), **self._place)
-            pipeline.scheduler = from_pipeline(pipeline).sampler()
+            backbone = from_pipeline(pipeline, self._stored_resolution())
+            pipeline.scheduler = backbone.sampler()
+            backbone.remember_resolution()
             return pipeline
         return generate.teacher_of(**self._student, **self._place)
+
+    def _stored_resolution(self) -> tuple[int, int] | None:
+        """``(height, width)`` that a student or a pipeline says it generates at; None = the model's own."""
+        if not self.pipeline:
+            return generate.about_of(generate.locate(self.run, self.adapter, self.teacher)[0]).resolution
+        stored = pipeline_index(self.name).get(RESOLUTION)
+        return (stored[0], stored[1]) if stored else None
+
+    def _resolution(self) -> dict[str, Any]:
+        """`_stored_resolution` as an entry of `Generator.about`; none where it is the model's own."""
+        stored, base = self._stored_resolution(), self._base()
+        return {} if stored is None or stored == native_resolution(base) else {"resolution": list(stored)}
 
     def _base(self) -> str:
         """The teacher's path or Hub id."""
@@ -147,6 +171,35 @@ class Source:
         arguments = None if guidance_scale is None else served.guidance_arguments(guidance_scale)
         # Only where the scale is not passed as it is: results of the other families keep their keys.
         return call if arguments in (None, {"guidance_scale": guidance_scale}) else call | {"arguments": arguments}
+
+
+def native_resolution(path: str) -> tuple[int, int] | None:
+    """``(height, width)`` at which a pipeline generates unless told otherwise, by its configs; None if they do not say.
+
+    Raises:
+        WadiError: if no family serves the pipeline, or it lacks a config.
+    """
+    index, served = pipeline_index(path), _family_of(path)
+    if stored := index.get(RESOLUTION):
+        return stored[0], stored[1]
+    channels = [
+        value
+        for name, value in read_config(path, "vae").items()
+        if name in ("block_out_channels", "encoder_block_out_channels")
+    ]
+    if served.scale is not Backbone.scale or len(channels) != 1 or not isinstance(channels[0], list):
+        return None
+    try:
+        config = SimpleNamespace(**read_config(path, served.component))
+        return served.native_resolution(config, 2 ** (len(channels[0]) - 1))  # as every pipeline of diffusers computes it
+    except (AttributeError, TypeError, ValueError):
+        return None
+
+
+def config_digest(folder: Path) -> str:
+    """A digest of an adapter's settings; where it was saved and what it was trained on are left out."""
+    kept = {name: value for name, value in adapters.read_config(folder).items() if name not in NOT_SETTINGS}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _family_of(path: str) -> type[Backbone]:

@@ -13,7 +13,6 @@ import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from wadi.io import markdown
 from wadi.io.records import Count, Finite, Record, read_json
 from wadi.io.records import asdict as asdict_of
 from wadi.io.regular import read_text
+from wadi.io.versions import versions
 
 FORMAT = 1
 LIBRARIES = ("wadi-onestep", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")
@@ -258,14 +258,8 @@ def _exponent(value: float) -> int:
 
 def environment(device: Any = "cpu", threads: int | None = None) -> dict[str, Any]:
     """Versions and machine that a result was made with."""
-    versions: dict[str, str | None] = {}
-    for name in LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
     return {
-        "versions": versions,
+        "versions": versions(LIBRARIES),
         "python": platform.python_version(),
         "machine": _processor(),
         "device": str(device),

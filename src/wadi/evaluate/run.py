@@ -201,7 +201,10 @@ class Evaluation:
             ((count, digest),) = self._prompts
             settings["prompts"] = {"count": count, "sha256": digest}
         if self.reference is not None:
-            settings["reference"] = {**settings.get("reference", {}), **self.reference.about}
+            content = {}
+            if self.protocol is not None and self.reference.files is self.protocol.reference and self.reference.files:
+                content = {"sha256": content_digest(self.reference.files)}
+            settings["reference"] = {**settings.get("reference", {}), **self.reference.about, **content}
         return Result(settings, list(rows), environment(self.judge.options.device, torch.get_num_threads()), command)
 
     @property

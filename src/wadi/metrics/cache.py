@@ -1,8 +1,8 @@
 """Features remembered by content: the same picture through the same network is not computed twice, whatever its name.
 
-A folder per network and filter (`Extractor.protocol`) under the cache folder, in it shards of ``keys (n, 32)`` (SHA-256 of an
-image's size and bytes) and ``features (n, dim)``. Each shard is written whole under a name of its own, so processes that fill
-one cache at once do not disturb each other.
+A folder per network, filter (`Extractor.protocol`), kind of device and versions of libraries, in it shards of ``keys (n, 32)``
+(SHA-256 of an image's size and bytes) and ``features (n, dim)``. Each shard is written whole under a name of its own, so
+processes that fill one cache at once do not disturb each other.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from wadi.digests import cache_folder
 from wadi.errors import WadiError
 from wadi.files import write_whole
 from wadi.io.regular import regular
+from wadi.io.versions import versions
 from wadi.metrics.checks import Images, as_bytes
 from wadi.metrics.features import Extractor
 
 SHARD = 4096  # images per file
+LIBRARIES = ("torch", "transformers", "pillow", "numpy")  # by whose version features may differ in the last digits
 
 
 def key(picture: Tensor) -> bytes:
@@ -46,7 +48,8 @@ class FeatureCache:
 
     def __init__(self, extractor: Extractor, folder: Path | None = None, shard: int = SHARD) -> None:
         self.extractor = extractor
-        name = hashlib.sha256(json.dumps(extractor.protocol(), sort_keys=True).encode()).hexdigest()[:20]
+        about = {**extractor.protocol(), "libraries": versions(LIBRARIES), "device": torch.device(extractor.device).type}
+        name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:20]
         self.folder = (folder or cache_folder() / "features") / f"{extractor.name.replace(' ', '-').replace('/', '-')}-{name}"
         self.shard = shard
         self.hits = self.misses = 0

@@ -6,6 +6,8 @@ cosine. It depends on the network more than on most generators, so the network's
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from wadi.errors import WadiError
+from wadi.io.records import Finite, Record, convert
 from wadi.metrics import hub
 from wadi.metrics.checks import Images, as_bytes, rows
 from wadi.pretrained import load_complete
@@ -62,7 +65,8 @@ class Clip:
     def protocol(self) -> dict[str, Any]:
         """What two numbers must share to be comparable, for a result file."""
         size = self.model.config.vision_config.image_size
-        return {"network": self.name, "digest": self.digest, "size": size, "fit": self.fit, "mean": self.mean, "std": self.std}
+        about = {"network": self.name, "digest": self.digest, "size": size, "fit": self.fit, "mean": self.mean, "std": self.std}
+        return about | {"tokenizer": tokenizer_digest(self.tokenizer)}
 
 
 def load_clip(name_or_path: str | Path = VIT_B_32, device: str = "cpu", tokenizer: str | Path | None = None) -> Clip:
@@ -78,8 +82,8 @@ def load_clip(name_or_path: str | Path = VIT_B_32, device: str = "cpu", tokenize
         return load_complete(CLIPModel, name, f"CLIP {name!r}", dtype=torch.float32)
 
     model = hub.pretrained(load, name_or_path, "a CLIP of transformers").eval().requires_grad_(False).to(device)
-    about = _preprocessing(str(name_or_path))
-    mean, std = (tuple(about.get(f"image_{part}", default)) for part, default in (("mean", MEAN), ("std", STD)))
+    about = convert(_preprocessing(str(name_or_path)), Preprocessing, f"preprocessor_config.json of {str(name_or_path)!r}")
+    mean, std = about.image_mean, about.image_std
     return Clip(
         str(name_or_path),
         hub.digest(model),
@@ -100,6 +104,23 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(name)
 
     return hub.pretrained(load, name_or_path, "a tokenizer of transformers")
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """A digest of what decides which tokens a prompt becomes: vocabulary, rules, added and special tokens."""
+    about = {"kind": type(tokenizer).__name__, "special": tokenizer.special_tokens_map, "side": tokenizer.padding_side}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
+    # Padding and truncation are settings of the last call.
+    about["rules"] = {name: value for name, value in rules.items() if name not in ("padding", "truncation", "version")}
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class Preprocessing(Record):
+    """What is used of a ``preprocessor_config.json``."""
+
+    image_mean: tuple[Finite, Finite, Finite] = MEAN
+    image_std: tuple[Finite, Finite, Finite] = STD
 
 
 def _preprocessing(name: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -16,6 +17,8 @@ from wadi.digests import cache_folder
 from wadi.errors import WadiError
 from wadi.files import sha256, unwritable, whole_file
 from wadi.io.regular import regular
+
+NOT_SETTINGS = ("transformers_version", "dtype", "torch_dtype", "architectures")  # of a config: who saved it, and how
 
 
 def weights_file(path: str | Path | None, name: str, url: str, download: bool = False) -> Path:
@@ -121,11 +124,29 @@ def load_into(module: torch.nn.Module, state: Mapping[str, Tensor], what: str) -
 
 
 def digest(weights: torch.nn.Module | Path) -> str:
-    """SHA-256 of a file's bytes, or of a module's tensors in the order of their names, however they are stored."""
+    """SHA-256 of a file's bytes, or of a module's tensors in the order of their names and of its config's settings.
+
+    Two models of transformers with the same tensors differ if one has other heads, activations or epsilons.
+    """
     if isinstance(weights, Path):
         return sha256(weights)
-    found = hashlib.sha256()
+    found = hashlib.sha256(_settings(weights))
     for name, tensor in sorted(weights.state_dict().items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+def _settings(module: torch.nn.Module) -> bytes:
+    """The settings of a model of transformers that are not the defaults, without what says who saved it; else nothing."""
+    config = getattr(module, "config", None)
+    settings = getattr(config, "to_diff_dict", None)
+    return b"" if settings is None else json.dumps(_kept(settings()), sort_keys=True, default=str).encode()
+
+
+def _kept(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _kept(value) if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if name not in NOT_SETTINGS and not name.startswith("_")
+    }

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from wadi.errors import WadiError
 from wadi.metrics import foreign, hub
 from wadi.metrics.checks import Images, as_bytes, rows
-from wadi.metrics.clip import MEAN, STD, VIT_L_14, Clip, check_pairs, cosines, crop, load_clip, load_tokenizer
+from wadi.metrics.clip import MEAN, STD, VIT_L_14, Clip, check_pairs, cosines, crop, load_clip, load_tokenizer, tokenizer_digest
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # whose tokenizer PickScore and HPSv2 share
 PICKSCORE = "yuvalkirstain/PickScore_v1"
@@ -50,6 +50,7 @@ class Preference:
     name: str
     digest: str  # sha256 of all weights
     score: Callable[[Images, Sequence[str]], Tensor]
+    tokenizer: str | None = None  # digest; None where prompts do not enter
 
     @torch.no_grad()
     def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
@@ -58,19 +59,19 @@ class Preference:
 
     def protocol(self) -> dict[str, Any]:
         """What two numbers must share to be comparable, for a result file."""
-        return {"network": self.name, "digest": self.digest}
+        return {"network": self.name, "digest": self.digest} | ({"tokenizer": self.tokenizer} if self.tokenizer else {})
 
 
 def pickscore(name_or_path: str | Path = PICKSCORE, tokenizer: str | Path = CLIP_H, device: str = "cpu") -> Preference:
     """PickScore of a CLIP of transformers; errors as `load_clip`."""
     clip = load_clip(name_or_path, device, tokenizer)
-    scale = float(clip.model.logit_scale.exp())
-    return Preference("PickScore", clip.digest, lambda i, p: scale * cosines(clip.images(i), clip.texts(p)))
+    scale, words = float(clip.model.logit_scale.exp()), tokenizer_digest(clip.tokenizer)
+    return Preference("PickScore", clip.digest, lambda i, p: scale * cosines(clip.images(i), clip.texts(p)), words)
 
 
 def hpsv2(
     weights: str | Path | None = None,
-    version: str = "2.1",
+    version: str | None = None,
     tokenizer: str | Path = CLIP_H,
     device: str = "cpu",
     config: Any = None,
@@ -79,21 +80,32 @@ def hpsv2(
 
     Args:
         weights: that file; None = from the Hub.
-        version: '2.0' or '2.1', two networks whose scores are not comparable.
+        version: '2.0' or '2.1', two networks of one architecture whose scores are not comparable; None = 2.1 from the Hub,
+            and of a file the one that its published name says. The score of a file of another name is called HPSv2.
         config: a ``CLIPConfig``; None = ViT-H/14.
     Raises:
         WadiError: if the weights or the tokenizer are not on this machine and cannot be fetched, or are something else.
     """
     from transformers import CLIPModel
 
-    if version not in HPSV2_FILES:
+    named = hpsv2_version(weights) if weights is not None else version or "2.1"
+    if version is not None and version not in HPSV2_FILES:
         raise WadiError(f"HPSv2 version is {version!r}. Expected one of {', '.join(HPSV2_FILES)}.")
-    file = Path(weights) if weights is not None else hub.hub_file(HPSV2, HPSV2_FILES[version])
+    if named is not None and version not in (None, named):
+        raise WadiError(f"{str(weights)!r} is HPSv{named} by its name, and version is {version}. Give the other file.")
+    file = Path(weights) if weights is not None else hub.hub_file(HPSV2, HPSV2_FILES[named or "2.1"])
+    name = f"HPSv{version or named or 2}"
     model = CLIPModel(config or _vit_h_14())
     hub.load_into(model, foreign.openclip(hub.read_weights(file)), str(file))
     model = model.eval().requires_grad_(False).to(device)
-    clip = Clip(f"HPSv{version}", hub.digest(file), model, load_tokenizer(tokenizer), fit="pad", device=device)
-    return Preference(clip.name, clip.digest, lambda i, p: cosines(clip.images(i), clip.texts(p)))
+    clip = Clip(name, hub.digest(file), model, load_tokenizer(tokenizer), fit="pad", device=device)
+    words = tokenizer_digest(clip.tokenizer)
+    return Preference(clip.name, clip.digest, lambda i, p: cosines(clip.images(i), clip.texts(p)), words)
+
+
+def hpsv2_version(path: str | Path) -> str | None:
+    """The version that a checkpoint's name says; None if it does not."""
+    return next((version for version, name in HPSV2_FILES.items() if Path(path).name == name), None)
 
 
 def _vit_h_14() -> Any:
@@ -149,7 +161,7 @@ def image_reward(
         )
         return (head(read.last_hidden_state[:, 0])[:, 0] - REWARD_MEAN) / REWARD_STD
 
-    return Preference("ImageReward", hub.digest(file), score)
+    return Preference("ImageReward", hub.digest(file), score, tokenizer_digest(words))
 
 
 def _blip_vision() -> Any:
