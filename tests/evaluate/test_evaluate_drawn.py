@@ -1,6 +1,7 @@
 """Drawing by a protocol: each picture is its prompt's and seed's own, and an interrupted drawing goes on."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -217,3 +218,58 @@ def test_a_folder_without_weights_is_refused(tmp_path):
 def test_tiny_pipelines_differ_by_seed(tmp_path, sd_folder):
     tiny.stable_diffusion(tmp_path / "parts", seed=1).save_pretrained(tmp_path / "other")
     assert find(str(tmp_path / "other")).plain().key != find(str(sd_folder)).plain().key
+
+
+def adapter_with(folder, to, about=None, config=None):
+    """A copy of a student's adapter with other entries in ``wadi.json`` or in its config."""
+    shutil.copytree(folder, to)
+    for name, changes in (("wadi.json", about or {}), ("adapter_config.json", config or {})):
+        content = json.loads((to / name).read_text())
+        (to / name).write_text(json.dumps(content | changes))
+    return find(str(to))
+
+
+def test_adapters_that_differ_only_in_resolution_are_kept_apart(finished_run, tmp_path):
+    """The second one used to get the first one's images, numbers and hash; so did its teacher."""
+    plain = find(str(finished_run / "student"))
+    wide = adapter_with(finished_run / "student", tmp_path / "wide", {"resolution": [16, 32]})
+    assert wide.plain().key != plain.plain().key
+    assert wide.many_steps(2, 3.0).key != plain.many_steps(2, 3.0).key
+    assert wide.undistilled(999).key != plain.undistilled(999).key
+    for source, size in ((plain, (16, 16)), (wide, (32, 16))):
+        for generator in (source.plain(), source.many_steps(1, 1.0)):
+            folder = tmp_path / generator.key
+            draw_missing(generator, PROMPTS[:1], SEEDS[:1], folder)
+            assert Image.open(folder / file_name(0)).size == size
+    same = adapter_with(finished_run / "student", tmp_path / "same", {"resolution": None})
+    assert same.plain().key == plain.plain().key  # the model's own, stored or not
+
+
+def test_settings_of_an_adapter_count_and_where_it_was_saved_does_not(finished_run, tmp_path):
+    plain = find(str(finished_run / "student")).plain().key
+    config = json.loads((finished_run / "student" / "adapter_config.json").read_text())
+    moved = adapter_with(finished_run / "student", tmp_path / "moved", config={"base_model_name_or_path": "elsewhere"})
+    assert moved.plain().key == plain
+    changed = adapter_with(finished_run / "student", tmp_path / "changed", config={"r": config["r"] + 1})
+    assert changed.plain().key != plain
+
+
+def test_an_export_at_a_size_of_its_own_is_kept_apart(sd_folder, tmp_path):
+    shutil.copytree(sd_folder, tmp_path / "wide")
+    index = json.loads((tmp_path / "wide" / "model_index.json").read_text())
+    (tmp_path / "wide" / "model_index.json").write_text(json.dumps(index | {"_wadi_resolution": [16, 32]}))
+    plain, wide = (find(str(folder), teacher=str(sd_folder)) for folder in (sd_folder, tmp_path / "wide"))
+    assert wide.plain().key != plain.plain().key
+    assert wide.many_steps(2, 3.0).key != plain.many_steps(2, 3.0).key
+    draw_missing(wide.many_steps(1, 1.0), PROMPTS[:1], SEEDS[:1], tmp_path / "set")
+    assert Image.open(tmp_path / "set" / file_name(0)).size == (32, 16)
+
+
+def test_images_of_another_version_are_not_mixed(student, tmp_path, monkeypatch):
+    key = student.key
+    draw_missing(student, PROMPTS[:1], SEEDS[:1], tmp_path / "set")
+    for module in ("generators", "drawn"):
+        monkeypatch.setattr(f"wadi.evaluate.{module}.versions", lambda names: dict.fromkeys(names, "9.9"))
+    assert student.key != key
+    with pytest.raises(WadiError, match=r"libraries\.diffusers"):
+        draw_missing(student, PROMPTS[:1], SEEDS[:1], tmp_path / "set")

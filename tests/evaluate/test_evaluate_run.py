@@ -375,6 +375,12 @@ def test_coco_from_a_folder(finished_run, tmp_path, capsys):
     assert result.protocol["reference"]["count"] == 6
     capsys.readouterr()
     assert "6 images" in failed(capsys, *arguments)
+    assert run(*arguments, "--count", "5", *places[:2], "--out", tmp_path / "b.json") == 0
+    assert read_result(tmp_path / "b.json").hash == result.hash
+    noisy(77).save(root / "val2017" / "000000000100.jpg")  # the same list, another image
+    assert run(*arguments, "--count", "5", *places[:2], "--out", tmp_path / "b.json") == 0
+    capsys.readouterr()
+    assert "reference.sha256" in failed(capsys, "--compare", tmp_path / "a.json", tmp_path / "b.json")
     (root / "val2017" / "000000000107.jpg").unlink()
     assert "val2017/000000000107.jpg" in failed(capsys, *arguments, "--count", "5")
     assert "--reference FOLDER" in failed(capsys, finished_run, "--protocol", "coco2017-5k")

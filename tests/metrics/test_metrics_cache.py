@@ -7,6 +7,7 @@ import torch
 from metric_toys import pictures
 
 from wadi.errors import WadiError
+from wadi.io.versions import versions
 from wadi.metrics.cache import FeatureCache, key
 from wadi.metrics.features import Extractor
 
@@ -51,6 +52,20 @@ def test_another_network_or_filter_has_a_cache_of_its_own(extractor, tmp_path, c
     with FeatureCache(replace(extractor, **change), tmp_path) as other:
         other(images)
     assert other.misses == 2
+
+
+@pytest.mark.parametrize("name", ["torch", "pillow", "transformers"])
+def test_another_version_of_a_library_has_a_cache_of_its_own(extractor, tmp_path, monkeypatch, name):
+    with FeatureCache(extractor, tmp_path) as cache:
+        cache(pictures(2, 8, 8))
+    found = versions([name])
+    monkeypatch.setattr("wadi.metrics.cache.versions", lambda names: {**dict.fromkeys(names), **found, name: "9.9"})
+    assert FeatureCache(extractor, tmp_path).folder != cache.folder
+
+
+def test_another_kind_of_device_has_a_cache_of_its_own(extractor, tmp_path):
+    folders = {FeatureCache(replace(extractor, device=device), tmp_path).folder for device in ("cpu", "cuda", "cuda:1")}
+    assert len(folders) == 2
 
 
 def test_bytes_of_another_shape_are_another_picture():

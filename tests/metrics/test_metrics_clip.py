@@ -124,3 +124,30 @@ def test_an_openclip_model_is_the_same_under_transformers_names(folder):
         foreign.openclip({"visual.trunk.stem": torch.ones(1)})
     with pytest.raises(WadiError, match="ls_1"):
         foreign.openclip({"visual.transformer.resblocks.0.ls_1.weight": torch.ones(1)})
+
+
+def test_the_protocol_tells_tokenizer_and_settings(folder, tmp_path):
+    """Two CLIPs with the same tensors are another network if one has another activation."""
+    import shutil
+
+    plain = load_clip(folder)
+    shutil.copytree(folder, tmp_path / "clip")
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["hidden_act"] = "relu"
+    (tmp_path / "clip" / "config.json").write_text(json.dumps(config | {"transformers_version": "0.0", "_name_or_path": "x"}))
+    other = load_clip(tmp_path / "clip")
+    assert other.digest != plain.digest
+    config["vision_config"].pop("hidden_act")
+    shutil.copy(folder / "config.json", tmp_path / "clip" / "config.json")
+    assert load_clip(tmp_path / "clip").digest == plain.digest
+    assert len(plain.protocol()["tokenizer"]) == 64
+
+
+@pytest.mark.parametrize("mean", ['"x"', "[1]", "[1, 2, NaN]", "null", "3"])
+def test_absurd_normalisations_are_named(folder, tmp_path, mean):
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "clip")
+    (tmp_path / "clip" / "preprocessor_config.json").write_text(f'{{"image_mean": {mean}}}')
+    with pytest.raises(WadiError, match="image_mean"):
+        load_clip(tmp_path / "clip")

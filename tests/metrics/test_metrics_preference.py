@@ -62,7 +62,31 @@ def test_hpsv2_is_the_cosine_of_its_openclip_network(openclip, words, tmp_path, 
     found = hpsv2(weights, tokenizer=words, config=openclip.config())
     assert torch.allclose(found(images, PROMPTS).float(), (image * text).sum(1), atol=1e-5)
     assert (found(images, PROMPTS[::-1]).float() - (image * text).sum(1)).abs().min() > 1e-3
-    assert (found.name, found.digest) == ("HPSv2.1", hub.digest(weights))
+    assert (found.name, found.digest) == ("HPSv2", hub.digest(weights))
+
+
+def test_the_name_of_a_checkpoint_says_which_hpsv2_it_is(openclip, words, tmp_path):
+    """Both versions have the same tensors; a name that is not the published one says neither."""
+    for name, version in (("HPS_v2_compressed.pt", "2.0"), ("HPS_v2.1_compressed.pt", "2.1")):
+        torch.save({"state_dict": dict(openclip.state_dict())}, tmp_path / name)
+        found = hpsv2(tmp_path / name, tokenizer=words, config=openclip.config())
+        assert found.protocol()["network"] == f"HPSv{version}"
+        with pytest.raises(WadiError, match="2.0" if version == "2.1" else "2.1"):
+            hpsv2(tmp_path / name, "2.0" if version == "2.1" else "2.1", tokenizer=words, config=openclip.config())
+
+
+def test_a_score_says_which_tokenizer_it_used(openclip, words, clip_folder, tmp_path):
+    """Prompts become other tokens, and so other numbers."""
+
+    other = tiny.tokenizer(tmp_path / "other")
+    other.add_tokens(["apple"])
+    other.save_pretrained(tmp_path / "other")
+    one, two = pickscore(clip_folder, words), pickscore(clip_folder, tmp_path / "other")
+    assert one.protocol()["digest"] == two.protocol()["digest"]
+    assert one.protocol() != two.protocol()
+    before = one.protocol()
+    one(pictures(2, 16, 16), PROMPTS)  # padding and truncation of a call are no setting
+    assert one.protocol() == before == pickscore(clip_folder, words).protocol()
 
 
 def test_pickscore_is_the_scaled_cosine(openclip, words, clip_folder):
