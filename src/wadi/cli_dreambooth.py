@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wadi import bounds
 from wadi.errors import WadiError
 
 if TYPE_CHECKING:
@@ -31,17 +32,23 @@ def run(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[s
     args = parse(_options(make_parser("dreambooth")), argv)
     out = Path(args.out)
     _refuse_conflicts(args, out)
-    from wadi.backbones import from_pipeline
+    from wadi.backbones import from_pipeline, refuse_distilled
     from wadi.device import find_device, keep_freed_memory
     from wadi.downstream import dreambooth
-    from wadi.downstream.dreambooth_data import pictures_in, read_subject
+    from wadi.downstream.dreambooth_data import check_subject, read_subject
+    from wadi.sampling import check_steps
 
     config = _config(args)
-    pictures_in(Path(args.subject))  # complain before a model is loaded
+    check_subject(Path(args.subject))  # complain before a model is loaded
+    _refuse_carry(args)
     keep_freed_memory()
     device = find_device(args.device)
     pipeline = _pipeline(args, device)
     backbone = from_pipeline(pipeline)
+    if args.student is None:
+        refuse_distilled(pipeline, backbone.network)
+        check_steps(backbone, args.prior_steps, "--prior_steps")
+    dreambooth.check(backbone, config)
     subject, shown = read_subject(Path(args.subject), backbone.resolution)
     condition = backbone.encode([args.prompt])
     prior = _prior(args, backbone)
@@ -72,21 +79,31 @@ def _options(parser: Any) -> Any:
     add("--student", type=str, default=None, help="train this one-step model itself instead: run, exported pipeline or zoo")
     add("--method", type=str, default="lorad", help="lorad, lora or full")
     add("--loss", type=str, default=None, help="diffusion or one-step; default: one-step with --student")
-    add("--rank", type=int, default=None, help=f"of the adapter; default: {RANKS['lorad']} for lorad, {RANKS['lora']} for lora")
+    add(
+        "--rank",
+        type=bounds.RANK,
+        default=None,
+        help=f"of the adapter; default: {RANKS['lorad']} for lorad, {RANKS['lora']} for lora",
+    )
     add("--target_modules", type=str, default=None, help="regular expression; default: the layers of the family's students")
-    add("--lr", type=float, default=None, help="learning rate; default: by method")
-    add("--steps", type=int, default=200, help="updates")
-    add("--batch", type=int, default=4, help="pictures of the subject per update, and as many of the class")
+    add("--lr", type=bounds.RATE, default=None, help="learning rate; default: by method")
+    add("--steps", type=bounds.UPDATES, default=200, help="updates")
+    add("--batch", type=bounds.BATCH, default=4, help="pictures of the subject per update, and as many of the class")
     add(
         "--prior_prompt", type=str, nargs="+", default=None, help="prompts of the class, whose pictures are to stay as they are"
     )
-    add("--prior_weight", type=float, default=None, help="of the class's loss; default: 1")
-    add("--prior_count", type=int, default=32, help="pictures of the class, drawn by the model itself")
-    add("--prior_steps", type=int, default=25, help="steps in which a teacher draws them, and the picture")
-    add("--guidance_scale", type=float, default=None, help="guidance with which it does; default: 2.5, for FLUX 1 (none)")
+    add("--prior_weight", type=bounds.Number(0, 1000), default=None, help="of the class's loss; default: 1")
+    add("--prior_count", type=bounds.COUNT, default=32, help="pictures of the class, drawn by the model itself")
+    add("--prior_steps", type=bounds.STEPS, default=25, help="steps in which a teacher draws them, and the picture")
+    add(
+        "--guidance_scale",
+        type=bounds.GUIDANCE,
+        default=None,
+        help="guidance with which it does; default: 2.5, for FLUX 1 (none)",
+    )
     add("--carry", type=str, default=None, help="student to show with the teacher's adapter; default: zoo for zoo, else none")
     add("--picture", type=bool, default=True, help="draw OUT/picture.png: the subject, before, after")
-    add("--seed", type=int, default=0, help="of everything that is drawn")
+    add("--seed", type=bounds.SEED, default=0, help="of everything that is drawn")
     add("--dtype", type=str, default="float32", help="of the frozen weights: float32, bfloat16 or float16")
     add("--device", type=str, default=None, help="cpu, cuda, cuda:1, ...; default: the best there is")
     return parser
@@ -111,9 +128,15 @@ def _refuse_conflicts(args: Namespace, out: Path) -> None:
         raise WadiError(f"--method full trains the weights, which --dtype {args.dtype} would round. Expected float32.")
     if args.carry is not None and (args.student is not None or args.method == "full"):
         raise WadiError("--carry shows an adapter of the teacher on a student. Expected --teacher, and --method lorad or lora.")
-    if args.prior_count < 1 or args.prior_steps < 1:
-        raise WadiError(f"--prior_count is {args.prior_count} and --prior_steps {args.prior_steps}. Expected both at least 1.")
     check_out(out)
+
+
+def _refuse_carry(args: Namespace) -> None:
+    """Raise `WadiError` if ``--carry``, which is loaded after the training, names no student."""
+    if args.carry is not None and args.carry != "zoo" and not (Path(args.carry) / "model_index.json").is_file():
+        from wadi.generate import about_of, locate
+
+        about_of(locate(args.carry, None, None)[0])
 
 
 def _config(args: Namespace) -> DreamboothConfig:

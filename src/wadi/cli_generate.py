@@ -107,12 +107,15 @@ def _compare(drawing: Drawing, prompts: list[str], out: Path, args: Any) -> int:
     from wadi.downstream.hires import tiled_decoding
     from wadi.generate import compare, teacher_of
     from wadi.images import save_png
+    from wadi.sampling import check_steps
 
     teacher = customised(teacher_of(args.run, adapter=args.adapter, teacher=args.teacher, **place(args)), args)
     columns = [prompt for prompt in prompts for _ in range(args.count)]
     seeds = [args.seed + i for i in range(len(columns))]
     steps = 25 if args.teacher_steps is None else args.teacher_steps
-    guidance = from_pipeline(teacher).teacher_guidance(args.guidance_scale, 2.0)
+    backbone = from_pipeline(teacher)
+    check_steps(backbone, steps, "--teacher_steps")
+    guidance = backbone.teacher_guidance(args.guidance_scale, 2.0)
     with tiled_decoding(teacher.vae, args.tiled_vae):
         picture, slow, fast = compare(drawing.pipeline, teacher, columns, seeds, steps, guidance, drawing.call, args.batch)
     save_png(picture, out)

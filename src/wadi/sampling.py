@@ -33,6 +33,15 @@ def student_timestep(backbone: Backbone, config: DistillConfig) -> int:
     return timestep
 
 
+def check_steps(backbone: Backbone, steps: int, name: str = "steps") -> None:
+    """Raise `WadiError` if ``steps``, given as the option ``name``, are more than the schedule has timesteps."""
+    if not 1 <= steps <= backbone.process.num_timesteps:
+        raise WadiError(
+            f"{name} is {steps}. It must be from 1 to {backbone.process.num_timesteps}: the teacher's schedule has no more "
+            "timesteps."
+        )
+
+
 def noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
     """``N(0, I)`` of shape ``(len(seeds), *shape)``, float32: what ``pipe(generator=[manual_seed(s) ...])`` starts from."""
     return torch.cat([torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds])

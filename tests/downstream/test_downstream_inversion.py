@@ -1,12 +1,14 @@
 """Relation inversion: one row of the table learns, nothing else changes, and diffusers reads what is written."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from wadi.backbones import from_pipeline, load_pipeline
@@ -349,7 +351,7 @@ def test_the_command_and_its_one_line_errors(sd_folder, exemplars, tmp_path, cap
     assert list(load_file(out)) == ["<R>"]
     for bad, told in (
         (["--out", str(out)], "exists"),
-        (["--out", str(tmp_path / "R.bin")], "ends in .safetensors"),
+        (["--out", str(tmp_path / "R.bin")], ".safetensors"),
         (["--out", str(tmp_path / "S.safetensors"), "--dtype", "float16"], "gradients vanish"),
         (["--out", str(tmp_path / "S.safetensors"), "--exemplars", str(tmp_path / "none")], "do not exist"),
         (["--out", str(tmp_path / "S.safetensors"), "--token", "R"], "angle brackets"),
@@ -359,3 +361,37 @@ def test_the_command_and_its_one_line_errors(sd_folder, exemplars, tmp_path, cap
         assert told in told_line
         assert told_line.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["R.jsonl", "R.safetensors"]
+
+
+def test_the_command_works_with_its_defaults_on_the_embedded_teacher(tmp_path, capsys):
+    """Its vocabulary has no 'and'; a preposition that it has takes its place."""
+    folder, out = tmp_path / "exemplars", tmp_path / "R.safetensors"
+    folder.mkdir()
+    for i, text in enumerate(["owl <R> panda", "pear <R> cat face"]):
+        Image.new("RGB", (64, 64), (80 * i, 90, 20)).save(folder / f"{i}.png")
+        with open(folder / "descriptions.jsonl", "a") as stream:
+            stream.write(json.dumps({"file": f"{i}.png", "text": text}) + "\n")
+    assert main(["invert-relation", "--exemplars", str(folder), "--out", str(out), "--steps", "1", "--device", "cpu"]) == 0
+    assert str(out) in capsys.readouterr().out
+    with safe_open(out, "pt") as stored:
+        assert stored.metadata()["init"] == "on"
+        assert stored.get_tensor("<R>").isfinite().all()
+
+
+def test_what_is_wrong_is_found_before_the_teacher_is_loaded(exemplars, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("wadi.backbones.load_pipeline", lambda *_, **__: pytest.fail("a teacher was loaded"))
+    (tmp_path / "mine").write_text("mine")
+    twice = shutil.copytree(exemplars, tmp_path / "twice")
+    lines = (twice / "descriptions.jsonl").read_text()
+    (twice / "descriptions.jsonl").write_text(lines + "\n" + lines.splitlines()[0] + "\n")
+    for folder, out, word in (
+        (exemplars, tmp_path / "R.bin", "R.bin"),
+        (exemplars, tmp_path / "mine" / "R.safetensors", "mine"),
+        (tmp_path / "mine", tmp_path / "R.safetensors", "mine"),
+        (twice, tmp_path / "R.safetensors", "two lines"),
+    ):
+        assert main(["invert-relation", "--exemplars", str(folder), "--out", str(out)]) == 2
+        err = capsys.readouterr().err
+        assert word in err
+        assert len(err.splitlines()) == 1
+    assert not (tmp_path / "R.safetensors").exists()

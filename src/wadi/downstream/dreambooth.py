@@ -26,10 +26,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from wadi import adapters
+from wadi import adapters, bounds
 from wadi.backbones import Backbone, Condition
 from wadi.downstream import lora
 from wadi.downstream.dreambooth_data import Prior, student_timestep
+from wadi.downstream.steps import refuse_noiseless
 from wadi.errors import WadiError
 from wadi.files import whole_folder
 from wadi.progress import progress
@@ -37,6 +38,12 @@ from wadi.sampling import one_step
 
 Method = Literal["lorad", "lora", "full"]
 Loss = Literal["diffusion", "one-step"]
+
+
+_LIMITS: dict[str, bounds.Whole | bounds.Number] = {
+    "rank": bounds.RANK, "steps": bounds.UPDATES, "batch": bounds.BATCH, "lr": bounds.RATE,
+    "prior_weight": bounds.Number(0, 1000), "seed": bounds.SEED,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,11 +78,8 @@ class DreamboothConfig:
         for name, choices in (("method", get_args(Method)), ("loss", get_args(Loss))):
             if getattr(self, name) not in choices:
                 raise WadiError(f"{name} is {getattr(self, name)!r}. Expected one of {', '.join(choices)}.")
-        for name in ("rank", "steps", "batch"):
-            if getattr(self, name) < 1:
-                raise WadiError(f"{name} is {getattr(self, name)}. Expected at least 1.")
-        if not (0 < self.lr < math.inf and 0 <= self.prior_weight < math.inf):
-            raise WadiError(f"lr is {self.lr} and prior_weight is {self.prior_weight}. Expected finite numbers, lr above 0.")
+        for name, limits in _LIMITS.items():
+            limits.check(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,12 @@ class Trained:
     parameters: int
     losses: list[float]
     seconds: float
+
+
+def check(backbone: Backbone, config: DreamboothConfig) -> None:
+    """Raise `WadiError` if a diffusion loss is to be taken by a schedule that adds no noise: that of a single step alone."""
+    if config.loss == "diffusion" and backbone.process.alphas is not None:
+        refuse_noiseless(backbone.pipeline.scheduler, range(1, backbone.process.num_timesteps))
 
 
 def train(
@@ -105,6 +115,7 @@ def train(
     Raises:
         WadiError: if the network carries an adapter, no layer matches, or the loss is not finite.
     """
+    check(backbone, config)
     network = backbone.network
     parameters = _trainable(backbone, config)
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0)

@@ -13,6 +13,7 @@ from torch import Tensor
 from wadi.backbones import Backbone, Condition
 from wadi.errors import WadiError
 from wadi.io.images import SUFFIXES, read_image
+from wadi.io.regular import is_dir, shown, unreadable
 from wadi.sampling import many_steps, noise, one_step
 
 
@@ -26,17 +27,28 @@ class Prior:
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """The pictures of ``folder`` by name.
+    """Return the images of ``folder`` by name; other files are left out.
 
     Raises:
-        WadiError: if there is no such folder, or no picture in it.
+        WadiError: if there is no such folder, it cannot be read, or it has no image.
     """
-    if not folder.is_dir():
-        raise WadiError(f"The subject's folder {str(folder)!r} does not exist. Expected a folder of pictures of one subject.")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not is_dir(folder):
+        raise WadiError(f"The subject {shown(folder)} is not a folder. Give a folder with a few images of one subject.")
+    try:
+        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+    except OSError as error:
+        raise unreadable(folder, error, "Subject's folder") from error
     if not found:
-        raise WadiError(f"The subject's folder {str(folder)!r} holds no picture. Expected a few, as {', '.join(SUFFIXES)}.")
+        raise WadiError(
+            f"The subject's folder {shown(folder)} has no image. Put a few there, with names that end in {', '.join(SUFFIXES)}."
+        )
     return found
+
+
+def check_subject(folder: Path) -> None:
+    """Raise `WadiError` as `read_subject` does, before a model is loaded."""
+    for path in pictures_in(folder):
+        read_image(path)
 
 
 def read_subject(folder: Path, resolution: tuple[int, int]) -> tuple[Tensor, list[Image.Image]]:

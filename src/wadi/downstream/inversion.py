@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import inspect
 import json
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wadi import bounds, files
 from wadi.backbones import Backbone, Condition, from_pipeline, refuse_distilled
 from wadi.checkpoint import fingerprint
 from wadi.downstream import inversion_state as states
@@ -36,6 +36,7 @@ from wadi.downstream.inversion_token import (
     add_token,
     check_new,
     first_rows,
+    first_word,
     insert,
     learning,
     read_token,
@@ -43,7 +44,6 @@ from wadi.downstream.inversion_token import (
     write_token,
 )
 from wadi.errors import WadiError
-from wadi.files import check_out
 from wadi.objectives.denoise import denoising_loss
 from wadi.progress import progress
 
@@ -51,6 +51,13 @@ __all__ = ["InversionConfig", "Learned", "add_token", "encode", "invert_relation
 
 BAD_STEPS = 10  # steps without a finite gradient before giving up
 HELD = 64  # (exemplar, noise, timestep) triples that judge a token before and after
+
+
+_LIMITS: dict[str, bounds.Whole | bounds.Number] = {
+    "steps": bounds.UPDATES, "batch": bounds.BATCH, "positives": bounds.COUNT, "save_every": bounds.UPDATES, "lr": bounds.RATE,
+    "temperature": bounds.Number(0, 1000, above=True), "alpha": bounds.SHARE, "steer": bounds.Number(0, 1000),
+    "seed": bounds.SEED,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,16 +76,8 @@ class InversionConfig:
     save_every: int = 100  # updates between states that a later run goes on from
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "positives", "save_every"):
-            if getattr(self, name) < 1:
-                raise WadiError(f"{name} is {getattr(self, name)}. Expected at least 1.")
-        for name in ("lr", "temperature"):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                raise WadiError(f"{name} is {getattr(self, name)}. Expected a positive number.")
-        if not 0 <= self.alpha <= 1:
-            raise WadiError(f"alpha is {self.alpha}. Expected 0 (timesteps evenly) to 1 (most skewed to the noisy ones).")
-        if not self.steer >= 0:
-            raise WadiError(f"steer is {self.steer}. Expected a weight of at least 0.")
+        for name, limits in _LIMITS.items():
+            limits.check(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -101,22 +100,24 @@ class _Steering:
 
 
 def invert_relation(
-    pipeline: Any, exemplars: Path, token: str, init: str, out: Path, config: InversionConfig | None = None
+    pipeline: Any, exemplars: Path, token: str, init: str | None, out: Path, config: InversionConfig | None = None
 ) -> Learned:
     """Learn ``token`` from the folder ``exemplars`` on ``pipeline``, the many-step teacher, and write it to ``out``.
 
     The same call again goes on with one that was interrupted. ``pipeline`` has the learned token afterwards.
 
     Args:
-        init: the word whose embedding the token starts from.
+        init: the word whose embedding the token starts from; None = 'and', as in ReVersion, or the first preposition that is
+            one token of the teacher's vocabulary.
         out: ``.safetensors`` file in diffusers' textual-inversion format; figures go beside it as ``.jsonl``.
     Raises:
         WadiError: on a teacher that does not read by CLIP or is itself distilled, a token that exists, exemplars or settings
             that are not right, or a loss that stays infinite.
     """
     config = config or InversionConfig()
-    _check_out(out)
+    check_out(out)
     check_new(pipeline, token)
+    init = first_word(pipeline, ("and", *PREPOSITIONS)) if init is None else init
     rows = first_rows(pipeline, init)
     backbone = from_pipeline(pipeline)
     refuse_distilled(pipeline, backbone.network)
@@ -145,10 +146,10 @@ def invert_relation(
     return Learned(out, before, after, time.monotonic() - start, nearest(towers(pipeline)[0], learned[0], token))
 
 
-def _check_out(out: Path) -> None:
-    if out.suffix != ".safetensors":
-        raise WadiError(f"--out is {str(out)!r}. Expected a name that ends in .safetensors.")
-    check_out(out, folder=False)
+def check_out(out: Path) -> None:
+    """Raise `WadiError` unless a new file can be written at ``out``, and its name ends in .safetensors."""
+    files.check_out(out, folder=False)
+    files.check_writable(out, (".safetensors",))
 
 
 def _check_length(pipeline: Any, token: str, exemplars: Exemplars) -> None:

@@ -43,6 +43,17 @@ def read_exemplars(folder: Path, token: str, resolution: tuple[int, int]) -> Exe
         WadiError: if there are fewer than two pictures, one of them cannot be read or has no description, or a description
             lacks ``token`` or names no picture.
     """
+    described = check_exemplars(folder, token)
+    pictures = torch.stack([read_picture(folder / name, resolution) for name in described])
+    return Exemplars(pictures, list(described.values()))
+
+
+def check_exemplars(folder: Path, token: str) -> dict[str, list[str]]:
+    """Return the sentences of each image in the order of names, without reading the images.
+
+    Raises:
+        WadiError: as `read_exemplars`, but for images that cannot be read.
+    """
     if not folder.is_dir():
         raise WadiError(f"Exemplars {str(folder)!r} do not exist. Expected a folder of pictures and {DESCRIPTIONS}.")
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
@@ -62,13 +73,19 @@ def read_exemplars(folder: Path, token: str, resolution: tuple[int, int]) -> Exe
         raise WadiError(
             f"Descriptions in {str(folder)!r} name {_some(lost)}, which are not there. Expected pictures by these names."
         )
-    return Exemplars(torch.stack([read_picture(path, resolution) for path in paths]), [described[name] for name in names])
+    return {name: described[name] for name in names}
 
 
 def _described(folder: Path, token: str) -> dict[str, list[str]]:
     """Sentences by file name, each with ``token`` in it."""
     if (folder / DESCRIPTIONS).is_file():
-        described = dict(_lines(folder / DESCRIPTIONS))
+        described = {}
+        for name, said in _lines(folder / DESCRIPTIONS):
+            if name in described:
+                raise WadiError(
+                    f"{str(folder / DESCRIPTIONS)!r} has two lines for {name}. Give one, with a list of sentences as its text."
+                )
+            described[name] = said
     elif (folder / TEMPLATES).is_file():
         read: dict[str, Any] = read_json(folder / TEMPLATES, dict[str, Any], "Descriptions", remedy=REMEDY)
         described = {name: _sentences(said, f"{TEMPLATES}, {name}") for name, said in read.items()}

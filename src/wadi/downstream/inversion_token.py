@@ -100,6 +100,22 @@ def check_new(pipeline: Any, token: str) -> None:
             )
 
 
+def first_word(pipeline: Any, words: Iterable[str]) -> str:
+    """Return the first of ``words`` that is one token of every text encoder.
+
+    Raises:
+        WadiError: if none is.
+    """
+    words = tuple(words)
+    for word in words:
+        if all(len(tower.ids(word)) == 1 for tower in towers(pipeline)):
+            return word
+    raise WadiError(
+        f"None of {', '.join(words[:5])} and {len(words) - 5} more is one token of this teacher's vocabulary. Give a word that "
+        "is, with --init."
+    )
+
+
 def first_rows(pipeline: Any, init: str) -> list[Tensor]:
     """Embedding of the word ``init``, ``(width,)`` float32 for each encoder, to start from.
 
@@ -111,8 +127,8 @@ def first_rows(pipeline: Any, init: str) -> list[Tensor]:
         ids = tower.ids(init)
         if len(ids) != 1:
             raise WadiError(
-                f"The word to start from is {init!r}, which is {len(ids)} tokens here. Expected a word that is one token: try "
-                "'and' or 'on'."
+                f"The word to start from is {init!r}, which is {len(ids)} tokens of this teacher's vocabulary. Give one "
+                "that is one token with --init, or leave --init out."
             )
         rows.append(tower.table[ids[0]].float().cpu().clone())
     return rows

@@ -93,11 +93,13 @@ def refuse_noiseless(scheduler: Any, timesteps: Sequence[int]) -> None:
 
     An exported scheduler may hold the schedule of its single step alone: all noise in the last beta, none before it.
     """
+    alpha_squared = torch.as_tensor(scheduler.alphas_cumprod).tolist()
     for t in timesteps:
-        if float(scheduler.alphas_cumprod[t]) >= 1:
+        if alpha_squared[t] >= 1:
             raise WadiError(
                 f"The scheduler of this pipeline adds no noise at timestep {t}: it only holds the student's single step. Use "
-                "one step and no image to start from, or run `wadi import-authors` again: it now keeps its base's schedule."
+                "one step, no image to start from and no diffusion loss, or run `wadi import-authors` again: it now keeps its "
+                "base's schedule."
             )
 
 
