@@ -245,6 +245,15 @@ def test_hostile_files_end_in_one_error_that_names_them(tmp_path, recwarn):
     assert not list(recwarn)
 
 
+@pytest.mark.parametrize("kind", ["EPS", "PCX", "TGA"])
+def test_formats_outside_the_list_are_not_opened(tmp_path, kind, monkeypatch):
+    """Pillow reads them; EPS it hands to Ghostscript, a program that would run the file."""
+    Image.fromarray(scene()).save(tmp_path / "a.png", format=kind)
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was started"))
+    with pytest.raises(WadiError, match=r"a\.png.*supported format"):
+        read_image(tmp_path / "a.png")
+
+
 def test_large_images_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
     (tmp_path / "huge.png").write_bytes(png(12_000, 12_000, b""))
     monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
