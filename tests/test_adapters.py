@@ -1,10 +1,13 @@
 """One frozen network, three roles: what switching, saving and fusing adapters must and must not change."""
 
 import json
+import re
+import time
 from contextlib import contextmanager
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
@@ -359,7 +362,7 @@ def test_a_taken_name_is_refused():
 
 @pytest.mark.parametrize(
     ("pattern", "word"),
-    [("nothing_like_this", "could not be attached"), (r".*(unclosed", "could not be attached"), (r".*norm1", "cannot rotate")],
+    [("nothing_like_this", "nothing_like_this"), (r".*(unclosed", "unclosed"), (r".*norm1", "cannot rotate")],
 )
 def test_bad_targets_are_one_clear_error(pattern, word):
     with pytest.raises(WadiError, match=word):
@@ -374,3 +377,59 @@ def test_a_network_with_an_adapter_is_no_teacher():
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(WadiError, match=r"to_q.*fuse_lora"):
         adapters.refuse_adapted(model)
+
+
+# --- adapters that someone made ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("end", ["lorad_A", "lorad_B"])
+def test_angles_that_are_not_finite_are_refused_and_the_tensor_named(tmp_path, value, end):
+    model = nn.Sequential(nn.Linear(6, 5))
+    adapters.attach(model, "student", LoRaDConfig(r=2, target_modules="0"))
+    adapters.save(model, "student", tmp_path / "student")
+    tensors = load_file(tmp_path / "student" / adapters.WEIGHTS)
+    name = next(name for name in tensors if name.endswith(end))
+    tensors[name][0, 0] = value
+    save_file(tensors, tmp_path / "student" / adapters.WEIGHTS)
+    with pytest.raises(WadiError, match=re.escape(name)):
+        adapters.load(nn.Sequential(nn.Linear(6, 5)), tmp_path / "student", "student")
+
+
+@pytest.mark.parametrize("setting", ["target_modules", "exclude_modules", "rank_pattern"])
+def test_a_regular_expression_that_never_ends_is_refused(tmp_path, monkeypatch, setting):
+    monkeypatch.setattr(adapters, "PATTERN_SECONDS", 0.2)
+    pattern = r"(x|xx)+[yz]"
+
+    def made():
+        return nn.ModuleDict({"x" * 60: nn.Linear(6, 5), "z": nn.Linear(6, 5)})
+
+    model = made()
+    adapters.attach(model, "student", LoRaDConfig(r=2, target_modules=".+"))
+    adapters.save(model, "student", tmp_path / "student")
+    config = tmp_path / "student" / adapters.CONFIG
+    value = {pattern: 3} if setting == "rank_pattern" else pattern
+    config.write_text(json.dumps({**json.loads(config.read_text()), setting: value}))
+    start = time.monotonic()
+    with pytest.raises(WadiError, match=setting):
+        adapters.load(made(), tmp_path / "student", "student")
+    assert time.monotonic() - start < 20
+
+
+def test_patterns_mean_what_peft_takes_them_to_mean(tmp_path):
+    """The first pattern of ranks that matches counts; what is excluded has no angles; what is saved has the patterns."""
+
+    def made():
+        return nn.ModuleDict({name: nn.Linear(12, 12) for name in ("to_q", "to_k", "to_v", "out")})
+
+    config = LoRaDConfig(
+        r=2, target_modules="to_.|out", exclude_modules="to_k", rank_pattern={"to_q": 3, "to_.": 4, "nothing": 5}
+    )
+    model = made()
+    assert adapters.attach(model, "student", config) == ["to_q", "to_v", "out"]
+    ranks = {key.split(".")[0]: len(B) for key, B in adapters.parameters(model, "student").items() if key.endswith("B")}
+    assert ranks == {"to_q": 3, "to_v": 4, "out": 2}
+    adapters.save(model, "student", tmp_path / "student")
+    stored = json.loads((tmp_path / "student" / adapters.CONFIG).read_text())
+    assert stored["target_modules"] == "to_.|out"
+    assert stored["rank_pattern"] == {"to_q": 3, "to_.": 4, "nothing": 5}

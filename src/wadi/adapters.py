@@ -8,10 +8,12 @@ role's context recomputes checkpointed layers with whatever adapter is active by
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from wadi.errors import WadiError
 from wadi.files import whole_folder
 from wadi.io.records import Count, Record, Side, read_json
-from wadi.io.regular import regular
+from wadi.pretrained import opened, refuse_not_finite
 
 if TYPE_CHECKING:
     from wadi.lorad import LoRaDConfig
@@ -69,7 +71,7 @@ def attach(model: nn.Module, name: str, config: LoRaDConfig) -> list[str]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are the point
-            inject_adapter_in_model(config, model, adapter_name=name)
+            inject_adapter_in_model(_exact(config, model), model, adapter_name=name)
     except WadiError:
         raise
     except (ValueError, re.error) as error:
@@ -80,10 +82,56 @@ def attach(model: nn.Module, name: str, config: LoRaDConfig) -> list[str]:
     for _, layer in _layers(model):
         layer.requires_grad_(False)
     attached: Any = model.peft_config
+    attached[name] = config  # with its patterns, which are what is saved
     for adapter in attached:  # injection froze the adapters that were there before
         for parameter in parameters(model, adapter).values():
             parameter.requires_grad_(True)
     return [layer for layer, module in _layers(model) if name in getattr(module, "lorad_A", {})]
+
+
+PATTERN_SECONDS = 2.0
+
+
+def _exact(config: LoRaDConfig, model: nn.Module) -> LoRaDConfig:
+    """Return a copy of ``config`` that names the layers its regular expressions match.
+
+    PEFT would match them without a limit of time, and a pattern in a file that someone made can take for ever.
+    """
+    names, exact = [name for name, _ in model.named_modules() if name], copy.copy(config)
+    for setting in ("target_modules", "exclude_modules"):
+        pattern = getattr(config, setting)
+        if isinstance(pattern, str) and pattern != "all-linear":
+            found = _matched(pattern, names, setting)
+            if not found and setting == "target_modules":
+                raise WadiError(
+                    f"target_modules is {pattern!r:.300}, which matches none of the {len(names)} layers. A regular expression "
+                    "must match the whole name of a Linear or Conv2d layer: see print(network)."
+                )
+            setattr(exact, setting, "|".join(map(re.escape, found)) if found else None)
+    if config.rank_pattern:
+        ranks: dict[str, int] = {}
+        for pattern, rank in reversed(config.rank_pattern.items()):  # of several that match, the first counts
+            ranks |= dict.fromkeys(_matched(rf"(.*\.)?({pattern})", names, "rank_pattern"), rank)
+        exact.rank_pattern = {re.escape(name): rank for name, rank in ranks.items()}
+    return exact
+
+
+def _matched(pattern: str, names: Sequence[str], setting: str) -> list[str]:
+    """The names that a regular expression matches as a whole, found within `PATTERN_SECONDS`."""
+    import regex
+
+    try:
+        compiled, end = regex.compile(pattern), time.monotonic() + PATTERN_SECONDS
+        return [name for name in names if compiled.fullmatch(name, timeout=max(1e-3, end - time.monotonic()))]
+    except TimeoutError as error:
+        raise WadiError(
+            f"{setting} is {pattern!r:.300}, which takes more than {PATTERN_SECONDS:g} seconds to match against the "
+            f"names of {len(names)} layers. Write it without nested repetitions such as (a+)+."
+        ) from error
+    except (regex.error, RecursionError) as error:
+        raise WadiError(
+            f"{setting} is {pattern!r:.300}, which is not a regular expression: {error}. It must match whole names of layers."
+        ) from error
 
 
 def parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
@@ -206,16 +254,13 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """``(config, tensors)`` of an adapter folder.
 
     Raises:
-        WadiError: if it is not one, is damaged, or holds another kind of adapter.
+        WadiError: if it is not one, is damaged, contains another kind of adapter, or has values that are not finite.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     config = read_config(folder)
-    try:
-        return config, load_file(regular(folder / WEIGHTS))
-    except (OSError, SafetensorError) as error:
-        raise WadiError(f"Adapter {str(folder)!r} is damaged: {error}. Expected files as PEFT writes them.") from error
+    with opened(folder / WEIGHTS) as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    refuse_not_finite(f"Adapter {str(folder)!r}", tensors)
+    return config, tensors
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from wadi.backbones import from_pipeline, load_pipeline
+from wadi.backbones.saving import save_pipeline
 from wadi.backbones.weights import LazyTensors, compare
 from wadi.embedded import resolve_teacher
 from wadi.errors import WadiError
-from wadi.files import check_out, whole_folder
+from wadi.files import check_out
+from wadi.pretrained import refuse_not_finite
 
 TIMESTEP = 999
 ALPHA_SQUARED = 0.0047
@@ -51,7 +53,7 @@ def one_step_scheduler(base: Any) -> Any:
     )
 
 
-def import_authors(file: Path, base: str, out: Path, dtype: torch.dtype = torch.float32) -> None:
+def import_authors(file: Path, base: str, out: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Write ``out``, a pipeline like ``base`` with the weights of ``file`` that draws in one step without this package.
 
     Args:
@@ -80,6 +82,7 @@ def import_authors(file: Path, base: str, out: Path, dtype: torch.dtype = torch.
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])
+    refuse_not_finite(f"{str(file)!r}", own)
     pipeline.scheduler = one_step_scheduler(pipeline.scheduler)
-    with whole_folder(out) as folder:
-        pipeline.save_pretrained(folder)
+    save_pipeline(pipeline, out)
+    return pipeline

@@ -208,18 +208,15 @@ def _export(argv: Sequence[str]) -> int:
     parser.add_argument("--dtype", type=str, default="float32", help="float32, bfloat16 or float16")
     parser.add_argument("--device", type=str, default="cpu", help="where to merge")
     args = _parse(parser, argv)
+    from wadi.backbones.saving import loading_line, save_pipeline
     from wadi.cli_generate import student
-    from wadi.files import check_out, whole_folder
+    from wadi.files import check_out
 
     out = Path(args.out)
     check_out(out)
     pipeline = student(args)
-    with whole_folder(out) as folder:
-        pipeline.save_pretrained(folder)
-    from wadi.backbones import from_pipeline
-
-    call = ", ".join(f"{name}={value}" for name, value in from_pipeline(pipeline).call.items())
-    print(f"{out}: DiffusionPipeline.from_pretrained({str(out)!r})(prompt, num_inference_steps=1, {call})")
+    save_pipeline(pipeline, out)
+    print(f"{out}: {loading_line(pipeline, out)}")
     return 0
 
 
@@ -249,10 +246,11 @@ def _import_authors(argv: Sequence[str]) -> int:
     parser.add_argument("--dtype", type=str, default="float32", help="float32, bfloat16 or float16")
     args = _parse(parser, argv)
     from wadi.authors import import_authors
+    from wadi.backbones.saving import loading_line
     from wadi.cli_generate import dtype_of
 
-    import_authors(Path(args.file), args.base, Path(args.out), dtype_of(args.dtype))
-    print(f"pipeline  {args.out}")
+    pipeline = import_authors(Path(args.file), args.base, Path(args.out), dtype_of(args.dtype))
+    print(f"{args.out}: {loading_line(pipeline, Path(args.out))}")
     return 0
 
 

@@ -44,11 +44,11 @@ def analyze(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callabl
     from wadi.analysis import write
     from wadi.analysis.analyze import analyze as compare
     from wadi.device import find_device
-    from wadi.files import whole_folder
+    from wadi.files import refuse_foreign, whole_folder
     from wadi.io.regular import read_text
 
     out = Path(args.out)
-    write.refuse_foreign(out)
+    refuse_foreign(out, write.KNOWN)
     if args.page is not None:
         write.around(Path(args.page))  # complain before all the work
     if args.swap_eval and args.teacher != ZOO and args.prompts is None:
@@ -56,7 +56,7 @@ def analyze(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callabl
     generators = _generators(args) if args.swap_eval else None
     found = compare(args.teacher, args.student, args.exact_up_to, find_device(args.device))
     hybrids = swap_eval(args, argv, *generators) if generators else None
-    with whole_folder(out) as folder:
+    with whole_folder(out, write.KNOWN) as folder:
         write.write(found, folder)
         if hybrids is not None:
             _write_hybrids(hybrids, folder)
@@ -97,14 +97,14 @@ def swap(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[
     args = parse(parser, argv)
     from wadi.analysis.sources import open_teacher
     from wadi.analysis.swap import matching
-    from wadi.files import check_out, whole_folder
+    from wadi.backbones.saving import loading_line, save_pipeline
+    from wadi.files import check_out
 
     out, chosen = Path(args.out), matching(args.layers)
     check_out(out)
     pipeline, changed = hybrid(args.teacher, args.student, args.take, chosen, args.dtype, open_teacher(args.teacher))
-    with whole_folder(out) as folder:
-        pipeline.save_pretrained(folder)
-    print(f"{len(changed)} layers with the teacher's {args.take}s: {out}")
+    save_pipeline(pipeline, out)
+    print(f"{len(changed)} layers with the teacher's {args.take}s\n{out}: {loading_line(pipeline, out)}")
     return 0
 
 

@@ -32,7 +32,8 @@ def resolve_teacher(name: str) -> str:
 
 def lasting(teacher: str) -> str:
     """The same teacher as a name that holds from any folder: of a folder its absolute path, of all else itself."""
-    return str(Path(teacher).resolve()) if teacher and Path(teacher).is_dir() and teacher != NAME else teacher
+    place, mark, variant = teacher.partition("?variant=")
+    return f"{Path(place).resolve()}{mark}{variant}" if place and Path(place).is_dir() and place != NAME else teacher
 
 
 def resolve_prompts(name: str) -> str:

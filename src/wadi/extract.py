@@ -29,6 +29,7 @@ from wadi.backbones.weights import LazyTensors, compare, network_weights
 from wadi.embedded import resolve_teacher
 from wadi.errors import WadiError
 from wadi.files import check_out, whole_folder
+from wadi.pretrained import refuse_not_finite
 
 NAME = "student"
 
@@ -189,6 +190,8 @@ def _fill(
     changes = []
     for name in names:
         W, S = before[f"{name}.weight"], after[f"{name}.weight"]
+        for whose, tensor in (("The teacher", W), ("The student", S)):
+            refuse_not_finite(whose, {f"{name}.weight": tensor})
         A, B = factors(angles_between(W, S), rank)
         layer: Any = network.get_submodule(name)
         layer.lorad_A[NAME], layer.lorad_B[NAME] = nn.Parameter(A), nn.Parameter(B)

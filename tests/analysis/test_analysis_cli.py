@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -153,8 +154,17 @@ def test_swaps_that_cannot_be_are_one_line(sd_folder, finished_run, tmp_path, re
 
 def test_a_folder_of_something_else_is_not_replaced(sd_folder, finished_run, tmp_path, refused):
     (tmp_path / "mine.txt").write_text("mine")
-    assert "holds no analysis.json" in refused("analyze", sd_folder, finished_run, "--out", tmp_path)
+    assert "mine.txt" in refused("analyze", sd_folder, finished_run, "--out", tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_notes_beside_an_earlier_analysis_are_not_deleted(analysed, sd_folder, finished_run, tmp_path, refused):
+    shutil.copytree(analysed, tmp_path / "out")
+    (tmp_path / "out" / "notes.md").write_text("mine")
+    assert "notes.md" in refused("analyze", sd_folder, finished_run, "--out", tmp_path / "out")
+    assert (tmp_path / "out" / "notes.md").read_text() == "mine"
+    (tmp_path / "out" / "notes.md").unlink()
+    assert main(["analyze", str(sd_folder), str(finished_run), "--out", str(tmp_path / "out")]) == 0
 
 
 # --- house style ------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,11 @@ from wadi.io.markdown import table as markdown_table
 from wadi.io.regular import read_bytes, read_text
 
 JSON = "analysis.json"
+# Every file that an analysis may consist of; a folder with others is not replaced.
+FIGURES = ("figure-1[a-d]", "by-kind", "by-block", "angles", "swap-by-kind")
+KNOWN = (
+    JSON, "layers.csv", "analysis.md", "swap.json", *(name + end for name in FIGURES for end in (".png", ".svg", ".csv")),
+)  # fmt: skip
 DEFINITIONS = {
     "norm_mean": "mean over a layer's rows of abs(|s| - |w|) / |w|; _std: standard deviation over them",
     "direction_mean": "mean over a layer's rows of 1 - cos(w, s); _std: standard deviation over them",
@@ -37,12 +42,6 @@ def write(found: Analysis, folder: Path) -> list[Path]:
     (folder / "layers.csv").write_bytes(table([layer_row(layer) for layer in found.layers]))
     (folder / "analysis.md").write_text(markdown(found), encoding="utf-8")
     return plots.draw_all(found, folder)
-
-
-def refuse_foreign(out: Path) -> None:
-    """Raise `WadiError` if writing an analysis to ``out`` would replace something that is none."""
-    if out.is_dir() and any(out.iterdir()) and not (out / JSON).is_file():
-        raise WadiError(f"--out {str(out)!r} exists and holds no {JSON}. Expected a new folder or one of an earlier analysis.")
 
 
 def as_json(found: Analysis) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from wadi.backbones.base import RESOLUTION
 from wadi.backbones.loading import pipeline_index
-from wadi.backbones.stored import components, names_in, pipeline_folder, pipeline_weights
+from wadi.backbones.stored import components, names_in, pipeline_folder, pipeline_weights, split_variant
 from wadi.digests import digests
 from wadi.io.records import read_json
 from wadi.io.regular import exists
@@ -29,6 +29,8 @@ def teacher_digest(path: str | Path, variant: str | None = None) -> str:
     Raises:
         WadiError: if it is no pipeline, or a file is missing.
     """
+    path, named = split_variant(path)
+    variant = variant or named
     return _of(pipeline_folder(path, variant), variant)
 
 

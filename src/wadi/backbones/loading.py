@@ -14,7 +14,7 @@ from torch import nn
 from wadi.backbones.base import RESOLUTION, Backbone
 from wadi.backbones.failures import first_line, loading
 from wadi.backbones.pooling import pool_pipeline_at_end_token
-from wadi.backbones.stored import LEFT_OUT, Weights, components, names_in, pipeline_folder, pipeline_weights
+from wadi.backbones.stored import LEFT_OUT, Weights, components, names_in, pipeline_folder, pipeline_weights, split_variant
 from wadi.backbones.tokenizers import refuse_absent_files, refuse_misfits
 from wadi.errors import WadiError
 from wadi.io.records import read_json
@@ -88,11 +88,14 @@ def load_pipeline(
     Every tensor of its models is read from its files, every value is finite, and its tokenizers have their vocabularies.
 
     Args:
+        path: ``?variant=fp16`` behind it chooses a copy of the weights, as ``variant`` does.
         variant: which copy of the weights, such as ``"fp16"``; None = the plain one, or the only variant that is there.
     Raises:
         WadiError: if ``path`` is no pipeline folder, or a Hub id that cannot be reached, is gated or does not exist; if a
             model lacks tensors or has values that are not finite; if a tokenizer has no vocabulary.
     """
+    path, named = split_variant(path)
+    variant = variant or named
     index = pipeline_index(path)
     folder = pipeline_folder(path, variant)
     weights = pipeline_weights(folder, index, variant)
@@ -141,6 +144,7 @@ def pipeline_index(path: str | Path) -> dict[str, Any]:
     Raises:
         WadiError: as `load_pipeline`.
     """
+    path, _ = split_variant(path)
     local = exists(path)
     if not local and (str(path).startswith((".", "/", "~")) or str(path).count("/") != 1):
         raise WadiError(f"Teacher {str(path)!r} does not exist. Expected a diffusers pipeline folder or a Hub id 'owner/name'.")
@@ -168,6 +172,7 @@ def read_config(path: str | Path, component: str) -> dict[str, Any]:
     Raises:
         WadiError: as `load_pipeline`.
     """
+    path, _ = split_variant(path)
     name = "scheduler_config.json" if component == "scheduler" else "config.json"
     with loading(path, f"{component}/{name}"):
         from huggingface_hub import hf_hub_download

@@ -57,6 +57,12 @@ def _order(name: str) -> tuple[bool, bool]:
     return name.endswith(".json") != index_first, not re.search(r"\.index(\.[\w-]+)?\.json$", name)
 
 
+def split_variant(source: str | Path) -> tuple[str | Path, str | None]:
+    """Return ``(folder or Hub id, variant)`` of a teacher's name: ``owner/name?variant=fp16`` chooses the variant ``fp16``."""
+    place, mark, variant = str(source).partition("?variant=")
+    return (place, variant) if mark and variant and not exists(source) else (source, None)
+
+
 def chosen(names: Iterable[str], variant: str | None, what: str, stem: str = DIFFUSERS) -> tuple[str | None, str]:
     """Return ``(variant, file name)`` of the weights to load among the file names of one component.
 
@@ -78,7 +84,7 @@ def chosen(names: Iterable[str], variant: str | None, what: str, stem: str = DIF
     if found:
         there = ", ".join(sorted(map(str, found)))
         problem = f"has only the variants {there} of its weights" + (f", not {variant!r}" if variant else "")
-        raise WadiError(f"{what} {problem}. Choose one of them with --variant.")
+        raise WadiError(f"{what} {problem}. Write ?variant=NAME behind the folder or id.")
     if pickled := [name for name in present if name.endswith(PICKLED)]:
         raise WadiError(
             f"{what} has its weights only as {pickled[0]}, a pickle, which can run code when it is loaded. If you trust it, "
@@ -135,7 +141,7 @@ def pipeline_weights(folder: Path, index: Mapping[str, Any], variant: str | None
     models = {name: place for name, place in components(index).items() if place[0] in STEMS and _holds_weights(*place)}
     found = {name: weights_in(folder / name, variant, STEMS[library]) for name, (library, _) in models.items()}
     if variant is not None and found and all(weights.variant is None for weights in found.values()):
-        raise WadiError(f"No model of {str(folder)!r} has the variant {variant!r}. Leave out --variant, or name another.")
+        raise WadiError(f"No model of {str(folder)!r} has the variant {variant!r}. Leave out ?variant=, or name another.")
     return found
 
 
@@ -145,8 +151,10 @@ def pipeline_folder(path: str | Path, variant: str | None = None) -> Path:
     Raises:
         WadiError: if the Hub does not deliver it.
     """
+    path, named = split_variant(path)
     if exists(path):
         return Path(path)
+    variant = variant or named
     with loading(path):
         from diffusers import DiffusionPipeline
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from wadi.backbones.loading import family, pipeline_index
-from wadi.backbones.stored import fetch, weights_in
+from wadi.backbones.stored import fetch, split_variant, weights_in
 from wadi.errors import WadiError
 from wadi.pretrained import opened
 
@@ -56,6 +56,8 @@ def network_weights(path: str | Path, variant: str | None = None) -> LazyTensors
     Raises:
         WadiError: if there are none, or they cannot be read.
     """
+    path, named = split_variant(path)
+    variant = variant or named
     if Path(path).is_file():
         return LazyTensors([Path(path)])
     component = family(str(pipeline_index(path).get("_class_name"))).component

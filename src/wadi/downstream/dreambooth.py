@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from wadi import adapters, bounds
 from wadi.backbones import Backbone, Condition
+from wadi.backbones.saving import write_pipeline
 from wadi.downstream import lora
 from wadi.downstream.dreambooth_data import Prior, student_timestep
 from wadi.downstream.steps import refuse_noiseless
@@ -242,7 +243,7 @@ def save(pipeline: Any, backbone: Backbone, config: DreamboothConfig, folder: Pa
     writers: dict[str, Callable[[Path], Any]] = {
         "lorad": lambda place: adapters.write(backbone.network, lora.NAME, place),
         "lora": lambda place: lora.write(pipeline, place),
-        "full": pipeline.save_pretrained,
+        "full": lambda place: write_pipeline(pipeline, place),
     }
     with whole_folder(folder) as place:
         writers[config.method](place)

@@ -8,8 +8,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from wadi.backbones.saving import write_pipeline
 from wadi.files import whole_folder, write_whole
-from wadi.io.records import read_json
 from wadi.zoo.concepts import COLOURS, CONCEPTS, STYLES
 from wadi.zoo.icons import Sprites
 from wadi.zoo.prompts import eval_prompts, training_prompts
@@ -23,18 +23,10 @@ def export_pipeline(pipe: Any, folder: Path) -> int:
     for part in (half.vae, half.text_encoder, half.unet):
         part.half()
     with whole_folder(folder) as temporary:
-        half.save_pretrained(temporary, safe_serialization=True)
-        _ask_for_float32(temporary / "text_encoder" / "config.json")
+        write_pipeline(half, temporary)
         # transformers 4's CLIPTokenizer reads vocab.json and merges.txt, transformers 5's tokenizer.json.
         half.tokenizer.backend_tokenizer.model.save(str(temporary / "tokenizer"))
     return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-
-
-def _ask_for_float32(path: Path) -> None:
-    # transformers 5 loads in the dtype the configuration names, diffusers in float32: a plain load must not mix them.
-    config = read_json(path, dict[str, Any], "Config")
-    config["dtype"] = "float32"
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def export_student(run: Path, folder: Path) -> Path:
