@@ -108,6 +108,7 @@ def _exact(config: LoRaDConfig, model: nn.Module) -> LoRaDConfig:
                     "must match the whole name of a Linear or Conv2d layer: see print(network)."
                 )
             setattr(exact, setting, "|".join(map(re.escape, found)) if found else None)
+            names = found if setting == "target_modules" else sorted(set(names) - set(found))
     if config.rank_pattern:
         ranks: dict[str, int] = {}
         for pattern, rank in reversed(config.rank_pattern.items()):  # of several that match, the first counts
