@@ -18,12 +18,14 @@ from torch import nn
 from wadi import adapters
 from wadi.backbones import Backbone, family
 from wadi.backbones.base import Outline
-from wadi.backbones.loading import build_network, pipeline_index, read_config
+from wadi.backbones.failures import first_line
+from wadi.backbones.loading import build_network, check_config, pipeline_index, read_config
 from wadi.backbones.schedulers import make_scheduler
 from wadi.config import DistillConfig
 from wadi.embedded import resolve_teacher
 from wadi.errors import WadiError
-from wadi.io.records import read_json
+from wadi.io.records import read_json, shortened
+from wadi.pretrained import quiet
 from wadi.rehearsal import peak_bytes
 from wadi.train import attach_roles, student_timestep
 
@@ -117,31 +119,71 @@ def architecture_of(teacher: str) -> Architecture:
     path = resolve_teacher(teacher)
     index = pipeline_index(path)
     backbone = family(str(index.get("_class_name")))
-    vae = read_config(path, "vae")
-    levels = vae.get("block_out_channels") or vae["encoder_block_out_channels"]
-    others = {name for name, value in index.items() if isinstance(value, (list, tuple)) and re.match(r"text_encoder|vae", name)}
-    counts = {name: _count(path, name, index[name]) for name in sorted(others) if index[name][0] is not None}
+    names = sorted(name for name in index if re.match(r"text_encoder|vae", name))
+    parts = {name: part for name in names if (part := _part(teacher, name, index[name])) is not None}
     return Architecture(
         model=teacher,
         pipeline=str(index["_class_name"]),
-        vae_scale_factor=2 ** (len(levels) - 1),
+        vae_scale_factor=2 ** (_levels(teacher, read_config(path, "vae")) - 1),
         network=read_config(path, backbone.component),
         scheduler=read_config(path, "scheduler"),
-        other_parameters=counts,
+        other_parameters={name: _count(path, name, part) for name, part in parts.items()},
     )
 
 
-def _count(path: str, component: str, place: tuple[str, str]) -> int:
-    """Parameters of a text encoder or autoencoder, built from its config on the meta device."""
-    library, name = place
-    with torch.device("meta"):
-        if library == "diffusers":
-            model = build_network({**read_config(path, component), "_class_name": name})
-        else:
-            import transformers
+def _part(teacher: str, name: str, value: Any) -> tuple[str, str] | None:
+    """``(library, class)`` of a component as ``model_index.json`` names it; None if the pipeline has none, or for a setting.
 
-            model_class = getattr(transformers, name)
-            model = model_class(model_class.config_class(**read_config(path, component)))
+    Raises:
+        WadiError: if it is something else.
+    """
+    if not isinstance(value, (list, tuple)) or (len(value) == 2 and value[0] is None):
+        return None
+    if len(value) == 2 and all(isinstance(word, str) for word in value):
+        return value[0], value[1]
+    raise WadiError(
+        f"model_index.json of {teacher!r} has {shortened(value)} under {name!r}. It must name a library and a class."
+    )
+
+
+def _levels(teacher: str, vae: dict[str, Any]) -> int:
+    """Resolutions within an autoencoder, each half the one before."""
+    widths = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
+    if not isinstance(widths, list) or not 1 <= len(widths) <= 16:
+        raise WadiError(
+            f"The config of the vae of {teacher!r} has {shortened(widths)} under 'block_out_channels'. It must list one to 16 "
+            "widths: restore the file."
+        )
+    return len(widths)
+
+
+def _count(path: str, component: str, place: tuple[str, str]) -> int:
+    """Parameters of a text encoder or autoencoder, built from its config on the meta device.
+
+    Raises:
+        WadiError: if its library has no such class, or the class does not take the config.
+    """
+    library, name = place
+    config = read_config(path, component)
+    if library == "diffusers":
+        with torch.device("meta"):
+            model: Any = build_network({**config, "_class_name": name})
+    else:
+        import transformers
+
+        check_config(config, f"The config of {component}")
+        model_class = getattr(transformers, name, None)
+        if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+            raise WadiError(f"model_index.json of {path!r} names {name!r} for {component}. It must be a model of transformers.")
+        try:
+            with torch.device("meta"), quiet():
+                config_class: Any = model_class.config_class
+                model = model_class(config_class(**config))
+        except Exception as error:  # each class has its own way to refuse a setting
+            raise WadiError(
+                f"The {component} of {path!r} cannot be built from its config: {type(error).__name__}: {first_line(error)}. "
+                "Compare its config.json with that of the original model."
+            ) from error
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -152,7 +194,7 @@ def outline(found: Architecture, config: DistillConfig) -> Backbone:
         WadiError: if targets match nothing, or the resolution is one that the model cannot draw.
     """
     backbone_class = family(found.pipeline)
-    with torch.device("meta"):
+    with torch.device("meta"), quiet():  # casting a network without any module to keep in float32 is remarked on
         network = build_network(found.network).to(getattr(torch, config.dtype))
     stand_in = Outline(
         pipeline_class=found.pipeline,

@@ -1,6 +1,7 @@
 """`wadi plan`: what it says is what a run does."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -153,3 +154,86 @@ def test_what_settings_change_of_the_memory(folder_of):
 def test_the_command_of_the_readme(capsys):
     assert main(["plan", "--preset", "sd15", "--student.rank", "128", "--batch", "1"]) == 0
     assert "rank 128, 182 layers, 41,897,984 trainable" in capsys.readouterr().out
+
+
+def schedule(start, end, scaled=True):
+    """``sigma / alpha`` of a schedule of 1000 betas at its last timestep, computed apart from the package."""
+    kept = 1.0
+    for i in range(1000):
+        share = i / 999
+        beta = (start**0.5 + share * (end**0.5 - start**0.5)) ** 2 if scaled else start + share * (end - start)
+        kept *= 1 - beta
+    return ((1 - kept) / kept) ** 0.5
+
+
+def test_amplification_is_that_of_known_schedules(folder_of):
+    small = replace(CONFIG, batch=1)
+    found = plan.architecture_of(str(folder_of("sd1")))
+    sd = found.scheduler | {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "num_train_timesteps": 1000,
+    }
+    assert plan.plan(small, replace(found, scheduler=sd)).amplification == pytest.approx(14.6, abs=0.05)
+    assert plan.plan(small, replace(found, scheduler=sd)).amplification == pytest.approx(schedule(0.00085, 0.012), rel=1e-3)
+    linear = sd | {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+    assert plan.plan(small, replace(found, scheduler=linear)).amplification == pytest.approx(
+        schedule(0.0001, 0.02, scaled=False), rel=1e-2
+    )
+    velocity = sd | {"prediction_type": "v_prediction"}
+    kept = 1 / (1 + schedule(0.00085, 0.012) ** 2)
+    assert plan.plan(small, replace(found, scheduler=velocity)).amplification == pytest.approx((1 - kept) ** 0.5, rel=1e-4)
+    assert plan.plan(replace(small, resolution=small_pipelines.RESOLUTIONS.get("sd3")),
+                     plan.architecture_of(str(folder_of("sd3")))).amplification == 1.0  # fmt: skip
+
+
+def test_bytes_and_images_are_those_of_the_settings(folder_of):
+    found = plan.architecture_of(str(folder_of("sd1")))
+    wide = plan.plan(replace(CONFIG, batch=2, accumulate=3), found, processes=5)
+    narrow = plan.plan(replace(CONFIG, batch=2, accumulate=3, dtype="bfloat16"), found, processes=5)
+    assert (wide.images, narrow.images, wide.batch, wide.processes) == (30, 30, 2, 5)
+    encoders = sum(found.other_parameters.values())
+    assert wide.memory["plain"].network == 4 * wide.parameters
+    assert narrow.memory["plain"].network == 2 * narrow.parameters == 2 * wide.parameters
+    assert (wide.memory["plain"].encoders, narrow.memory["plain"].encoders) == (4 * encoders, 2 * encoders)
+    trained = wide.student.parameters + wide.fake.parameters
+    for planned in (wide, narrow):  # angles are float32 always, and so are their gradients and two moments
+        memory = planned.memory["plain"]
+        assert (memory.angles, memory.optimizer, memory.gradients) == (4 * trained, 8 * trained, 4 * wide.student.parameters)
+
+
+ABSURD = [
+    ("unet/config.json", "block_out_channels", (None, [], [0, 0], [10**9, 10**9], "x", -1)),
+    ("unet/config.json", "attention_head_dim", (None, 0)),
+    ("unet/config.json", "in_channels", (10**12,)),
+    ("unet/config.json", "sample_size", (None, -1, [16], "x", 10**9)),
+    ("unet/config.json", "layers_per_block", (10**6,)),
+    ("vae/config.json", "block_out_channels", (None, [], 5)),
+    ("scheduler/scheduler_config.json", "num_train_timesteps", (None, 0, -1, "x", 10**12)),
+    ("scheduler/scheduler_config.json", "beta_end", (None, "x")),
+    ("model_index.json", "text_encoder", (["transformers", None], ["transformers", "os"], ["a"], [1, 2])),
+    ("model_index.json", "vae", (["diffusers", "AutoencoderKL", "x"],)),
+    ("text_encoder/config.json", "hidden_size", (None, "x")),
+    ("text_encoder/config.json", "num_hidden_layers", (10**7,)),
+]
+
+
+@pytest.mark.parametrize(("file", "key", "value"), [(f, k, v) for f, k, values in ABSURD for v in values])
+def test_null_and_absurd_values_in_configs_are_bad_input(file, key, value, folder_of, tmp_path, capsys):
+    folder = tmp_path / "teacher"
+    shutil.copytree(folder_of("sd1"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(config | {key: value}))
+    code = main(["plan", "--teacher", str(folder), "--student.rank=2", "--fake.rank=1"])
+    told = capsys.readouterr()
+    assert code == 2, told.err
+    assert told.out == ""
+    assert len(told.err.splitlines()) == 1, told.err
+
+
+def test_the_plan_is_all_that_is_printed(folder_of, capfd):
+    assert main(["plan", "--teacher", str(folder_of("sd1")), "--student.rank=2", "--fake.rank=1"]) == 0
+    told = capfd.readouterr()
+    assert "float32: []" not in told.out + told.err
+    assert told.err == ""

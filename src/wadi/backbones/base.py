@@ -123,7 +123,12 @@ class Backbone(ABC):
     @staticmethod
     def native_resolution(config: Any, scale: int) -> tuple[int, int]:
         """``(height, width)`` in pixels that a network of this ``config`` was made for."""
-        size = config.sample_size
+        size = config.get("sample_size")
+        sides = (size, size) if isinstance(size, int) else tuple(size or ())
+        if len(sides) != 2 or not all(isinstance(side, int) and 1 <= side <= 65_536 for side in sides):
+            raise WadiError(
+                f"The network's config has {size!r} under 'sample_size'. It must be one or two whole numbers from 1 to 65,536."
+            )
         height, width = (size, size) if isinstance(size, int) else size
         return height * scale, width * scale
 

@@ -11,8 +11,10 @@ import math
 from typing import Any
 
 from wadi.errors import WadiError
+from wadi.io.records import shortened
 from wadi.process import Process
 
+LONGEST = 100_000  # timesteps; models have 1000
 # Schedulers of models that were made for a few steps: they have no score at other timesteps.
 DISTILLED = ("LCMScheduler", "TCDScheduler", "SCMScheduler", "FlowMatchLCMScheduler", "CMStochasticIterativeScheduler")
 
@@ -26,14 +28,26 @@ def make_scheduler(config: dict[str, Any]) -> Any:
     """A scheduler from the config it was saved with.
 
     Raises:
-        WadiError: if diffusers has no such class.
+        WadiError: if diffusers has no such class, or it does not take these settings.
     """
     import diffusers
 
     name = str(config.get("_class_name"))
     if not hasattr(diffusers, name):
         raise WadiError(f"The teacher's scheduler is {name}, which diffusers has not. Expected one of its schedulers.")
-    return getattr(diffusers, name).from_config(config)
+    length = config.get("num_train_timesteps", 1000)
+    if not isinstance(length, int) or not 1 <= length <= LONGEST:
+        raise WadiError(
+            f"The teacher's scheduler has num_train_timesteps: {shortened(length)}. Give a whole number from 1 to {LONGEST:,} "
+            "in scheduler_config.json."
+        )
+    try:
+        return getattr(diffusers, name).from_config(config)
+    except Exception as error:  # each class has its own way to refuse a setting
+        raise WadiError(
+            f"A {name} cannot be built from its config: {type(error).__name__}: {str(error)[:200]}. Compare "
+            "scheduler_config.json with that of the original model."
+        ) from error
 
 
 def sampler(scheduler: Any, image_tokens: int) -> Any:
