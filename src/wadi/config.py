@@ -106,7 +106,8 @@ class DistillConfig:
     """Everything a run can be repeated from.
 
     Args:
-        teacher: diffusers pipeline folder, Hub id, or 'zoo' for the embedded teacher.
+        teacher: diffusers pipeline folder, Hub id, or 'zoo' for the embedded teacher; '?variant=fp16' behind it chooses a copy
+            of the weights.
         prompts: file of prompts (.txt, .jsonl, .csv, .parquet), a pattern of such ('data/*.jsonl'), a data set by name
             ('hf://OWNER/NAME?split=train'), a folder that `wadi embed` wrote, or 'zoo' for the embedded teacher's captions.
         prompts_field: of files and data sets with fields, the one that holds the prompt (dotted if nested); null = the first of

@@ -203,12 +203,12 @@ def _fill(
 
 def _timestep(teacher: str, student: str) -> int:
     """Where a student's own scheduler starts its one step, if it is one of `wadi export`; else the teacher's last."""
-    for path in (student, teacher):
+    for own, path in ((True, student), (False, teacher)):
         if Path(path).is_file():
             continue
         config: Mapping[str, Any] = read_config(resolve_teacher(path), "scheduler")
         last = int(config["num_train_timesteps"])
-        if path == student and not config.get("trained_betas") and config.get("sigma_max") is None:
+        if own and not config.get("trained_betas") and config.get("sigma_max") is None:
             continue
         if config.get("sigma_max") is not None:
             return round(config["sigma_max"] * last)

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from wadi.backbones import from_pipeline, load_pipeline
 from wadi.cli import main
 from wadi.downstream import steps
 from wadi.errors import WadiError
-from wadi.extract import angles_between, extract, factors, measure
+from wadi.extract import Extraction, LayerChange, angles_between, extract, factors, measure
 from wadi.lorad import LoRaDConfig
 from wadi.lorad.rotation import rotate
 
@@ -238,3 +239,63 @@ def test_what_does_not_fit_the_base_is_one_line(released, folder_of, tmp_path):
     with pytest.raises(WadiError, match=r"nothing\.safetensors"):
         import_authors(tmp_path / "nothing.safetensors", str(base), out)
     assert not out.exists()
+
+
+# --- laws of the extraction, by independent formulas ------------------------------------------------------------------------
+
+
+def test_both_factors_have_the_same_share_of_each_singular_value():
+    theta = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    A, B = factors(theta, 5)
+    values = torch.linalg.svdvals(theta).sqrt().float()
+    torch.testing.assert_close(A.norm(dim=0), values, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(B.norm(dim=1), values, rtol=1e-5, atol=1e-6)
+
+
+def test_a_layers_changes_are_means_over_rows_whatever_their_length():
+    """Rows ten times longer count as much as the others; all but ``change`` is written again row by row."""
+    W = torch.tensor([[3.0, 4.0, 0.0, 0.0], [30.0, 40.0, 0.0, 0.0]])
+    S = torch.tensor([[4.0, -3.0, 0.0, 0.0], [60.0, 80.0, 0.0, 0.0]])  # a quarter turn; twice as long
+    A, B = factors(angles_between(W, S), 2)
+    found = measure("layer", W, S, A, B)
+    assert found.norm_change == pytest.approx((0 + 1) / 2)
+    assert found.direction_change == pytest.approx((1 + 0) / 2)
+    assert found.angle_rms == pytest.approx(math.sqrt((math.pi / 2) ** 2 / 4))
+    assert found.change == pytest.approx(math.sqrt((50 + 2500) / (25 + 2500)))
+    assert found.rotation == pytest.approx(50 / 2550)
+    assert found.kept == pytest.approx(50 / 2550, rel=1e-5)
+
+
+def test_shares_of_the_whole_are_weighted_by_the_squared_change_of_each_layer():
+    def layer(change, rotation, kept):
+        return LayerChange("layer", 0.0, 0.0, 0.0, change, rotation, kept)
+
+    found = Extraction(4, 999, [layer(0.1, 1.0, 0.5), layer(0.3, 0.2, 0.1)], [])
+    assert found.rotation == pytest.approx((0.01 * 1.0 + 0.09 * 0.2) / 0.1)
+    assert found.kept == pytest.approx((0.01 * 0.5 + 0.09 * 0.1) / 0.1)
+    assert Extraction(4, 999, [layer(0.0, 1.0, 1.0)], []).kept == 1
+
+
+@pytest.mark.parametrize(("sigma", "timestep"), [(0.7, 700), (1.0, 1000)])
+def test_the_timestep_of_a_flow_student_is_where_its_sigmas_begin(folder_of, tmp_path, sigma, timestep):
+    teacher = folder_of("sd3")
+    student = shutil.copytree(teacher, tmp_path / "student")
+    config = student / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "sigma_max": sigma}))
+    assert extract(str(teacher), str(student), 2, tmp_path / "out").timestep == timestep
+    assert extract(str(teacher), str(teacher), 2, tmp_path / "plain").timestep == 1000
+    file = student / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert extract(str(teacher), str(file), 2, tmp_path / "file").timestep == 1000
+
+
+@pytest.mark.parametrize("whose", ["teacher", "student"])
+def test_weights_that_are_not_finite_are_named(folder_of, tmp_path, whose):
+    folders = {name: shutil.copytree(folder_of("sd1"), tmp_path / name) for name in ("teacher", "student")}
+    file = folders[whose] / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(WadiError, match=f"{whose}.*{name}"):
+        extract(*map(str, folders.values()), 2, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -204,3 +204,26 @@ def test_null_and_absurd_settings_are_one_line(copied, file, values):
         from_pipeline(load_pipeline(folder))
     assert len(str(refused.value)) < 1000
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."),
+        MemoryError(),
+        OSError(12, "Cannot allocate memory"),
+    ],
+)
+def test_memory_that_runs_out_is_said_to_be_that_with_what_would_fit(folder_of, monkeypatch, error):
+    from wadi.backbones import loading
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(loading, "load_complete", fail)
+    with pytest.raises(WadiError) as refused:
+        load_pipeline(folder_of("sd1"))
+    assert "emory" in str(refused.value)
+    assert "bfloat16" in str(refused.value)
+    assert "damaged" not in str(refused.value)
