@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from wadi.bounds import COUNT, GUIDANCE, ROUNDS, SCALE, STEPS, Whole
 from wadi.errors import WadiError
+from wadi.io.regular import read_text
 
 if TYPE_CHECKING:
     from wadi.downstream.control_eval import Judge, Trial, Way
@@ -38,8 +39,10 @@ def _condition(argv: Sequence[str], parse: Callable[..., Any], parser: Any) -> i
     parser.add_argument("--out", type=str, default="condition.png", help="PNG to write")
     args = parse(parser, argv)
     from wadi.downstream.conditions import condition, fitted, read_picture
+    from wadi.files import check_writable
     from wadi.images import save_png
 
+    check_writable(args.out, (".png",))
     picture = read_picture(args.picture)
     if args.size is not None:
         picture = fitted(picture, _size(args.size))
@@ -76,7 +79,9 @@ def _train(argv: Sequence[str], parse: Callable[..., Any], parser: Any) -> int:
     from wadi.downstream.control import load_control
     from wadi.downstream.control_train import train
     from wadi.embedded import resolve_prompts, resolve_teacher
+    from wadi.files import check_writable
 
+    check_writable(config.out, folder=True)
     keep_freed_memory()
     device = find_device(options["device"])
     start = None if options["start"] is None else load_control(options["start"]).to(device).float()
@@ -140,6 +145,23 @@ def _eval(argv: Sequence[str], parse: Callable[..., Any], parser: Any) -> int:
     if args.picture is not None:
         _picture(ways, trials[0], Path(args.picture))
     return 0
+
+
+def _check_outputs(args: Any) -> None:
+    """Raise `WadiError` for strengths out of range and files that cannot be written, before anything is loaded."""
+    from wadi.downstream.control import STRONGEST
+    from wadi.files import check_writable
+
+    for strength in args.strengths:
+        if not 0 <= strength <= STRONGEST:
+            raise WadiError(f"--strengths has {strength}. Expected numbers from 0 to {STRONGEST:g}.")
+    if args.json is not None:
+        check_writable(args.json)
+    if args.picture is not None:
+        check_writable(args.picture, (".png",))
+    if args.page is not None:
+        _split_page(Path(args.page))
+        check_writable(args.page)
 
 
 def _ways_and_trials(args: Any) -> tuple[dict[str, Way], list[Trial], str]:
@@ -210,12 +232,21 @@ def _picture(ways: dict[str, Way], trial: Trial, path: Path) -> None:
 BEGIN, END = "<!-- table: wadi control eval -->", "<!-- /table -->"
 
 
+def _split_page(page: Path) -> tuple[str, str]:
+    """The text of a page before and after its table.
+
+    Raises:
+        WadiError: if it has no place for one.
+    """
+    old = read_text(page, what="Page") if page.is_file() else ""
+    before, _, rest = old.partition(BEGIN)
+    if BEGIN not in old or END not in rest:
+        raise WadiError(f"{str(page)!r} has no place for the table. Expected the lines {BEGIN!r} and {END!r} in it.")
+    return before, rest.partition(END)[2]
+
+
 def _replace_table(page: Path, text: str) -> None:
     from wadi.files import write_whole
-    from wadi.io.regular import read_text
 
-    old = read_text(page) if page.is_file() else ""
-    if BEGIN not in old or END not in old.partition(BEGIN)[2]:
-        raise WadiError(f"{str(page)!r} has no place for the table. Expected the lines {BEGIN!r} and {END!r} in it.")
-    before, _, rest = old.partition(BEGIN)
-    write_whole(page, f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}".encode())
+    before, after = _split_page(page)
+    write_whole(page, f"{before}{BEGIN}\n{text}\n{END}{after}".encode())

@@ -346,10 +346,21 @@ def test_a_condition_by_command(tmp_path, capsys):
         (["condition", "missing.png", "--size", "12"], "does not exist"),
         (["train", "--steps", "0"], "steps is 0"),
         (["train", "--start", "./nowhere"], "does not exist"),
-        (["eval", "--sets", "0"], "at least 1"),
+        (["eval", "--sets", "0"], "--sets"),
+        (["eval", "--count", "1"], "--count is 1"),
+        (["eval", "--strengths", "nan"], "nan"),
+        (["eval", "--strengths", "1", "2.5"], "2.5"),
+        (["eval", "--guidance_scale", "inf"], "guidance_scale"),
+        (["eval", "--json", "/proc/none/x.json"], "/proc/none/x.json"),
+        (["eval", "--picture", "x.jpg"], "x.jpg"),
+        (["eval", "--page", "/nowhere.md"], "/nowhere.md"),
+        (["condition", "missing.png", "--out", "x.jpg"], "x.jpg"),
+        (["train", "--out", "/proc/none"], "/proc/none"),
+        (["train", "--guidance_scale", ".nan"], "guidance_scale"),
     ],
 )
 def test_bad_command_lines_end_in_one_line(line, says, capsys):
+    """Before anything is loaded or generated."""
     assert main(["control", *line]) == 2
     error = capsys.readouterr().err
     assert says in error

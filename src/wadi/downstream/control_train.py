@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wadi.backbones import Backbone, Condition, from_pipeline
+from wadi.backbones import Backbone, Condition, autoencoder, from_pipeline
 from wadi.backbones.digest import loaded_digest
 from wadi.checkpoint import fingerprint
 from wadi.downstream.conditions import soft_edges
@@ -112,10 +112,10 @@ def student_x0(
 
 def edge_loss(backbone: Backbone, x0: Tensor, target: Tensor) -> Tensor:
     """Mean absolute difference of the soft edge maps of two batches of latents, decoded."""
-    decode = inspect.unwrap(type(backbone).decode)  # as the backbone decodes, without its no_grad
+    decode, vae = inspect.unwrap(autoencoder.decode), backbone.pipeline.vae  # as the backbone decodes, without its no_grad
     with torch.no_grad():
-        wanted = soft_edges(decode(backbone, target))
-    return (soft_edges(decode(backbone, x0)) - wanted).abs().mean()
+        wanted = soft_edges(decode(vae, target))
+    return (soft_edges(decode(vae, x0)) - wanted).abs().mean()
 
 
 def student_timestep(pipeline: Any) -> int:
