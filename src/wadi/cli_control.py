@@ -129,6 +129,7 @@ def _eval(argv: Sequence[str], parse: Callable[..., Any], parser: Any) -> int:
     parser.add_argument("--picture", type=str, default=None, help="PNG to write: conditions and what became of them")
     parser.add_argument("--page", type=str, default=None, help="Markdown file whose table is to be replaced by this one")
     args = parse(parser, argv)
+    _check_outputs(args)
     from wadi.device import keep_freed_memory
     from wadi.downstream import control_eval
     from wadi.files import write_whole
