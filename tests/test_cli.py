@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -272,6 +273,17 @@ def test_numbers_out_of_bounds_are_refused_before_anything_is_loaded(argv, refus
     assert option.rpartition(".")[2] in line
     assert len(line) < 1000
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"batch": 65536, "resolution": "[65536, 65536]"}, {"warm_start.pairs": 10_000_000, "resolution": "[4096, 4096]"}],
+)
+def test_sizes_that_cannot_fit_are_refused_with_their_bytes(changes, sd_folder, prompts_path, tmp_path, refused):
+    line = refused(*short(sd_folder, prompts_path, tmp_path / "run", **changes))
+    assert next(iter(changes)) in line
+    assert int(re.search(r"([\d,]+) bytes", line)[1].replace(",", "")) > 2**40
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,30 @@ def find_device(name: str | None) -> torch.device:
 
 # --- memory -----------------------------------------------------------------------------------------------------------------
 
+
+def refuse_larger(size: int, device: torch.device, what: str, remedy: str) -> None:
+    """Raise `WadiError` if ``size`` bytes cannot fit into all the memory of ``device``; call it before they are allocated.
+
+    Args:
+        what: what has that size, at the start of the message.
+        remedy: what to do, at its end.
+    """
+    total = memory_of(device)
+    if total is not None and size > total:
+        has = f"{device.type} has {total / 2**30:,.1f} GiB"
+        raise WadiError(f"{what} would need {size:,} bytes ({size / 2**30:,.1f} GiB), and {has}. {remedy}")
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Return the bytes of memory that ``device`` has in all; None if it does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # a system without sysconf
+        return None
+
+
 _FULL = (
     "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "defaultcpuallocator",
     "cublas_status_alloc_failed",

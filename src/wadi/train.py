@@ -15,6 +15,7 @@ network's own arithmetic is float32. Several processes share a step's images (ra
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ from wadi.checkpoint import TrainState
 from wadi.config import DistillConfig, FakeConfig, StudentConfig
 from wadi.data.embeddings import Embeddings
 from wadi.data.prompts import PromptOrder
-from wadi.device import explained_when_full, find_device, keep_freed_memory
+from wadi.device import explained_when_full, find_device, keep_freed_memory, refuse_larger
 from wadi.draws import Batch, chance, draw, gaussian_like, images_per_step, replace_rows, timesteps, warm_start_pairs
 from wadi.embed import Conditions, conditions_of, free_encoders, open_source
 from wadi.embedded import lasting, resolve_prompts, resolve_teacher
@@ -82,6 +83,7 @@ def distill(config: DistillConfig) -> Path:
     backbone = from_pipeline(teacher_pipeline, config.resolution)
     refuse_distilled(teacher_pipeline, backbone.network)
     network, timestep = backbone.network, student_timestep(backbone, config)
+    refuse_sizes(backbone, config)
     attach_roles(backbone, config)
     state = initial_state(network, config, device)
     state.prompts, state.images = prompts.digest, images_per_step(config, state)
@@ -254,6 +256,17 @@ def distillation_loss(
 
 
 # --- what the loop is made of -----------------------------------------------------------------------------------------------
+
+
+def refuse_sizes(backbone: Backbone, config: DistillConfig) -> None:
+    """Raise `WadiError` if noise and images of a batch in latents, or the warm start's pairs, alone exceed the memory."""
+    height, width = backbone.resolution
+    latent = 4 * math.prod(backbone.latent_shape)
+    batch, pairs = config.batch, config.warm_start.pairs
+    what = f"A batch of {batch} images of {height} x {width}"
+    refuse_larger(2 * batch * latent, backbone.device, what, "Set a smaller --batch or --resolution.")
+    what = f"{pairs:,} pairs of the warm start (warm_start.pairs)"
+    refuse_larger(2 * pairs * latent, torch.device("cpu"), what, "Set a smaller --warm_start.pairs.")
 
 
 def attach_roles(backbone: Backbone, config: DistillConfig) -> None:
