@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from wadi.errors import WadiError
-from wadi.io.records import Finite, Record, convert
+from wadi.io.records import Finite, Record, convert, parse_json
 from wadi.metrics import hub
 from wadi.metrics.checks import Images, as_bytes, rows
 from wadi.pretrained import load_complete
@@ -110,7 +110,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
     """A digest of what decides which tokens a prompt becomes: vocabulary, rules, added and special tokens."""
     about = {"kind": type(tokenizer).__name__, "special": tokenizer.special_tokens_map, "side": tokenizer.padding_side}
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
+    rules = parse_json(backend.to_str(), Any, "The tokenizer") if backend is not None else {"vocabulary": tokenizer.get_vocab()}
     # Padding and truncation are settings of the last call.
     about["rules"] = {name: value for name, value in rules.items() if name not in ("padding", "truncation", "version")}
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
