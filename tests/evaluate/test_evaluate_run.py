@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 
 import numpy as np
 import pytest
@@ -561,3 +562,58 @@ def test_a_result_is_plain_json(real, fake, tmp_path):
     assert set(json.loads((tmp_path / "a.json").read_text())) == {
         "format", "protocol_hash", "command", "rows", "protocol", "environment",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["image", "reference", "prompts", "pairs", "protocol", "out", "table"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_nothing_waits_for_a_pipe_or_reads_a_folder(real, fake, tmp_path, capsys, place, make):
+    """Each file of the command in turn is a pipe, or a folder."""
+    path = tmp_path / "odd.png" if place != "image" else fake / "odd.png"
+    make(path)
+    arguments = {
+        "image": (fake, "--reference", real, "--metrics", "fd"),
+        "reference": (fake, "--reference", path, "--metrics", "fd"),
+        "protocol": (fake, "--reference", real, "--metrics", "fd", "--protocol", path),
+    }.get(place, (fake, "--reference", real, "--metrics", "fd", f"--{place}", path))
+    if place == "image" and make is os.mkdir:  # a folder among the images is entered, whatever its name
+        assert run(*arguments, *QUICK) == 0
+    else:
+        assert "odd.png" in failed(capsys, *arguments, *QUICK)
+
+
+@pytest.mark.parametrize("name", ["pictures.json", "prompts.jsonl"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"[1]", b'{"generator": 3, "prompts": 4, "seeds": []}', b"[" * 100_000, b'{"file": "\xe9"}',
+        b'{"a": ' + b"9" * 5000 + b"}", b"\0",
+    ],
+    ids=["list", "types", "nesting", "latin-1", "digits", "zero"],
+)  # fmt: skip
+def test_hostile_notes_of_generated_images_are_named(fake, tmp_path, capsys, name, data):
+    about = {"generator": {"kind": "student"}, "prompts": {"count": 10, "sha256": "x"}, "seeds": "x"}
+    (fake / "pictures.json").write_text(json.dumps(about))
+    (fake / name).write_bytes(data)
+    weights = f"clip={clip_folder(tmp_path / 'clip')}"
+    capsys.readouterr()
+    assert name in failed(capsys, fake, "--metrics", "clip", "--weights", weights, "--device", "cpu")
+
+
+def test_one_image_is_too_few_or_has_no_spread(tmp_path, capsys):
+    folder = folder_of(tmp_path / "one", 1)
+    assert "at least 2" in failed(capsys, folder, "--reference", folder, "--metrics", "fd", *QUICK)
+    weights = {"clip": str(clip_folder(tmp_path / "clip"))}
+    with pytest.raises(WadiError, match="1 pictures"):
+        Evaluation(["clip"], options(weights=weights), prompts=["a"]).folder_row(folder)
+
+
+def test_rows_at_the_edge_have_numbers_and_no_traceback(real, tmp_path):
+    """Images that are all equal, and exactly as many as the nearest neighbours need."""
+    same = tmp_path / "same"
+    same.mkdir()
+    for i in range(4):
+        noisy(3).save(same / f"{i}.png")
+    metrics = of(["fd", "kd", "pr"], real).folder_row(same).metrics
+    assert all(np.isfinite(number.value) for number in metrics.values())
+    assert all(number.std is None or np.isfinite(number.std) for number in metrics.values())
+    assert metrics["recall"].std is None

@@ -1,5 +1,6 @@
 """The Frechet distance against closed forms, invariances and an independent formula, singular covariances included."""
 
+import os
 from itertools import pairwise
 
 import numpy as np
@@ -122,3 +123,22 @@ def test_bad_input_is_told():
         frechet_distance(good, (torch.zeros(4), torch.eye(3)))
     with pytest.raises(WadiError, match=r"Received features of 3 dimensions. Expected 4"):
         Moments(4).update(good[:, :3])
+
+
+@pytest.mark.parametrize("kind", ["objects", "shapes", "text", "latin", "pipe", "folder", "nan"])
+def test_hostile_statistics_are_named(tmp_path, kind):
+    path = tmp_path / "stats.npz"
+    if kind == "objects":
+        np.savez(path, mu=np.array([{}], dtype=object), sigma=np.eye(1))
+    elif kind == "shapes":
+        np.savez(path, mu=np.ones(3), sigma=np.ones((2, 2)))
+    elif kind == "text":
+        np.savez(path, mu=np.array(["a"]), sigma=np.eye(1))
+    elif kind == "nan":
+        np.savez(path, mu=np.array([np.nan]), sigma=np.eye(1))
+    elif kind == "latin":
+        path.write_bytes(b"\xe9" * 100)
+    else:
+        os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    with pytest.raises(WadiError, match=r"stats\.npz"):
+        read_statistics(path)

@@ -1,5 +1,8 @@
 """The kernel distance against its double sum, and what unbiased means."""
 
+import statistics
+
+import numpy as np
 import pytest
 import torch
 
@@ -58,3 +61,18 @@ def test_bad_input_is_told():
         kernel_distance(x, x, 0, 10)
     with pytest.raises(WadiError, match="not finite"):
         kernel_distance(x * torch.inf, x, 1, 10)
+
+
+def test_the_deviation_is_that_of_the_subsets():
+    """Drawn again here as torch-fidelity draws them: first the one set, then the other; divisor: the number of subsets."""
+    x, y = features(30, 4, 1), features(25, 4, 2, 0.4)
+    random = np.random.RandomState(3)
+    values = []
+    for _ in range(7):
+        one, two = random.choice(30, 10, replace=False), random.choice(25, 10, replace=False)
+        values.append(mmd2(x[one], y[two]))
+    found = kernel_distance(x, y, subsets=7, subset_size=10, seed=3)
+    assert found.value == pytest.approx(statistics.fmean(values))
+    assert found.std == pytest.approx(statistics.pstdev(values))
+    assert found.std != pytest.approx(statistics.stdev(values), rel=0.01)
+    assert found.spread < found.std  # of their mean, not of one of them

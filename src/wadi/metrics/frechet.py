@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from wadi.errors import WadiError
+from wadi.io.regular import open_regular
 from wadi.metrics.checks import rows
 from wadi.metrics.spread import of_influence
 
@@ -207,18 +208,27 @@ def read_statistics(path: Path) -> Statistics:
     """Mean and covariance from an ``.npz`` with ``mu`` and ``sigma``, the form in which reference statistics are published.
 
     Raises:
-        WadiError: if the file is none, or lacks one of the two.
+        WadiError: if it is no such file, or the two do not fit or are not finite.
     """
+    import zipfile
+
     import numpy as np
 
     try:
-        with np.load(path, allow_pickle=False) as held:
-            return torch.from_numpy(held["mu"]).double(), torch.from_numpy(held["sigma"]).double()
-    except (OSError, ValueError, KeyError) as error:
+        with open_regular(path, what="Statistics") as stream, np.load(stream, allow_pickle=False) as held:
+            mean, cov = (torch.from_numpy(np.asarray(held[name], dtype=np.float64)) for name in ("mu", "sigma"))
+        if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+            raise ValueError(f"shapes {tuple(mean.shape)} and {tuple(cov.shape)}")
+        if not (mean.isfinite().all() and cov.isfinite().all()):
+            raise ValueError("values that are not finite")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+        if isinstance(error, WadiError):
+            raise
         raise WadiError(
-            f"{str(path)!r} holds no reference statistics ({error}). Expected an .npz file with arrays 'mu' (d,) and "
-            "'sigma' (d, d)."
+            f"{str(path)!r} does not contain reference statistics ({error}). It must be an .npz file with the arrays 'mu' (d,) "
+            "and 'sigma' (d, d)."
         ) from error
+    return mean, cov
 
 
 def write_statistics(path: Path, statistics: Statistics) -> None:
