@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -179,6 +178,8 @@ def native_resolution(path: str) -> tuple[int, int] | None:
     Raises:
         WadiError: if no family serves the pipeline, or it lacks a config.
     """
+    from diffusers.configuration_utils import FrozenDict
+
     index, served = pipeline_index(path), _family_of(path)
     if stored := index.get(RESOLUTION):
         return stored[0], stored[1]
@@ -190,7 +191,7 @@ def native_resolution(path: str) -> tuple[int, int] | None:
     if served.scale is not Backbone.scale or len(channels) != 1 or not isinstance(channels[0], list):
         return None
     try:
-        config = SimpleNamespace(**read_config(path, served.component))
+        config = FrozenDict(read_config(path, served.component))
         return served.native_resolution(config, 2 ** (len(channels[0]) - 1))  # as every pipeline of diffusers computes it
     except (AttributeError, TypeError, ValueError):
         return None
