@@ -36,6 +36,7 @@ RANKS = (
         "cli_generate",
         "cli_analysis",
         "cli_invert",
+        "cli_quiet",
         "app",
         "__main__",
     },

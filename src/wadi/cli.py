@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from wadi.bounds import PROCESSES, RANK, TIMESTEP, Whole
 from wadi.cli_guard import BAD_INPUT, LONGEST, forgiving_output, guard, refuse_undecodable, split_debug
+from wadi.cli_quiet import quiet_libraries
 from wadi.errors import WadiError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     forgiving_output()
+    quiet_libraries()
     refuse_undecodable(arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview())

@@ -71,6 +71,22 @@ def test_a_whole_factor_is_the_layer_on_each_sub_grid(down, across):
             assert torch.allclose(y[..., i::down, j::across], layer(x[..., i::down, j::across]), atol=1e-12)
 
 
+@pytest.mark.parametrize("dilation", [(2, 2), (1, 3), (3, 2)])
+@pytest.mark.parametrize(("down", "across"), [(2, 2), (1, 3)])
+def test_a_layer_with_a_dilation_of_its_own_is_dilated_further(dilation, down, across):
+    """Its own dilation and the factor multiply, against the convolution written out: on each sub-grid, and as a whole."""
+    layer, x = conv(padding=dilation), field(8 * down, 8 * across)
+    layer.dilation = dilation
+    y = redilated_conv(x, layer, (down, across))
+    for i in range(down):
+        for j in range(across):
+            wanted = F.conv2d(x[..., i::down, j::across], layer.weight, layer.bias, 1, dilation, dilation)
+            assert torch.allclose(y[..., i::down, j::across], wanted, atol=1e-12)
+    further = (dilation[0] * down, dilation[1] * across)
+    assert torch.allclose(y, F.conv2d(x, layer.weight, layer.bias, 1, further, further), atol=1e-12)
+    assert redilated_conv(x, layer, (1.5 * down, 1.0 * across)).shape == layer(x).shape
+
+
 @pytest.mark.parametrize("factor", [(1.5, 1.5), (2.5, 1.25), (2.0, 3.5), (4.0, 1.0)])
 def test_a_fractional_factor_sees_on_an_enlarged_field_what_the_layer_saw(factor):
     layer = conv()
