@@ -79,6 +79,10 @@ def test_divergence_and_lost_steps_are_seen():
     assert "times as far apart" in health.warnings(far[0], near + far)[0]
     assert health.warnings({"skipped": 5}, near) == []
     assert "12 of the last steps" in health.warnings({"skipped": 12}, near)[0]
+    # those that were lost before the last hundred steps have had their warning
+    later = [{"teacher_fake_distance_q1": 0.1, "skipped": 12}] * 100
+    assert health.warnings({"skipped": 20}, near + later) == []
+    assert "14 of the last steps" in health.warnings({"skipped": 26}, near + later)[0]
 
 
 def test_peak_memory_is_counted():
@@ -92,6 +96,12 @@ def test_a_fake_model_that_loses_track_is_seen():
     rising = [{"loss_fake": 0.1 + (i > 300) * 0.2} for i in range(400)]
     assert health.warnings({}, falling) == []
     assert "fake.updates" in health.warnings({}, rising)[0]
+
+
+@pytest.mark.parametrize("ratio", [0.61, 1 / 0.61])
+def test_contrast_may_be_off_by_the_same_factor_either_way(ratio):
+    assert health.warnings({"contrast_ratio": ratio}, []) == []
+    assert len(health.warnings({"contrast_ratio": ratio**1.1}, [])) == 1
 
 
 def test_a_healthy_run_is_left_alone():

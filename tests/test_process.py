@@ -67,6 +67,17 @@ def test_alpha_and_sigma_are_the_schedule_in_float32(make):
         assert (sigma[1:] > sigma[:-1]).all()
 
 
+def test_sigma_is_exact_where_hardly_any_noise_is():
+    """At early timesteps ``1 - alpha^2`` in float32 would be off by a part in ten, or zero."""
+    from diffusers import DDIMScheduler
+
+    process = Process.from_scheduler(DDIMScheduler(beta_start=1e-6, beta_end=2e-6, beta_schedule="linear"))
+    t = torch.arange(5)
+    alpha, sigma = process.alpha(t).double(), process.sigma(t).double()
+    torch.testing.assert_close(sigma, (1 - alpha**2).sqrt(), rtol=1e-6, atol=0)
+    assert (sigma > 0).all()
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("t", [1, 250, 999])
 def test_x0_and_eps_agree_with_ddim(kind, t):

@@ -174,6 +174,7 @@ def test_the_sketch_keeps_its_bound(name, shape):
         value, missing = spectrum.energy_at(found, 80)
         assert value <= spectrum.energy_at(truth, 80)[0] + 1e-5
         assert value + missing >= spectrum.energy_at(truth, 80)[0] - 1e-5
+        assert missing == pytest.approx(min(found.missing / found.total, 1 - value))  # a share, as the value is
     if name in ("low rank", "steep"):
         assert found.missing < 1e-4 * truth.total  # where the bound is of use
         torch.testing.assert_close(low / truth.total, true / truth.total, rtol=0, atol=1e-5)

@@ -250,6 +250,17 @@ def test_merge_is_the_forward_and_unmerge_restores(dtype, safe):
         torch.testing.assert_close(layer.get_base_weight(), W, rtol=0, atol=rounding)
 
 
+def test_a_merged_adapter_that_is_switched_off_leaves_the_base_model():
+    base = Toy()
+    x = inputs()
+    expected = base(x)
+    model = adapted(base)
+    model.merge_adapter()
+    assert not torch.allclose(model(x), expected)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), expected)
+
+
 @pytest.mark.filterwarnings("ignore:Already following adapters")
 def test_merging_one_adapter_after_the_other_is_merging_both():
     model = adapted()

@@ -7,6 +7,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from wadi.lorad import LoRaDConfig
+
 SIDE = 48
 W_BYTES = SIDE * SIDE * 4
 
@@ -41,6 +43,15 @@ def test_one_rotated_weight_is_kept_or_nothing_of_its_size(dtype, autocast, of_W
             kept = bytes_kept(lambda layer=layer: layer(x), [x, *layer.parameters()])
         activations = x.numel() * 4  # autocast keeps its copy of x, as for a linear layer
         assert limit * W_BYTES <= kept <= limit * W_BYTES + activations
+
+
+def test_one_adapter_that_recomputes_is_enough():
+    """The rotated weight is that of all active adapters, and it is kept for none or for all."""
+    model = adapted(nn.Sequential(nn.Linear(SIDE, SIDE)), target_modules=["0"], recompute=True)
+    model.add_adapter("other", LoRaDConfig(target_modules=["0"], r=2, recompute=False))
+    model.base_model.set_adapter(["default", "other"])
+    x = inputs(5, SIDE).requires_grad_()
+    assert bytes_kept(lambda: model(x), [x, *model.parameters()]) == 0
 
 
 @pytest.mark.parametrize("recompute", [False, True])
