@@ -10,7 +10,7 @@ import pytest
 
 from wadi import cli, cli_guard
 from wadi.cli import main
-from wadi.errors import WadiError
+from wadi.errors import Interrupted, WadiError
 
 
 @pytest.fixture
@@ -186,3 +186,8 @@ def test_an_interrupt_that_a_destructor_drops_still_ends_the_command(capsys):
     assert time.monotonic() - begun < 10
     assert sys.unraisablehook is hook
     assert capsys.readouterr().err.count("interrupted") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_by_a_signal_says_what_was_saved(number, ending):
+    assert ending(raising(Interrupted(number, "Stopped at step 3."))) == (128 + number, ["wadi: Stopped at step 3."])

@@ -149,7 +149,7 @@ def _distill(argv: Sequence[str]) -> int:
         return 0
     from wadi.device import OutOfMemory
     from wadi.report import write_report
-    from wadi.train import Interrupted, distill
+    from wadi.train import distill
 
     try:
         folder = distill(config)
@@ -157,9 +157,6 @@ def _distill(argv: Sequence[str]) -> int:
         from wadi import fitting
 
         raise WadiError(f"{full} {fitting.advice(config, full.device, int(os.environ.get('WORLD_SIZE', '1')))}") from full
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        return 128 + stopped.signal
     if os.environ.get("RANK", "0") != "0":  # one of several processes; the first one tells
         return 0
     report = write_report(folder)

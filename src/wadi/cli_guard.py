@@ -1,7 +1,8 @@
 """The last resort of the command line: whatever happens, a command ends with one line and an exit code.
 
 2: bad input. 1: an unexpected failure, a library's own included; ``--debug`` (or ``WADI_DEBUG=1``) prints its traceback.
-130: Ctrl-C. 141: the reader of standard output is gone (``| head``).
+130: Ctrl-C. 143, 129: SIGTERM, SIGHUP, after saving, of a command that can be continued. 141: the reader of standard output is
+gone (``| head``).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from wadi.errors import WadiError
+from wadi.errors import Interrupted, WadiError
 
 FAILED, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 LONGEST = 400  # characters of a library's message
@@ -45,6 +46,8 @@ def guard(command: str, act: Callable[[], int], debug: bool = False) -> int:
             interrupts.seen, code = True, INTERRUPTED
         except BrokenPipeError:
             return _broken_pipe()
+        except Interrupted as stopped:
+            return _say(stopped, str(stopped), debug, 128 + stopped.signal)
         except WadiError as error:
             code = _say(error, str(error), debug, BAD_INPUT)
         except Exception as error:

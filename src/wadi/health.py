@@ -42,8 +42,9 @@ def angle_stats(network: nn.Module, role: str) -> dict[str, float]:
         sums.append(torch.stack([magnitude.square().sum(), (magnitude > 1e-3).sum()]))
         largest.append(magnitude.max())
         count += theta.numel()
-    total, highest = torch.stack(sums).double().sum(0), torch.stack(largest).max()
-    square, above, most = torch.cat([total, highest.double()[None]]).tolist()  # one transfer for all layers
+    # one transfer for all layers; float64 on the CPU, as Apple's GPUs have none
+    each = torch.cat([torch.stack(sums), torch.stack(largest).unsqueeze(1)], 1).cpu().double()
+    (square, above), most = each[:, :2].sum(0).tolist(), float(each[:, 2].max())
     return {
         f"{role}_angle_rms": (square / count) ** 0.5,
         f"{role}_angle_max": most,

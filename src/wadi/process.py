@@ -81,9 +81,9 @@ class Process:
         if self.alphas is None:
             sigma = t.float() / self.num_timesteps
             return 1 - sigma, sigma
-        alpha = self.alphas.to(t.device)[t.long()]
-        # 1 - alpha^2 cancels near t = 0: in float64 the table's own rounding is all that is left.
-        return alpha, (1 - alpha.double() ** 2).sqrt().float()
+        # 1 - alpha^2 cancels near t = 0: in float64, which Apple's GPUs lack, the table's own rounding is all that is left.
+        sigmas = (1 - self.alphas.cpu().double() ** 2).sqrt().float()
+        return self.alphas.to(t.device)[t.long()], sigmas.to(t.device)[t.long()]
 
     def alpha(self, t: Tensor) -> Tensor:
         """``alpha_t``, shape ``(B,)``, float32."""

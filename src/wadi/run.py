@@ -20,7 +20,7 @@ from types import FrameType
 from wadi import adapters
 from wadi import config as configs
 from wadi.config import DistillConfig
-from wadi.errors import WadiError
+from wadi.errors import Interrupted, WadiError
 from wadi.files import check_writable, refuse_foreign, remove_folder, sweep, unwritable, write_whole
 from wadi.io.records import Finite, read_json_lines
 from wadi.io.regular import read_bytes, read_text
@@ -232,14 +232,6 @@ def _locked(path: Path) -> list[int]:
         os.close(stream)
 
 
-class Interrupted(Exception):
-    """A signal asked for a stop; everything is saved. ``signal`` is its number."""
-
-    def __init__(self, signal: int, message: str) -> None:
-        super().__init__(message)
-        self.signal = signal
-
-
 class Stopped(Exception):
     """Ends work that a stop makes pointless: the images of a grid, warm-start pairs. Raised by `Stop.check`."""
 
@@ -255,6 +247,10 @@ class Stop:
         """Whether any process received a signal; every process must call it at the same place."""
         self.signal = self.ranks.largest(self.signal or 0) or None
         return self.signal is not None
+
+    def interrupted(self, message: str) -> Interrupted:
+        """The exception with which a command ends after a signal; ``message`` says what was saved."""
+        return Interrupted(self.signal or signal.SIGTERM, message)
 
     def check(self) -> None:
         """Raise `Stopped` if any process received a signal; every process must call it at the same place."""

@@ -36,6 +36,7 @@ from wadi.device import explained_when_full, find_device, keep_freed_memory, ref
 from wadi.draws import Batch, chance, draw, gaussian_like, images_per_step, replace_rows, timesteps, warm_start_pairs
 from wadi.embed import Conditions, conditions_of, free_encoders, open_source
 from wadi.embedded import lasting, resolve_prompts, resolve_teacher
+from wadi.errors import Interrupted as Interrupted
 from wadi.errors import WadiError
 from wadi.images import save_png
 from wadi.objectives.denoise import denoising_loss
@@ -44,7 +45,7 @@ from wadi.objectives.vsd import vsd_gradient, vsd_loss
 from wadi.optimizers import averaged, initial_state, set_learning_rates, update, update_average
 from wadi.progress import console, progress
 from wadi.ranks import Ranks, make_accelerator, shard_frozen
-from wadi.run import Interrupted, Run, Stop, Stopped, stop_on_signals
+from wadi.run import Run, Stop, Stopped, stop_on_signals
 from wadi.sampling import one_step, predict_guided, student_timestep
 
 WHEN_FULL = (

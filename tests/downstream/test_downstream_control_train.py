@@ -1,7 +1,9 @@
 """Training a ControlNet for a frozen teacher or student: losses, resuming, refusals; and the command line around it."""
 
 import json
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from wadi.downstream import control_data, control_train
 from wadi.downstream.control import load_control, with_control
 from wadi.downstream.control_net import controlnet_of, copy_into
 from wadi.downstream.control_train import ControlConfig, edge_loss, noisy_timesteps, rate, student_x0, teacher_loss, train
-from wadi.errors import WadiError
+from wadi.errors import Interrupted, WadiError
 from wadi.sampling import noise
 
 PROMPTS = ["red apple", "blue car", "green tree"]
@@ -81,6 +83,32 @@ def test_the_student_learns_to_put_edges_where_they_belong(tmp_path):
         losses.append(loss.item())
     assert edge_loss(backbone, target, target) == 0
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, 2), (signal.SIGTERM, 3), (signal.SIGHUP, 7)])
+def test_a_signal_saves_at_the_step_it_came_in(number, step, tmp_path, monkeypatch):
+    """The code is 128 and the signal's number, in the last step too; the same command continues bit for bit."""
+    pipe = teacher(tmp_path / "t")
+    whole = weights(train(small(tmp_path / "whole", steps=8, save_every=100), pipe, PROMPTS))
+    original = control_train._Run.loss
+
+    def signalled(self, at):
+        if at == step:
+            os.kill(os.getpid(), number)
+        return original(self, at)
+
+    parts = small(tmp_path / "parts", steps=8, save_every=100)
+    with monkeypatch.context() as patch:
+        patch.setattr(control_train._Run, "loss", signalled)
+        with pytest.raises(Interrupted, match=f"step {step + 1} of 8") as stopped:
+            train(parts, pipe, PROMPTS)
+    assert stopped.value.signal == number
+    assert not (tmp_path / "parts" / "controlnet").exists()
+    counted = []
+    monkeypatch.setattr(control_train._Run, "loss", lambda self, at: counted.append(at) or original(self, at))
+    continued = weights(train(parts, pipe, PROMPTS))
+    assert counted == list(range(step + 1, 8))
+    assert all(torch.equal(continued[key], value) for key, value in whole.items())
 
 
 @pytest.mark.parametrize("against_student", [False, True])

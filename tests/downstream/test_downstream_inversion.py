@@ -1,7 +1,9 @@
 """Relation inversion: one row of the table learns, nothing else changes, and diffusers reads what is written."""
 
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from wadi.downstream import inversion_state as states
 from wadi.downstream.inversion import InversionConfig, add_token, encode, invert_relation, read_token
 from wadi.downstream.inversion_data import Exemplars
 from wadi.downstream.inversion_token import check_new, insert, learning, towers
-from wadi.errors import WadiError
+from wadi.errors import Interrupted, WadiError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
 import small_pipelines
@@ -182,6 +184,28 @@ def test_the_same_command_gives_the_same_token_and_another_seed_another(learned,
     assert torch.equal(load_file(again.path)["<R>"], load_file(learned[0])["<R>"])
     other, _ = learn(sd_folder, exemplars, tmp_path / "other.safetensors", seed=1)
     assert not torch.equal(load_file(other.path)["<R>"], load_file(learned[0])["<R>"])
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_signal_saves_at_the_step_it_came_in(step, learned, sd_folder, exemplars, tmp_path, monkeypatch):
+    """Of four steps; the last one has no state of its own otherwise."""
+    original, calls = inversion._Inversion.step, []
+
+    def signalled(self):
+        calls.append(self.state.step)
+        if self.state.step == step:
+            os.kill(os.getpid(), signal.SIGHUP)
+        return original(self)
+
+    monkeypatch.setattr(inversion._Inversion, "step", signalled)
+    out = tmp_path / "R.safetensors"
+    with pytest.raises(Interrupted, match=f"step {step + 1} of 4") as stopped:
+        learn(sd_folder, exemplars, out)
+    assert stopped.value.signal == signal.SIGHUP
+    monkeypatch.setattr(os, "kill", lambda *arguments: None)
+    found, _ = learn(sd_folder, exemplars, out)
+    assert calls == [0, 1, 2, 3]
+    assert torch.equal(load_file(found.path)["<R>"], load_file(learned[0])["<R>"])
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(learned, sd_folder, exemplars, tmp_path, monkeypatch):

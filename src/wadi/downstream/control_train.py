@@ -43,6 +43,7 @@ from wadi.files import whole_folder, write_whole
 from wadi.io.records import parse_json
 from wadi.objectives.denoise import denoising_loss
 from wadi.progress import progress
+from wadi.run import stop_on_signals
 
 PICTURE_SEED = 1_000_000  # of the first picture to learn from: away from the small seeds that people and tests use
 COUNTS = {"pictures": 1_000_000, "picture_steps": 1000, "steps": 10_000_000, "batch": 65_536, "save_every": 10_000_000}
@@ -301,9 +302,13 @@ class _Run:
         return torch.stack([(a - b).square().mean() for a, b in pairs]).mean()
 
     def loop(self) -> None:
-        """Train to the last step, saving now and then."""
+        """Train to the last step, saving now and then.
+
+        Raises:
+            Interrupted: on SIGINT, SIGTERM or SIGHUP, after saving.
+        """
         config, recent = self.config, 0.0
-        with progress("training the ControlNet", config.steps, self.step) as bar:
+        with stop_on_signals() as stop, progress("training the ControlNet", config.steps, self.step) as bar:
             while self.step < config.steps:
                 for group in self.optimizer.param_groups:
                     group["lr"] = config.lr * rate(self.step, config.steps)
@@ -317,8 +322,10 @@ class _Run:
                 recent = loss.item() if recent == 0 else 0.95 * recent + 0.05 * loss.item()
                 self.step += 1
                 bar.advance({"loss": recent})
-                if self.step % config.save_every == 0 or self.step == config.steps:
+                if stop.agreed() or self.step % config.save_every == 0 or self.step == config.steps:
                     self.save()
+                if stop.signal is not None:
+                    raise stop.interrupted(f"Stopped at step {self.step} of {config.steps}, saved. The same command continues.")
         self.controlnet.eval()
 
     def save(self) -> None:

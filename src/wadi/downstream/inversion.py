@@ -46,6 +46,7 @@ from wadi.downstream.inversion_token import (
 from wadi.errors import WadiError
 from wadi.objectives.denoise import denoising_loss
 from wadi.progress import progress
+from wadi.run import stop_on_signals
 
 __all__ = ["InversionConfig", "Learned", "add_token", "encode", "invert_relation", "read_token"]
 
@@ -259,15 +260,21 @@ class _Inversion:
         return {"denoise": float(denoise.detach()), "steer": float(steer.detach()), "norm": norm}
 
     def run(self, out: Path, job: str) -> None:
-        """All steps that are left."""
+        """All steps that are left.
+
+        Raises:
+            Interrupted: on SIGINT, SIGTERM or SIGHUP, after saving.
+        """
         total = self.config.steps
-        with progress("inverting", total, self.state.step) as bar:
+        with stop_on_signals() as stop, progress("inverting", total, self.state.step) as bar:
             while self.state.step < total:
                 figures = self.step()
                 self.state.stats.append({"step": self.state.step, **figures})
                 bar.advance(figures)
-                if self.state.step % self.config.save_every == 0 and self.state.step < total:
+                if stop.agreed() or (self.state.step % self.config.save_every == 0 and self.state.step < total):
                     states.save(out, self.state, job, self.network)
+                if stop.signal is not None:
+                    raise stop.interrupted(f"Stopped at step {self.state.step} of {total}, saved. The same command continues.")
 
     @torch.no_grad()
     def held(self, rows: Sequence[Tensor]) -> float:
