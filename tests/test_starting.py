@@ -130,13 +130,13 @@ def failing(config, who, how, index):
     from wadi import train
 
     def fail(*arguments):
-        raise WadiError("cannot load") if how == "load" else MemoryError("no room")
+        raise WadiError("cannot load") if how == "load" else RuntimeError("a defect")
 
     if index == who:
         setattr(train, {"load": "load_pipeline", "grid": "save_png"}[how], fail)
     try:
         return distilled(config, index)
-    except MemoryError:
+    except RuntimeError:
         return 3
 
 
