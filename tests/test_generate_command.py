@@ -197,6 +197,7 @@ def nothing_loads(monkeypatch):
         (["--prompts", "TMP/p.txt", "--out", "TMP/mine"], ("mine",)),
         (["--prompts", "TMP/p.txt", "--compare", "--out", "TMP/mine"], ("mine",)),
         (["apple", "--init", "TMP/i.png", "--out", "TMP/i.png"], ("i.png", "--init")),
+        (["apple", "--control", "zoo", "--condition", "TMP/i.png", "--out", "TMP/i.png"], ("i.png", "--condition")),
         (["apple", "--adapter", "x"], ("--run", "--adapter")),
         (["apple", "--teacher_steps", "4"], ("--teacher_steps", "--compare")),
         (["apple", "--guidance_scale", "4"], ("--guidance_scale", "--compare")),
