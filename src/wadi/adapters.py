@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from wadi.errors import WadiError
 from wadi.files import whole_folder
 from wadi.io.records import Count, Record, Side, read_json
-from wadi.pretrained import opened, refuse_not_finite
+from wadi.pretrained import opened, refuse_not_finite, refuse_not_floats
 
 if TYPE_CHECKING:
     from wadi.lorad import LoRaDConfig
@@ -101,7 +101,7 @@ def _exact(config: LoRaDConfig, model: nn.Module) -> LoRaDConfig:
     for setting in ("target_modules", "exclude_modules"):
         pattern = getattr(config, setting)
         if isinstance(pattern, str) and pattern != "all-linear":
-            found = _matched(pattern, names, setting)
+            found = matched(pattern, names, setting)
             if not found and setting == "target_modules":
                 raise WadiError(
                     f"target_modules is {pattern!r:.300}, which matches none of the {len(names)} layers. A regular expression "
@@ -112,13 +112,19 @@ def _exact(config: LoRaDConfig, model: nn.Module) -> LoRaDConfig:
     if config.rank_pattern:
         ranks: dict[str, int] = {}
         for pattern, rank in reversed(config.rank_pattern.items()):  # of several that match, the first counts
-            ranks |= dict.fromkeys(_matched(rf"(.*\.)?({pattern})", names, "rank_pattern"), rank)
+            ranks |= dict.fromkeys(matched(rf"(.*\.)?({pattern})", names, "rank_pattern"), rank)
         exact.rank_pattern = {re.escape(name): rank for name, rank in ranks.items()}
     return exact
 
 
-def _matched(pattern: str, names: Sequence[str], setting: str) -> list[str]:
-    """The names that a regular expression matches as a whole, found within `PATTERN_SECONDS`."""
+def matched(pattern: str, names: Sequence[str], setting: str) -> list[str]:
+    """Return the names that a regular expression matches as a whole.
+
+    Args:
+        setting: names the expression at the start of a message.
+    Raises:
+        WadiError: if it is not a regular expression, or takes longer than `PATTERN_SECONDS`.
+    """
     import regex
 
     try:
@@ -153,13 +159,14 @@ def full_rank(model: nn.Module, target_modules: str) -> int | None:
     Returns:
         None if it names no layer, or is no regular expression: `attach` says so.
     """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
     try:
-        pattern = re.compile(target_modules)
-    except re.error:
+        names = set(matched(target_modules, list(layers), "target_modules"))
+    except WadiError:
         return None
     found = []
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and pattern.fullmatch(name):
+    for name, module in layers.items():
+        if name in names:
             out, fan_in = module.weight.flatten(1).shape
             if isinstance(module, nn.Linear):  # the weight of a quantized one has another shape
                 out, fan_in = module.out_features, module.in_features
@@ -255,11 +262,13 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """``(config, tensors)`` of an adapter folder.
 
     Raises:
-        WadiError: if it is not one, is damaged, contains another kind of adapter, or has values that are not finite.
+        WadiError: if it is not one, is damaged, contains another kind of adapter, or has values that are not finite
+            floating-point numbers.
     """
     config = read_config(folder)
     with opened(folder / WEIGHTS) as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    refuse_not_floats(f"Adapter {str(folder)!r}", tensors)
     refuse_not_finite(f"Adapter {str(folder)!r}", tensors)
     return config, tensors
 

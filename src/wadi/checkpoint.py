@@ -25,6 +25,7 @@ from wadi.errors import WadiError
 from wadi.files import remove_folder, sha256, whole_folder
 from wadi.io.records import Count, Finite, Record, read_json
 from wadi.io.regular import regular
+from wadi.pretrained import not_finite
 from wadi.ranks import Ranks
 
 
@@ -163,7 +164,7 @@ def _not_saved(state: TrainState, name: str) -> WadiError:
 
 def _not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     """Name of the first tensor that has a NaN or an infinity."""
-    return next((name for name, value in tensors if value.is_floating_point() and not value.isfinite().all()), None)
+    return next((name for name, value in tensors if not_finite({name: value})), None)
 
 
 def place(folder: Path, step: int) -> Path:
@@ -289,13 +290,43 @@ def load(path: Path, state: TrainState, teacher: str) -> None:
     for role, optimizer in state.optimizers.items():
         _, saved = adapters.read(path / role)
         adapters.restore(state.network, role, saved, repr(str(path)))
-        _restore_optimizer(optimizer, role, tensors)
-        state.scalers[role].load_state_dict(plain.scalers[role])
-    for key, value in state.ema.items():
-        value.copy_(tensors[f"ema.{key}"])
-    state.generator.set_state(tensors["generator"])
+        try:
+            _refuse_moments(optimizer, role, tensors)
+            _restore_optimizer(optimizer, role, tensors)
+            state.scalers[role].load_state_dict(plain.scalers[role])
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise _misfit(path, f"the state of {role}'s optimiser", error) from error
+    try:
+        for key, value in state.ema.items():
+            value.copy_(tensors[f"ema.{key}"])
+        state.generator.set_state(tensors["generator"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise _misfit(path, "the moving average or the generator", error) from error
     for name in COUNTERS:
         setattr(state, name, getattr(plain, name))
+
+
+def _misfit(path: Path, part: str, error: Exception) -> WadiError:
+    reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}".rstrip(".")
+    return WadiError(
+        f"Checkpoint {str(path)!r} does not fit this run: {part} in training.safetensors or state.json ({reason}). Restore the "
+        "files as they were written, or delete this checkpoint: the run then continues from an earlier one."
+    )
+
+
+def _refuse_moments(optimizer: Optimizer, role: str, tensors: dict[str, Tensor]) -> None:
+    """Raise `ValueError` if a moment has another shape than its parameter: the optimiser would take it, and then go astray."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, parameter in enumerate(parameters):
+        names = ("step", "exp_avg", "exp_avg_sq")
+        stored = {name: tensors[key] for name in names if (key := f"{role}.{index}.{name}") in tensors}
+        for name in names if "exp_avg" in stored or "exp_avg_sq" in stored else ():
+            moment = stored[name]
+            if name != "step" and (moment.shape != parameter.shape or moment.dtype != torch.float32):
+                raise ValueError(
+                    f"{role}.{index}.{name} is {tuple(moment.shape)} of {str(moment.dtype).removeprefix('torch.')}, and its "
+                    f"parameter is {tuple(parameter.shape)}"
+                )
 
 
 def _restore_optimizer(optimizer: Optimizer, role: str, tensors: dict[str, Tensor]) -> None:

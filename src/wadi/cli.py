@@ -60,9 +60,25 @@ def overview() -> str:
 
 
 def _parser(command: str) -> ArgumentParser:
-    from jsonargparse import ArgumentParser
+    import yaml
+    from jsonargparse import ArgumentParser, set_loader
 
-    return ArgumentParser(prog=f"wadi {command}", description=COMMANDS[command][0], exit_on_error=False)
+    set_loader(YAML_MODE, _bounded_yaml, (yaml.YAMLError,))
+    what = COMMANDS[command][0]
+    return ArgumentParser(prog=f"wadi {command}", description=what, exit_on_error=False, parser_mode=YAML_MODE)
+
+
+YAML_MODE = "wadi"  # of the parser: jsonargparse's own YAML, of bounded depth and size
+
+
+def _bounded_yaml(text: str) -> Any:
+    """The value of an option as jsonargparse reads YAML, unless it is nested too deeply or its aliases have no bound."""
+    from jsonargparse import get_loader
+
+    from wadi.io.records import refuse_boundless_yaml
+
+    refuse_boundless_yaml(text, "Its value")
+    return get_loader("yaml")(text)
 
 
 def _parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
@@ -120,11 +136,27 @@ def _settings(parser: ArgumentParser, argv: Sequence[str]) -> tuple[DistillConfi
     start = to_dict(preset(first[-1]) if first else DistillConfig())
     for file in _values_of("--config", argv):
         start = merged(start, read_settings(Path(os.path.expanduser(file))))
+    for group in [name for name, value in start.items() if isinstance(value, dict)]:  # each takes a file too: `--student FILE`
+        for value in _values_of(f"--{group}", argv):
+            if os.path.lexists(file := os.path.expanduser(value)):
+                start = merged(start, read_settings(Path(file), group))
+                argv = _without(f"--{group}", value, argv)
     parser.set_defaults(flatten(start))
     values = _parse(parser, argv).as_dict()
     known = to_dict(DistillConfig())
     others = values.keys() - known.keys() - {"config"}
     return from_dict({name: values[name] for name in known}), {name: values[name] for name in others}
+
+
+def _without(flag: str, value: str, argv: Sequence[str]) -> list[str]:
+    """The words of a command line without ``--flag value`` and ``--flag=value``."""
+    words, kept = iter(argv), list[str]()
+    for word in words:
+        following = next(words, None) if word == flag else None
+        if following == value or word == f"{flag}={value}":
+            continue
+        kept += [word] if following is None else [word, following]
+    return kept
 
 
 def _values_of(flag: str, argv: Sequence[str]) -> list[str]:

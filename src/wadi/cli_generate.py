@@ -198,10 +198,14 @@ def refuse_too_large(size: tuple[int, int], batch: int, device: Any) -> None:
 
     A decoded image takes 24 bytes a pixel (float32, twice) and 3 as pixels; the network needs more.
     """
-    from wadi.device import refuse_larger
+    from wadi.device import free_memory
 
-    what = f"{batch} image(s) of {size[1]}x{size[0]}, decoded,"
-    refuse_larger(batch * size[0] * size[1] * 27, device, what, "Use a smaller --batch or --size.")
+    each, free = size[0] * size[1] * 27, free_memory(device)
+    if batch * each > free:
+        hint = f"--batch {max(1, free // each)}" if each <= free else "a smaller --size"
+        raise WadiError(
+            f"{batch} image(s) of {size[1]}x{size[0]} take at least {batch * each:,} bytes, and {free:,} are free. Use {hint}."
+        )
 
 
 def settings_of(args: Any) -> dict[str, Any]:

@@ -23,6 +23,11 @@ from typing import Any
 from wadi.errors import Interrupted, WadiError
 
 FAILED, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG)
+REFUSED = (  # what the system says of a path that it does not let us use
+    *FULL, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.EROFS, errno.ESTALE,
+    errno.ENXIO,
+)  # fmt: skip
 LONGEST = 400  # characters of a library's message
 
 
@@ -73,7 +78,7 @@ def refuse_undecodable(arguments: Sequence[str]) -> None:
 
 
 def _unexpected(command: str, error: Exception, debug: bool) -> int:
-    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ENOSPC) and not isinstance(error, UnicodeError):
+    if isinstance(error, OSError) and error.errno in REFUSED and (error.filename is not None or error.errno in FULL):
         where = "" if error.filename is None else f" ({str(error.filename)[:100]!r})"
         return _say(error, f"{command}: {error.strerror}{where}. Give another path.", debug, BAD_INPUT)
     reason = " ".join(str(error).split()) or "no message"

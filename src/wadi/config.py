@@ -332,9 +332,11 @@ def load(path: Path) -> DistillConfig:
     return config
 
 
-def read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path, group: str | None = None) -> dict[str, Any]:
     """Read some of the settings from a YAML or JSON file, as nested dictionaries; bounds are not checked.
 
+    Args:
+        group: name of the settings that the file alone contains, such as ``student``; None = it names the groups.
     Raises:
         WadiError: if the file cannot be read, is no YAML mapping, or holds an unknown or ill-typed setting.
     """
@@ -342,7 +344,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise WadiError(f"Config {str(path)!r} holds {type(values).__name__}. Expected a mapping of settings.")
     try:
-        return typed(values)
+        return typed(values if group is None else {group: values})
     except WadiError as error:
         raise WadiError(f"Config {str(path)!r}: {error}") from error
 

@@ -119,6 +119,16 @@ def total_memory(device: torch.device) -> int:
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # from malloc.h
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on ``device``: of a GPU's memory, else of the machine's."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
 def keep_freed_memory() -> bool:
     """Let the C library keep the memory that torch frees: a training loop asks for the same blocks again at every step.
 

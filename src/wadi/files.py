@@ -138,7 +138,10 @@ def whole_folder(path: Path, known: Iterable[str] = ()) -> Iterator[Path]:
     """
     held, temporary, known = -1, None, tuple(known)
     try:
-        path = Path(os.path.realpath(path))  # a link to a folder stays; its folder is replaced
+        try:
+            path = Path(os.path.realpath(path))  # a link to a folder stays; its folder is replaced
+        except ValueError as error:  # a NUL character
+            raise unwritable(path, error) from error
         _refuse_in_the_way(path, folder=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(path.parent) as alone:

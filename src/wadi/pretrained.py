@@ -61,6 +61,16 @@ def refuse_not_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
+def refuse_not_floats(what: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise `WadiError` that names the tensors whose numbers are integers, booleans or complex, if there are any."""
+    if broken := [name for name, value in tensors.items() if not value.is_floating_point()]:
+        kinds = ", ".join(sorted({str(tensors[name].dtype).removeprefix("torch.") for name in broken}))
+        raise WadiError(
+            f"{what} has {len(broken)} tensors of type {kinds}: {listed(broken)}. Floating-point numbers are needed: save the "
+            "file as float32, bfloat16 or float16."
+        )
+
+
 @torch.no_grad()
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the names of floating-point tensors with a NaN or infinite value. Reads each once, and waits for a GPU once."""

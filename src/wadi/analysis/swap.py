@@ -6,12 +6,12 @@ directions. Only weights of layers are exchanged (matrices and kernels); biases 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from wadi.adapters import matched
 from wadi.analysis.analyze import common_layers
 from wadi.analysis.change import exchanged
 from wadi.analysis.sources import Live
@@ -25,15 +25,10 @@ def matching(layers: str) -> Callable[[str], bool]:
     """Which layers a regular expression means: it matches their whole names, as ``target_modules`` does.
 
     Raises:
-        WadiError: if it is no regular expression.
+        WadiError: if it is not a regular expression; on use, if it takes too long (see `wadi.adapters.matched`).
     """
-    try:
-        pattern = re.compile(layers)
-    except re.error as error:
-        raise WadiError(
-            f"--layers {layers!r} is no regular expression: {error}. Expected one over whole layer names."
-        ) from error
-    return lambda name: pattern.fullmatch(name) is not None
+    matched(layers, (), "--layers")
+    return lambda name: bool(matched(layers, [name], "--layers"))
 
 
 @torch.no_grad()

@@ -125,10 +125,37 @@ def _trouble(folder: Path, number: int, manifest: Mapping[str, Any]) -> str | No
         with safe_open(regular(path), "pt") as shard:  # checks the file's length against its header
             told = shard.metadata() or {}
             names = set(shard.keys())
+            wrong = _misshapen(shard, names, rows, manifest["shapes"])
     except (OSError, SafetensorError, WadiError) as error:
         return f"is damaged ({error})"
     if told != {**identity_of(manifest), "rows": str(rows)} or not manifest["shapes"].keys() <= names:
         return "belongs to another cache"
+    return None if wrong is None else f"is damaged (tensor {wrong!r} is missing or has another shape or type)"
+
+
+def _misshapen(shard: Any, names: set[str], rows: int, shapes: Mapping[str, Sequence[int]]) -> str | None:
+    """The first tensor of a shard from which its rows cannot be taken, or None; texts and conditions alike."""
+    for name, shape in {"text": (2**62,), **shapes}.items():
+        if name not in names:
+            return name
+        size = shard.get_slice(name).get_shape()
+        starts = f"{name}.starts"
+        if starts not in names:
+            if name == "text" or size != [rows, *shape]:
+                return name
+            continue
+        if shard.get_slice(starts).get_dtype() != "I64" or shard.get_slice(starts).get_shape() != [rows + 1]:
+            return starts
+        if (
+            len(size) != len(shape)
+            or size[1:] != list(shape[1:])
+            or (name == "text" and shard.get_slice(name).get_dtype() != "U8")
+        ):
+            return name
+        edges = shard.get_tensor(starts)
+        lengths = edges.diff()
+        if edges[0] < 0 or edges[-1] > size[0] or lengths.min() < 0 or lengths.max() > shape[0]:
+            return starts
     return None
 
 

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from wadi.errors import WadiError
-from wadi.io.images import is_transparent, read_image, to_rgb
+from wadi.io.images import PIXELS, is_transparent, read_image, to_rgb
 from wadi.pretrained import load_complete
 
 LOW, HIGH, SIGMA = 0.1, 0.2, 0.8  # thresholds on the gradient (a black-white step is 1), blur in pixels
@@ -67,11 +67,13 @@ def fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     """``picture`` at ``size`` ``(height, width)``: as it is, or resized where the aspect ratio is the same.
 
     Raises:
-        WadiError: if the aspect ratio is another one.
+        WadiError: if the aspect ratio is another one, or the size is too large.
     """
     height, width = size
     if picture.size == (width, height):
         return picture
+    if height * width > PIXELS:
+        raise WadiError(f"The wanted size {width} x {height} has {height * width:,} pixels. Give at most {PIXELS:,}.")
     if abs(picture.width * height / (picture.height * width) - 1) > RATIO:
         raise WadiError(
             f"The condition image is {picture.width} x {picture.height}; the picture to draw is {width} x {height}. Expected "

@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from wadi.backbones.finite import finite_decoding
 from wadi.downstream.conditions import edge_map, gradient, thickened, to_picture
 from wadi.downstream.control import control_arguments
 from wadi.io import markdown
@@ -96,10 +95,9 @@ def way(pipeline: Any, steps: int, call: Mapping[str, Any], strength: float | No
             now = slice(i, i + batch)
             shown = {} if strength is None else control_arguments(pipeline, list(conditions[now]), strength)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[now]]
-            with finite_decoding(pipeline.vae):
-                parts += pipeline(
-                    prompt=list(prompts[now]), generator=generators, num_inference_steps=steps, **{**call, **shown}
-                ).images
+            parts += pipeline(
+                prompt=list(prompts[now]), generator=generators, num_inference_steps=steps, **{**call, **shown}
+            ).images
         return stacked(parts)
 
     return draw

@@ -284,14 +284,16 @@ def attach(network: nn.Module, rank: int, target_modules: str) -> list[nn.Parame
     ``alpha`` is the rank. ``B`` is zero: the output does not change.
 
     Raises:
-        WadiError: if nothing matches.
+        WadiError: if nothing matches, or matching takes too long.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
     network.requires_grad_(False)
+    names = adapters.matched(target_modules, [name for name, _ in network.named_modules() if name], "target_modules")
+    exact = "|".join(map(re.escape, names)) or r"(?!)"  # PEFT would match without a limit of time
     try:
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=target_modules), network, adapter_name=NAME)
-    except (ValueError, re.error) as error:
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=exact), network, adapter_name=NAME)
+    except ValueError as error:
         raise WadiError(
             f"The LoRA could not be attached: {_first_line(error)} Expected target_modules to be a regular expression over "
             "names of Linear or Conv2d layers."

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from wadi.errors import WadiError
 from wadi.io.regular import regular
-from wadi.pretrained import opened, refuse_not_finite
+from wadi.pretrained import opened, refuse_not_finite, refuse_not_floats
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 UNPICKLE = (
@@ -23,7 +23,8 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, st
     Args:
         what: names the file in errors ("LoRA", "Token").
     Raises:
-        WadiError: if the file does not exist, is a pickle or of another format, is damaged, or has NaN or infinite values.
+        WadiError: if the file does not exist, is a pickle or of another format, is damaged, or has NaN or infinite
+            values, or tensors of whole numbers.
     """
     regular(path, what=what)
     if path.suffix.lower() in PICKLES:
@@ -31,5 +32,7 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, st
     with opened(path, what) as stored:
         header = stored.metadata() or {}
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    matrices = {name: value for name, value in tensors.items() if value.ndim}  # single numbers, such as alphas, may be whole
+    refuse_not_floats(f"{what} {str(path)!r}", matrices)
     refuse_not_finite(f"{what} {str(path)!r}", tensors)
     return tensors, header

@@ -48,9 +48,10 @@ def open_image(source: str | Path | bytes, what: str = "Image") -> Image.Image:
     """
     where = f"{what} in memory" if isinstance(source, bytes) else f"{what} {shown(source)}"
     with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source, BYTES, what) as stream:
-        start = stream.read(32)
-        stream.seek(0)
+        start = b""
         try:
+            start = stream.read(32)
+            stream.seek(0)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of large images and of damaged metadata
                 with Image.open(stream, formats=_formats()) as picture:

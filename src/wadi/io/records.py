@@ -175,6 +175,24 @@ def parse_yaml(text: str, where: str) -> Any:
     return value
 
 
+def refuse_boundless_yaml(text: str, where: str) -> None:
+    """Check YAML that a library is about to parse: deep nesting crashes its parser, aliases of aliases fill the memory.
+
+    Text that is not YAML passes.
+
+    Raises:
+        WadiError: if it is nested too deeply, or if aliases contain themselves or stand for more than `NODES` values.
+    """
+    import yaml
+
+    try:
+        _refuse_deep_yaml(text, where)
+        if (node := yaml.compose(text, yaml.SafeLoader)) is not None:
+            _refuse_large(node, where)
+    except yaml.YAMLError:
+        pass
+
+
 def _refuse_deep_yaml(text: str, where: str) -> None:
     """Read the events alone, which takes no recursion."""
     import yaml

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wadi.backbones import from_pipeline
-from wadi.backbones.finite import finite_decoding
 from wadi.zoo.autoencoder import CHANNELS, encode
 from wadi.zoo.compose import compose, random_pose
 from wadi.zoo.concepts import COLOURS, CONCEPTS, STYLES
@@ -105,14 +104,13 @@ def sample(pipe: Any, prompts: list[str], seeds: list[int], batch: int = 32) -> 
     parts, call = [], from_pipeline(pipe).guided_call(GUIDANCE)
     for i in range(0, len(prompts), batch):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[i : i + batch]]
-        with finite_decoding(pipe.vae):
-            run = pipe(
-                prompts[i : i + batch],
-                num_inference_steps=STEPS,
-                generator=generators,
-                output_type="pt",
-                **call,
-            )
+        run = pipe(
+            prompts[i : i + batch],
+            num_inference_steps=STEPS,
+            generator=generators,
+            output_type="pt",
+            **call,
+        )
         parts.append(run.images)
     return torch.cat(parts)
 
