@@ -137,7 +137,7 @@ def test_swaps_that_cannot_be_are_one_line(sd_folder, finished_run, tmp_path, re
     for argv, word in (
         (("swap", sd_folder, finished_run, *common), "take"),
         (("swap", sd_folder, finished_run, "--take", "both", *common), "'both'. Expected norm or direction"),
-        (("swap", sd_folder, finished_run, "--take", "norm", "--layers", "[", *common), "no regular expression"),
+        (("swap", sd_folder, finished_run, "--take", "norm", "--layers", "[", *common), "--layers is '['"),
         (("swap", sd_folder, finished_run, "--take", "norm", "--layers", "nothing", *common), "None of"),
         (("swap", sd_folder, state, "--take", "norm", *common), "no scheduler"),
         (("swap", sd_folder, tmp_path / "nowhere", "--take", "norm", *common), "does not exist"),
