@@ -39,7 +39,6 @@ def deep(argv):
 @pytest.mark.parametrize(
     "error",
     [
-        MemoryError(),
         RuntimeError("a\nb\n" * 1000),
         KeyError("x"),
         type("Own", (Exception,), {})("of a library"),
@@ -52,6 +51,15 @@ def test_an_unexpected_failure_is_one_line_that_names_command_and_place(error, e
     assert len(lines) == 1
     assert all(word in lines[0] for word in ("wadi report", "wadi.cli", type(error).__name__, "--debug"))
     assert len(lines[0]) < 800
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")]
+)
+def test_memory_that_runs_out_anywhere_is_bad_input_with_what_helps(error, ending):
+    code, (line,) = ending(raising(error))
+    assert code == 2
+    assert all(word in line for word in ("wadi report", "out of memory", "batch"))
 
 
 def test_endless_recursion_is_one_line(ending):

@@ -82,11 +82,26 @@ def _unexpected(command: str, error: Exception, debug: bool) -> int:
         where = "" if error.filename is None else f" ({str(error.filename)[:100]!r})"
         return _say(error, f"{command}: {error.strerror}{where}. Give another path.", debug, BAD_INPUT)
     reason = " ".join(str(error).split()) or "no message"
+    if _out_of_memory(error):
+        line = (
+            f"{command} ran out of memory in {_place(error)}: {reason[:LONGEST].rstrip('.')}. Use a smaller batch or size, or "
+            "--dtype bfloat16."
+        )
+        return _say(error, line, debug, BAD_INPUT)
     line = (
         f"{command} failed unexpectedly in {_place(error)}: {type(error).__name__}: {reason[:LONGEST].rstrip('.')}. "
         "Run the same command with --debug for the traceback, and report it: bad input should have a better message."
     )
     return _say(error, line, debug, FAILED)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether ``error`` says so; without importing torch, which alone raises errors of its own for it."""
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from wadi.device import out_of_memory
+
+    return out_of_memory(error)
 
 
 def _place(error: BaseException) -> str:

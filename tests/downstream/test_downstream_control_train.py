@@ -189,6 +189,17 @@ def test_another_start_is_another_training(tmp_path):
             train(small(out), pipeline, PROMPTS, start=other)
 
 
+def test_another_student_is_another_training(tmp_path):
+    """Also one that differs in a single weight, far from the first values of any tensor."""
+    pipeline, student, out = teacher(tmp_path / "t"), one_step(tmp_path / "s"), tmp_path / "run"
+    train(small(out), pipeline, PROMPTS, student)
+    assert train(small(out), pipeline, PROMPTS, student) == out / "controlnet"
+    with torch.no_grad():
+        student.unet.conv_in.weight.view(-1)[-1] += 1
+    with pytest.raises(WadiError, match="student"):
+        train(small(out), pipeline, PROMPTS, student)
+
+
 def _seeded(pipeline, seed):
     torch.manual_seed(seed)
     return controlnet_of(pipeline.unet, 2)
@@ -288,7 +299,9 @@ def test_pictures_have_noise_of_their_own(tmp_path):
     assert some.edges.shape == (3, 1, 16, 16)
     assert some.conditions(torch.tensor([0, 2])).shape == (2, 3, 16, 16)
     control_data.save(tmp_path / "p.safetensors", some, "note")
-    found = control_data.load(tmp_path / "p.safetensors", "note", PROMPTS)
+    found = control_data.load(tmp_path / "p.safetensors", ("newer", "note"), PROMPTS)
+    with pytest.raises(WadiError, match="newer"):
+        control_data.load(tmp_path / "p.safetensors", ("newer",), PROMPTS)
     assert torch.equal(found.edges, some.edges)
     assert found.prompts == PROMPTS
     counts = [control_data.chosen_prompts(PROMPTS, 7, 0).count(p) for p in PROMPTS]

@@ -101,6 +101,7 @@ def test_what_cannot_be(refused, sd_folder, subject_folder, tmp_path):
     plain = ["--prompt", "sks apple", "--teacher", sd_folder]
     weight = ["--subject", subject_folder, "--out", tmp_path / "out", "--prior_weight", 0.5]
     assert "--prior_prompt" in refused(*plain, *weight)
+    assert "--prior_count" in refused(*plain, *weight[:-2], "--prior_count", 5)
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "mine.txt").write_text("kept")

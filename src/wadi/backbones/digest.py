@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from wadi.backbones.base import RESOLUTION
 from wadi.backbones.loading import pipeline_index
@@ -42,6 +44,14 @@ def loaded_digest(pipeline: Any, of: Collection[str] | None = None) -> str | Non
     """
     source = getattr(pipeline, "wadi_source", None)
     return None if source is None or not exists(source[0]) else _of(source[0], source[1], of)
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """Return a digest of all values of ``tensors``, as float32, with their names and shapes, and of ``text``."""
+    total = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name}{tuple(tensor.shape)}".encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return total.hexdigest()[:16]
 
 
 def _of(folder: Path, variant: str | None, chosen: Collection[str] | None = None) -> str:

@@ -69,8 +69,8 @@ def save(path: Path, pictures: Pictures, note: str) -> None:
     write_whole(path, to_bytes(tensors, {"note": note, "prompts": json.dumps(pictures.prompts)}))
 
 
-def load(path: Path, note: str, prompts: Sequence[str]) -> Pictures | None:
-    """Images that were saved under the same ``note`` and for the same ``prompts``, in this order; None if there are none.
+def load(path: Path, notes: Sequence[str], prompts: Sequence[str]) -> Pictures | None:
+    """Images that were saved under one of ``notes`` and for the same ``prompts``, in this order; None if there are none.
 
     Raises:
         WadiError: if the file is damaged or was made with other settings or prompts.
@@ -79,8 +79,10 @@ def load(path: Path, note: str, prompts: Sequence[str]) -> Pictures | None:
         return None
     tensors, about = stored(path, "draw anew")
     remedy = "Restore the teacher, prompts and settings of before, delete the file, or choose another --out."
-    if about.get("note") != note:
-        raise WadiError(f"{str(path)!r} contains images made with other settings ({about.get('note')}; now {note}). {remedy}")
+    if about.get("note") not in notes:
+        raise WadiError(
+            f"{str(path)!r} contains images made with other settings ({about.get('note')}; now {notes[0]}). {remedy}"
+        )
     try:
         own = parse_json(about.get("prompts", "null"), list[str], f"The list of prompts in {str(path)!r}")
         found = Pictures(tensors["latents"], tensors["edges"].bool(), own)

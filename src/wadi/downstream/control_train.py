@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import inspect
 import json
 import math
@@ -32,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from wadi.backbones import Backbone, Condition, autoencoder, from_pipeline
-from wadi.backbones.digest import loaded_digest
+from wadi.backbones.digest import loaded_digest, tensors_digest
 from wadi.checkpoint import fingerprint
 from wadi.downstream.conditions import soft_edges
 from wadi.downstream.control_data import Pictures, chosen_prompts, draw_pictures, load, save, stored
@@ -165,12 +164,13 @@ def train(config: ControlConfig, teacher: Any, prompts: Sequence[str], student: 
     note = dataclasses.asdict(config) | {"out": "", "save_every": 0, "network": fingerprint(backbone.network)}
     note |= {
         "teacher": loaded_digest(teacher),
+        "student": None if student is None else tensors_digest(backbone.network.state_dict()),
         "timestep": timestep,
-        "start": None if start is None else digest(start.state_dict()),
+        "start": None if start is None else tensors_digest(start.state_dict()),
     }
     refuse_other(state, note)
     pictures = _pictures(config, drawer, prompts, out / "pictures.safetensors")
-    note["images"] = digest({"latents": pictures.latents, "edges": pictures.edges}, json.dumps(pictures.prompts))
+    note["images"] = tensors_digest({"latents": pictures.latents, "edges": pictures.edges}, json.dumps(pictures.prompts))
     refuse_other(state, note)
     run = _Run(config, backbone, timestep, controlnet, pictures)
     run.resume(state, json.dumps(note))
@@ -199,14 +199,6 @@ def _is_written(place: Path, controlnet: nn.Module) -> bool:
     tensors, _ = stored(file, "write it anew")
     wanted = controlnet.state_dict()
     return tensors.keys() == wanted.keys() and all(torch.equal(tensors[k], v.half().cpu()) for k, v in wanted.items())
-
-
-def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
-    """A hash of all values of ``tensors``, as float32, with their names and shapes, and of ``text``."""
-    total = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
-    for name, tensor in sorted(tensors.items()):
-        total.update(f"{name}{tuple(tensor.shape)}".encode() + tensor.detach().float().cpu().numpy().tobytes())
-    return total.hexdigest()[:16]
 
 
 def refuse_other(path: Path, note: Mapping[str, Any]) -> None:
@@ -238,10 +230,12 @@ def _pictures(config: ControlConfig, drawer: Backbone, prompts: Sequence[str], p
     names = ("pictures", "picture_steps", "guidance_scale", "seed")
     about = {name: getattr(config, name) for name in names} | {"teacher": fingerprint(drawer.network), "prompts": len(prompts)}
     chosen = chosen_prompts(prompts, config.pictures, config.seed)
-    found = load(path, json.dumps(about), chosen)
+    earlier = json.dumps(about)  # notes of earlier versions lack the digest
+    note = json.dumps(about | {"digest": loaded_digest(drawer.pipeline)})
+    found = load(path, (note, earlier), chosen)
     if found is None:
         found = draw_pictures(drawer, chosen, PICTURE_SEED + config.seed, config.picture_steps, config.guidance_scale)
-        save(path, found, json.dumps(about))
+        save(path, found, note)
     return found
 
 

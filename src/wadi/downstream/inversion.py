@@ -27,6 +27,7 @@ from torch import Tensor
 
 from wadi import bounds, files
 from wadi.backbones import Backbone, Condition, from_pipeline, refuse_distilled
+from wadi.backbones.digest import tensors_digest
 from wadi.checkpoint import fingerprint
 from wadi.downstream import inversion_state as states
 from wadi.downstream.inversion_data import Exemplars, read_exemplars
@@ -132,7 +133,7 @@ def invert_relation(
     x0 = backbone.encode_images(found.pictures, batch=16)
     job = _job(config, token, found, x0, rows)
     learn = _Inversion(backbone, config, token, found, x0, rows)
-    states.resume(out, learn.state, job, learn.network)
+    states.resume(out, learn.state, job, (learn.network, learn.earlier))
     start = time.monotonic()
     with learning(pipeline, token, learn.state.rows):
         before = learn.held(rows)
@@ -210,7 +211,8 @@ class _Inversion:
         self, backbone: Backbone, config: InversionConfig, token: str, exemplars: Exemplars, x0: Tensor, rows: Sequence[Tensor]
     ) -> None:
         self.backbone, self.config, self.exemplars, self.x0 = backbone, config, exemplars, x0
-        self.towers, self.network = towers(backbone.pipeline), fingerprint(backbone.network)
+        self.towers, self.network = towers(backbone.pipeline), tensors_digest(backbone.network.state_dict())
+        self.earlier = fingerprint(backbone.network)  # what earlier versions stored instead
         leaves = [row.clone().to(x0.device).requires_grad_() for row in rows]
         self.state = states.State(leaves, torch.optim.Adam(leaves, lr=config.lr))
         self.density = focal_density(backbone.process.num_timesteps, config.alpha)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,9 +61,11 @@ def save(out: Path, state: State, job: str, network: str) -> None:
     write_whole(partial_path(out), to_bytes({k: v.cpu().contiguous() for k, v in tensors.items()}, metadata={"note": note}))
 
 
-def resume(out: Path, state: State, job: str, network: str) -> None:
+def resume(out: Path, state: State, job: str, networks: Sequence[str]) -> None:
     """Bring ``state`` to where an interrupted inversion into ``out`` stood, if there is one.
 
+    Args:
+        networks: digests of the teacher's network, of this version and of earlier ones.
     Raises:
         WadiError: if what lies there is damaged or belongs to other settings.
     """
@@ -81,9 +84,9 @@ def resume(out: Path, state: State, job: str, network: str) -> None:
     note: Note = parse_json(text, Note, f"The unfinished inversion {str(path)!r}")
     if note.job != job:
         raise WadiError(f"The unfinished inversion {str(path)!r} has other settings, exemplars or teacher. {advice}")
-    if note.network not in (None, network):  # older states do not say it
+    if note.network not in (None, *networks):  # older states do not say it
         raise WadiError(
-            f"The unfinished inversion {str(path)!r} was made on another teacher (network {note.network}, now {network}). "
+            f"The unfinished inversion {str(path)!r} was made on another teacher (network {note.network}, now {networks[0]}). "
             f"{advice}"
         )
     for i, row in enumerate(state.rows):
