@@ -262,3 +262,51 @@ def test_a_shard_of_other_tensors_is_refused(change, cache, tmp_path):
     save_file(tensors, shard, header)
     with pytest.raises(WadiError, match="shard-00000"):
         Embeddings(tmp_path / "cache")
+
+
+# --- configs that are first used late -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("target_modules", [1, 2]), ("target_modules", 5), ("exclude_modules", [None]), ("modules_to_save", -0.5),
+        ("modules_to_save", "abc"), ("layers_pattern", [[]]), ("rank_pattern", "abc"), ("task_type", "abc"), ("r", "4"),
+    ],
+)  # fmt: skip
+def test_an_adapter_config_of_wrong_types_is_refused(setting, value, finished_run, tmp_path, refused):
+    import shutil
+
+    shutil.copytree(finished_run / "student", tmp_path / "student")
+    config = tmp_path / "student" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), setting: value}))
+    line = refused("generate", "red", "--adapter", tmp_path / "student", "--out", tmp_path / "x.png")
+    assert setting.replace("_", " ") in line.replace("_", " ")
+    assert str(tmp_path / "student") in line
+
+
+def test_a_config_value_that_fails_while_generating_is_one_line(finished_run, tmp_path, refused):
+    assert main(["export", "--run", str(finished_run), "--out", str(tmp_path / "student")]) == 0
+    config = tmp_path / "student" / "vae" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": "abc"}))
+    line = refused("generate", "red", "--run", tmp_path / "student", "--out", tmp_path / "x.png")
+    assert "config" in line
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_a_config_whose_step_cannot_be_planned_is_one_line(sd_folder, tmp_path, refused):
+    import shutil
+
+    shutil.copytree(sd_folder, tmp_path / "teacher")
+    config = tmp_path / "teacher" / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "mid_block_scale_factor": "abc"}))
+    assert str(tmp_path / "teacher") in refused("plan", "--teacher", tmp_path / "teacher")
+
+
+def test_memory_that_runs_out_keeps_its_own_message():
+    from wadi.backbones.failures import running
+
+    with pytest.raises(torch.OutOfMemoryError), running("It cannot generate"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(WadiError, match="KeyError"), running("It cannot generate"):
+        raise KeyError("x")

@@ -349,6 +349,14 @@ def load(model: nn.Module, folder: Path, name: str) -> None:
             f"Adapter {str(folder)!r} is for another architecture: this model has no layer {lost[0]!r}"
             f"{f' and {len(lost) - 1} more' if len(lost) > 1 else ''}. Expected the teacher it was trained on."
         )
-    config: Any = PeftConfig.from_pretrained(str(folder))
+    try:
+        config: Any = PeftConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError) as error:
+        if isinstance(error, WadiError):
+            raise WadiError(f"Adapter {str(folder)!r}: {error}") from error
+        raise WadiError(
+            f"Adapter {str(folder)!r} has a {CONFIG} that PEFT cannot read: {str(error).partition(chr(10))[0]:.300}. "
+            "Restore the file as it was written."
+        ) from error
     attach(model, name, config)
     restore(model, name, tensors, repr(str(folder)))

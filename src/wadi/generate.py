@@ -18,6 +18,7 @@ from torch import Tensor
 
 from wadi import adapters, config, image_folder, images
 from wadi.backbones import family, from_pipeline, load_pipeline
+from wadi.backbones.failures import running
 from wadi.backbones.finite import finite_decoding
 from wadi.bounds import SEEDS
 from wadi.device import explained_when_full
@@ -168,7 +169,8 @@ def batches(
             begin = time.perf_counter()
             latents = {} if start is None else {"latents": start(generators)}
             full = explained_when_full(pipeline.device, lambda: f"generating {len(generators)} at once", WHEN_FULL)  # noqa: B023
-            with full, _own_noise(pipeline.scheduler, generators), finite_decoding(pipeline.vae):
+            able = running(f"{type(pipeline).__name__} cannot generate")
+            with full, able, _own_noise(pipeline.scheduler, generators), finite_decoding(pipeline.vae):
                 drawn = pipeline(prompt=list(prompts[part]), generator=generators, **arguments, **latents).images
             yield drawn, 1000 * (time.perf_counter() - begin) / len(drawn)
             bar.advance(by=len(drawn))

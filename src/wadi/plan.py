@@ -18,7 +18,7 @@ from torch import nn
 from wadi import adapters
 from wadi.backbones import Backbone, family
 from wadi.backbones.base import Outline
-from wadi.backbones.failures import first_line
+from wadi.backbones.failures import first_line, running
 from wadi.backbones.loading import build_network, check_config, pipeline_index, read_config
 from wadi.backbones.schedulers import make_scheduler
 from wadi.config import DistillConfig
@@ -260,7 +260,8 @@ def memory_of(backbone: Backbone, config: DistillConfig, timestep: int, found: A
     averaged = FLOAT32 * counts["student"] if config.student.ema else 0
     network = _bytes(backbone.network)
     gradients = FLOAT32 * counts["student"]
-    peak = peak_bytes(backbone, config, backbone.condition_shapes(), timestep)
+    with running(f"No step of {found.model!r} can be computed"):
+        peak = peak_bytes(backbone, config, backbone.condition_shapes(), timestep)
     rest = peak - network - both - averaged - MOMENTS * both - gradients
     if config.shard:  # a share of everything, and the block at work whole
         network = network // processes + max((_bytes(block) for block in _blocks(backbone.network)), default=network)

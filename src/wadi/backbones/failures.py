@@ -48,6 +48,28 @@ def loading(
         ) from error
 
 
+@contextmanager
+def running(what: str) -> Iterator[None]:
+    """Turn what a library raises within the block, while models of files compute, into one `WadiError`.
+
+    Many values of a config are first used there. Running out of memory passes through.
+
+    Args:
+        what: what could not be done, as ``"Pipeline X cannot generate"``.
+    """
+    try:
+        yield
+    except WadiError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if out_of_memory(error):
+            raise
+        raise WadiError(
+            f"{what}: {type(error).__name__}: {first_line(error)}. A value in a config of the pipeline, or of an adapter or "
+            "control on it, does not fit its weights or its class: restore the files. --debug shows where it failed."
+        ) from error
+
+
 def bytes_in(files: Sequence[Path], dtype: torch.dtype) -> int:
     """Return the bytes that the floating-point tensors of safetensors files need in ``dtype``, by their headers."""
     values = 0

@@ -75,6 +75,7 @@ class LoRaDConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
+        self._check_types()
         super().__post_init__()
         self.peft_type = add_peft_type(NAME)
         for name in ("target_modules", "exclude_modules"):
@@ -85,6 +86,19 @@ class LoRaDConfig(PeftConfig):
         self._check_ranks()
         self._check_choices()
         self._check_layers()
+
+    def _check_types(self) -> None:
+        """Files are written by anyone, and PEFT uses what they say as it is."""
+        kinds = {"target_modules": str, "exclude_modules": str, "layers_pattern": str, "modules_to_save": str}
+        for name, kind in (kinds | {"layers_to_transform": int}).items():
+            value = getattr(self, name)
+            several = isinstance(value, list | tuple | set)
+            items = value if several else () if value is None else (value,)
+            single = several or value is None or name != "modules_to_save"
+            if not single or any(not isinstance(item, kind) or isinstance(item, bool) for item in items):
+                raise WadiError(f"LoRaD: {name} is {value!r:.200}; give {kind.__name__} values, in a list if several.")
+        if self.rank_pattern is not None and not isinstance(self.rank_pattern, dict):
+            raise WadiError(f"LoRaD: rank_pattern is {self.rank_pattern!r:.200}; give ranks by name of layer.")
 
     def _check_ranks(self) -> None:
         for where, r in [
