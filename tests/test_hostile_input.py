@@ -300,7 +300,8 @@ def test_a_config_whose_step_cannot_be_planned_is_one_line(sd_folder, tmp_path, 
     shutil.copytree(sd_folder, tmp_path / "teacher")
     config = tmp_path / "teacher" / "unet" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "mid_block_scale_factor": "abc"}))
-    assert str(tmp_path / "teacher") in refused("plan", "--teacher", tmp_path / "teacher")
+    argv = ["plan", "--teacher", tmp_path / "teacher", "--student.rank", "4", "--fake.rank", "2"]
+    assert str(tmp_path / "teacher") in refused(*argv)
 
 
 def test_memory_that_runs_out_keeps_its_own_message():
