@@ -311,3 +311,25 @@ def test_memory_that_runs_out_keeps_its_own_message():
         raise torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(WadiError, match="KeyError"), running("It cannot generate"):
         raise KeyError("x")
+
+
+@pytest.mark.parametrize(("part", "file"), [("vae", "diffusion_pytorch_model"), ("text_encoder", "model")])
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.complex64])
+def test_a_pipeline_of_whole_numbers_is_refused(part, file, kind, sd_folder, tmp_path):
+    """Both libraries would cast them: all weights below 1 become 0."""
+    import shutil
+
+    shutil.copytree(sd_folder, tmp_path / "teacher")
+    path = tmp_path / "teacher" / part / f"{file}.safetensors"
+    save_file({name: value.to(kind) for name, value in load_file(path).items()}, path, {"format": "pt"})
+    with pytest.raises(WadiError, match=part):
+        load_pipeline(tmp_path / "teacher")
+
+
+def test_layers_of_8_bit_floats_are_checked():
+    from wadi.analysis.analyze import _refuse_not_finite
+
+    fine = torch.ones(2, 2).to(torch.float8_e4m3fn)
+    _refuse_not_finite("layer", fine, fine)
+    with pytest.raises(WadiError, match="layer"):
+        _refuse_not_finite("layer", fine, (torch.ones(2, 2) * torch.nan).to(torch.float8_e4m3fn))

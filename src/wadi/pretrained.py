@@ -71,6 +71,17 @@ def refuse_not_floats(what: str, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
+def refuse_whole_weights(what: str, stored: Any) -> None:
+    """Raise `WadiError` if weights or biases in an `opened` file are not floating-point numbers; libraries would cast them."""
+    names = [name for name in stored.keys() if name.endswith((".weight", ".bias"))]  # noqa: SIM118
+    kinds = {name: stored.get_slice(name).get_dtype() for name in names}
+    if broken := [name for name, kind in kinds.items() if not kind.startswith(("F", "BF"))]:
+        raise WadiError(
+            f"{what} has {len(broken)} weights of type {', '.join(sorted({kinds[name] for name in broken}))}: {listed(broken)}. "
+            "Floating-point numbers are needed: download or save the files again."
+        )
+
+
 @torch.no_grad()
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the names of floating-point tensors with a NaN or infinite value. Reads each once, and waits for a GPU once."""

@@ -199,8 +199,9 @@ def _refuse_not_finite(name: str, W: Tensor, S: Tensor) -> None:
     for whose, tensor in (("Teacher", W), ("Student", S)):
         if not tensor.is_floating_point():
             raise WadiError(f"{whose}'s {name} is of type {tensor.dtype}. Expected weights that are not quantised.")
-        if not tensor.isfinite().all():
-            count = int((~tensor.isfinite()).sum())
+        wide = tensor.float() if tensor.itemsize == 1 else tensor  # 8-bit floats have no such test
+        if not wide.isfinite().all():
+            count = int((~wide.isfinite()).sum())
             raise WadiError(
                 f"{whose}'s {name} has {count} values that are not finite, of {tensor.numel()}. Expected finite weights: the "
                 "training that made them diverged, or the file is damaged."

@@ -19,7 +19,7 @@ from wadi.backbones.tokenizers import refuse_absent_files, refuse_misfits
 from wadi.errors import WadiError
 from wadi.io.records import read_json
 from wadi.io.regular import exists
-from wadi.pretrained import load_complete, opened, quiet
+from wadi.pretrained import load_complete, opened, quiet, refuse_whole_weights
 
 MOST_LAYERS = 1000
 LARGEST = 10**10  # of any other whole number in a model's config
@@ -125,16 +125,16 @@ def _model(
 ) -> nn.Module:
     """One model of a pipeline, complete and finite."""
     library, name = components(index)[component]
+    settings, what = read_config(folder, component), f"The {component} of {str(path)!r}"
     for file in weights.files:
-        with opened(file):  # names the file that is damaged
-            pass
+        with opened(file) as stored:  # names the file that is damaged
+            if "quantization_config" not in settings:
+                refuse_whole_weights(what, stored)
     model_class: Any = getattr(importlib.import_module(library), name)
     options = {"torch_dtype" if library == "diffusers" else "dtype": dtype, "variant": weights.variant}
-    check_config(read_config(folder, component), f"{component}/config.json of {str(path)!r}")
+    check_config(settings, f"{component}/config.json of {str(path)!r}")
     with loading(path, component, weights.files, dtype):
-        model: nn.Module = load_complete(
-            model_class, str(folder / component), f"The {component} of {str(path)!r}", use_safetensors=True, **options
-        )
+        model: nn.Module = load_complete(model_class, str(folder / component), what, use_safetensors=True, **options)
         return model
 
 
