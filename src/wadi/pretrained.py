@@ -77,8 +77,8 @@ def refuse_whole_weights(what: str, stored: Any) -> None:
     kinds = {name: stored.get_slice(name).get_dtype() for name in names}
     if broken := [name for name, kind in kinds.items() if not kind.startswith(("F", "BF"))]:
         raise WadiError(
-            f"{what} has {len(broken)} weights of type {', '.join(sorted({kinds[name] for name in broken}))}: {listed(broken)}. "
-            "Floating-point numbers are needed: download or save the files again."
+            f"{what} has {len(broken)} weights of type {', '.join(sorted({kinds[name] for name in broken}))}: {listed(broken)}."
+            " Floating-point numbers are needed: download or save the files again."
         )
 
 
