@@ -333,3 +333,19 @@ def test_layers_of_8_bit_floats_are_checked():
     _refuse_not_finite("layer", fine, fine)
     with pytest.raises(WadiError, match="layer"):
         _refuse_not_finite("layer", fine, (torch.ones(2, 2) * torch.nan).to(torch.float8_e4m3fn))
+
+
+def test_a_condition_for_which_memory_runs_out_says_so(tmp_path, refused, monkeypatch):
+    from wadi.downstream import conditions
+
+    def full(*_):
+        raise torch.OutOfMemoryError("can't allocate memory")
+
+    monkeypatch.setattr(conditions, "condition", full)
+    Image.new("RGB", (12, 8)).save(tmp_path / "in.png")
+    assert "12 x 8" in refused("control", "condition", tmp_path / "in.png", "--out", tmp_path / "x.png")
+
+
+def test_only_a_student_of_the_embedded_teacher_is_shipped(finished_run, sd_folder, tmp_path, refused):
+    assert str(sd_folder) in refused("zoo", "ship", finished_run, "--weights", tmp_path / "weights")
+    assert not (tmp_path / "weights").exists()

@@ -38,6 +38,9 @@ def _condition(argv: Sequence[str], parse: Callable[..., Any], parser: Any) -> i
     parser.add_argument("--size", type=str, default=None, help="WxH to bring the picture to first: edges do not shrink well")
     parser.add_argument("--out", type=str, default="condition.png", help="PNG to write")
     args = parse(parser, argv)
+    import torch
+
+    from wadi.device import explained_when_full
     from wadi.downstream.conditions import condition, fitted, read_picture
     from wadi.files import check_writable
     from wadi.images import save_png
@@ -46,7 +49,10 @@ def _condition(argv: Sequence[str], parse: Callable[..., Any], parser: Any) -> i
     picture = read_picture(args.picture)
     if args.size is not None:
         picture = fitted(picture, _size(args.size))
-    save_png(condition(args.kind, picture, args.model), Path(args.out))
+    doing = f"{args.kind} of {picture.width} x {picture.height} pixels"
+    with explained_when_full(torch.device("cpu"), lambda: doing, "Give --size with fewer pixels."):
+        made = condition(args.kind, picture, args.model)
+    save_png(made, Path(args.out))
     print(args.out)
     return 0
 

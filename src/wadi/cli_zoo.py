@@ -46,6 +46,8 @@ def _prompts(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callab
 
 
 def _ship(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[str], Any]) -> int:
+    from wadi.adapters import read_about
+    from wadi.embedded import NAME
     from wadi.zoo.export import export_student
 
     parser = make_parser("zoo")
@@ -53,5 +55,8 @@ def _ship(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[
     parser.add_argument("run", help="run of the embedded teacher, whose student is to be the embedded one")
     parser.add_argument("--weights", type=str, required=True, help="folder of the embedded weights: src/wadi/zoo/weights")
     args = parse(parser, argv)
+    teacher = read_about(Path(args.run) / "student").teacher
+    if teacher != NAME:
+        raise WadiError(f"Run {args.run!r} is of the teacher {teacher!r}. Give a run of the embedded teacher (--teacher zoo).")
     print(export_student(Path(args.run), Path(args.weights)))
     return 0
