@@ -1,4 +1,5 @@
 import os
+import signal
 from contextlib import contextmanager
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches the network
@@ -9,6 +10,18 @@ import torch
 import tiny
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals():
+    """Take signals as a terminal's program does: a process started in the background or by nohup ignores some of them."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def _saved(tmp_path_factory, name, **changes):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -90,7 +91,9 @@ for number, argv in enumerate(json.loads(sys.argv[1])):
 @pytest.fixture(scope="module")
 def printed(folder, sd_folder, finished_run, tmp_path_factory):
     """``(exit code, lines on stdout, lines on stderr)`` of each command."""
-    places = {"FOLDER": folder, "SD": sd_folder, "RUN": finished_run}
+    run = folder / "run"  # a copy: a report is written into it
+    shutil.copytree(finished_run, run)
+    places = {"FOLDER": folder, "SD": sd_folder, "RUN": run}
     lines = []
     for text in COMMANDS.values():
         here = {**places, "TMP": tmp_path_factory.mktemp("out")}

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from wadi.errors import WadiError
+from wadi.io.regular import read_text
 
 
 def find_device(name: str | None) -> torch.device:
@@ -105,8 +106,8 @@ def total_memory(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[1])
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container
-        with suppress(OSError, ValueError):
-            found.append(int(Path("/sys/fs/cgroup", limit).read_text()))
+        with suppress(WadiError, ValueError):
+            found.append(int(read_text(Path("/sys/fs/cgroup", limit))))
     with suppress(ImportError, OSError):
         import resource
 
