@@ -17,6 +17,7 @@ early timesteps.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -81,9 +82,16 @@ class Process:
         if self.alphas is None:
             sigma = t.float() / self.num_timesteps
             return 1 - sigma, sigma
-        # 1 - alpha^2 cancels near t = 0: in float64, which Apple's GPUs lack, the table's own rounding is all that is left.
-        sigmas = (1 - self.alphas.cpu().double() ** 2).sqrt().float()
-        return self.alphas.to(t.device)[t.long()], sigmas.to(t.device)[t.long()]
+        return self.alphas.to(t.device)[t.long()], self._sigmas.to(t.device)[t.long()]
+
+    @cached_property
+    def _sigmas(self) -> Tensor:
+        """Table of ``sigma_t``, ``(T,)`` float32, of a variance-preserving schedule.
+
+        ``1 - alpha^2`` cancels near ``t = 0``: in float64, which Apple's GPUs lack, the table's own rounding is all that is left.
+        """
+        assert self.alphas is not None
+        return (1 - self.alphas.cpu().double() ** 2).sqrt().float()
 
     def alpha(self, t: Tensor) -> Tensor:
         """``alpha_t``, shape ``(B,)``, float32."""

@@ -104,6 +104,9 @@ def test_half_of_the_tensors_and_values_that_are_not_finite(as_file, saved, tmp_
     save_file(tensors | {name: torch.full_like(tensors[name], float("nan"))}, file)
     with pytest.raises(WadiError, match=name):
         load_control(place)
+    save_file(tensors | {name: tensors[name].long()}, file)  # libraries would cast them
+    with pytest.raises(WadiError, match=rf"I64.*{name}"):
+        load_control(place)
     if as_file:
         save_file(tensors | {"more.weight": torch.ones(2)}, file)
         with pytest.raises(WadiError, match=r"more\.weight"):

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from wadi.backbones.failures import first_line
-from wadi.backbones.stored import DIFFUSERS, copies, names_in
+from wadi.backbones.stored import DIFFUSERS, copies, names_in, weights_in
 from wadi.downstream.tensors import PICKLES, UNPICKLE, read_tensors
 from wadi.embedded import NAME, embedded
 from wadi.errors import WadiError
 from wadi.io.records import read_json
-from wadi.pretrained import listed, load_complete, opened, refuse_missing
+from wadi.pretrained import listed, load_complete, opened, refuse_missing, refuse_whole_weights
 
 KINDS = ("ControlNetModel", "SD3ControlNetModel", "FluxControlNetModel", "SanaControlNetModel", "T2IAdapter")
 _ORIGINAL = re.compile(r"^control_model\.|^input_hint_block\.|^zero_convs\.")  # names of the ControlNet authors' own code
@@ -80,7 +80,11 @@ def _class(config: Any) -> Any:
 
 def _from_folder(path: Path, what: str) -> Any:
     kind = _class(read_json(path / "config.json", dict[str, Any], "ControlNet config"))
-    return _loaded(kind, str(path), what, variant=variant_in(path, what))
+    variant = variant_in(path, what)
+    for file in weights_in(path, variant).files:
+        with opened(file, what) as stored:
+            refuse_whole_weights(what, stored)
+    return _loaded(kind, str(path), what, variant=variant)
 
 
 def _from_hub(name: str, what: str) -> Any:
@@ -122,6 +126,8 @@ def _from_file(path: Path, what: str) -> Any:
         raise WadiError(
             f"{what} is a pickle ({path.suffix}). {UNPICKLE} Or use the folder of a ControlNet in diffusers' format."
         )
+    with opened(path, what) as stored:
+        refuse_whole_weights(what, stored)
     tensors, _ = read_tensors(path, "Control")
     if any(_ORIGINAL.search(name) for name in tensors):
         raise WadiError(
