@@ -88,7 +88,7 @@ class Process:
     def _sigmas(self) -> Tensor:
         """Table of ``sigma_t``, ``(T,)`` float32, of a variance-preserving schedule.
 
-        ``1 - alpha^2`` cancels near ``t = 0``: in float64, which Apple's GPUs lack, the table's own rounding is all that is left.
+        ``1 - alpha^2`` cancels near ``t = 0``. In float64, which Apple's GPUs lack, only the table's own rounding is left.
         """
         assert self.alphas is not None
         return (1 - self.alphas.cpu().double() ** 2).sqrt().float()
