@@ -144,6 +144,54 @@ def _drift(backbone, prior, _condition):
     return float((made - prior.x0).square().mean())
 
 
+def test_the_losses_are_those_of_the_docstring_at_the_students_own_timestep(one_step_folder, subject_folder):
+    """The subject's part, and ``prior_weight`` times the class's, each written again from what the student generates."""
+    _, backbone, latents, condition = prepared(one_step_folder, subject_folder)
+    prior = prior_of(backbone)
+    config = settings(loss="one-step", prior_weight=0.25)
+    with torch.no_grad():
+        for parameter in backbone.network.parameters():
+            parameter.mul_(1.3)  # so that the class's images are no longer those of the prior
+        loss, of_subject = dreambooth._loss(backbone, latents, condition, prior, config, torch.Generator().manual_seed(4))
+        generator = torch.Generator().manual_seed(4)
+        rows = torch.randperm(2, generator=generator)
+        z = torch.randn((2, *latents.shape[1:]), generator=generator)
+        chosen = torch.randint(4, (2,), generator=generator)
+
+        def generated(noise, condition):
+            t = torch.full((2,), 700)
+            return backbone.process.x0(backbone.predict(noise, t, condition), noise, t)
+
+        images, wanted = generated(z, condition.expand(2)), latents[rows]
+        apart = torch.cdist(images.flatten(1), wanted.flatten(1))
+        nearest_are_parallel = int(apart.argmin()) in (0, 3)
+        subject = float((images - (wanted if nearest_are_parallel else wanted.flip(0))).square().mean())
+        kept = (generated(prior.z[chosen], prior.condition[chosen]) - prior.x0[chosen]).square().mean()
+    assert float(of_subject) == pytest.approx(subject, rel=1e-4)
+    assert float(loss) == pytest.approx(subject + 0.25 * float(kept), rel=1e-4)
+    assert float(kept) > 0.01 * subject
+
+
+def test_every_image_comes_as_often_as_any_other():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        assert dreambooth._draw(4, 8, generator).bincount().tolist() == [2, 2, 2, 2]
+        assert dreambooth._draw(4, 3, generator).bincount().max() == 1
+
+
+def test_the_learning_rate_falls_along_a_cosine_to_a_tenth(sd_v_folder, subject_folder, monkeypatch):
+    _, backbone, latents, condition = prepared(sd_v_folder, subject_folder)
+    rates, plain = [], torch.optim.AdamW.step
+
+    def step(self, *arguments):
+        rates.append(self.param_groups[0]["lr"])
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    train(backbone, latents, condition, None, settings(steps=5, lr=0.02), quiet=True)
+    assert rates == pytest.approx([0.02 * (0.55 + 0.45 * np.cos(np.pi * i / 5)) for i in range(5)])
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_seed_gives_the_same_weights_to_the_bit(sd_v_folder, subject_folder, method):
     states = []

@@ -152,6 +152,10 @@ def test_dispersion_keeps_symmetries_and_at_all_weight_on_pixels_the_kernel():
             dispersion(*bad)
 
 
+def test_any_odd_kernel_is_dispersed():
+    assert disperse(torch.rand(3, 2, 5, 5), dispersion(5, 9)).shape == (3, 2, 9, 9)
+
+
 def test_dispersed_kernels_need_a_factor_of_two_and_do_the_rest_by_dilation(unet):
     plain = answer(unet)
     with pytest.raises(WadiError, match="Dispersion doubles"), redilated(unet, 1.5, disperse=True):
@@ -319,6 +323,11 @@ def test_tiles_are_switched_on_and_off_again(pipeline):
     with tiled_decoding(vae, False):
         assert not vae.use_tiling
     assert vae.use_tiling is False
+    vae.enable_tiling()  # by whoever loaded it, and so it stays
+    with tiled_decoding(vae):
+        assert vae.use_tiling
+    assert vae.use_tiling
+    vae.disable_tiling()
     with tiled_decoding(nn.Identity()):
         pass
     with pytest.raises(ZeroDivisionError), tiled_decoding(vae):

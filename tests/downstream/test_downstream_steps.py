@@ -37,6 +37,13 @@ def test_times_are_trailing_from_the_students_own(student_of, name, steps):
     assert found.sigma == pytest.approx(0.8 if name in ("sd3", "flux", "sana") else (1 - found.alpha**2) ** 0.5)
 
 
+def test_nothing_of_the_input_is_mixed_into_the_answer(student_of):
+    """Consistency models mix in more of it the earlier the time; a student's answer is its own at every time."""
+    scheduler = schedule(student_of("sd1").scheduler, 2, strength=0.005).scheduler
+    skip, out = scheduler.get_scalings_for_boundary_condition_discrete(4)
+    assert (float(skip), float(out)) == pytest.approx((0, 1), abs=1e-9)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_step_is_the_student(student_of, name):
     pipeline = student_of(name)
