@@ -305,7 +305,6 @@ def test_sizes_that_cannot_fit_are_refused_with_their_bytes(changes, sd_folder, 
         (["embed", "--teacher=zoo", "--prompts=zoo", "--out=c", "--prompts_field=x"], ("prompts_field", "'x'")),
         (["distill", "--preset=demo", "--out=c", "--prompts_field=x"], ("prompts_field", "'x'")),
         (["distill", "--preset=sd15", "--teacher=t", "--prompts=p", "--out=c", "--warm_start.weight=1"], ("weight", "pairs")),
-        (["distill", "--preset=sd15", "--teacher=t", "--prompts=p", "--out=c", "--warm_start.fake_steps=1"], ("pairs",)),
     ],
     ids=lambda value: " ".join(value),
 )  # fmt: skip

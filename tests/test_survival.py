@@ -1,6 +1,7 @@
 """A run survives being killed at any moment, being started twice, and a clock that goes backwards."""
 
 import dataclasses
+import errno
 import os
 import random
 import signal
@@ -101,6 +102,21 @@ def test_a_lock_is_given_back_whatever_happens(sd_folder, prompts_path, tmp_path
         pass
     with run.locked():
         pass
+
+
+@pytest.mark.parametrize("answer", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told_of_and_used(sd_folder, prompts_path, tmp_path, monkeypatch, capsys, answer):
+    """Some network file systems are mounted without locks."""
+    import fcntl
+
+    def refuse(*_):
+        raise OSError(answer, os.strerror(answer))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    distill(tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=1))
+    assert (tmp_path / "run" / "student").is_dir()
+    assert not (tmp_path / "run" / LOCK).exists()
+    assert "without locks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])

@@ -244,6 +244,15 @@ def test_learning_rates(sd_folder, prompts_path):
     assert rates[10][0] == pytest.approx(0.1)
 
 
+def test_the_fake_model_can_learn_first_without_a_warm_start(sd_folder, prompts_path, tmp_path):
+    """``warm_start.fake_steps`` needs no pairs: the fake model then learns the images of the student as it starts."""
+    config = tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=2, warm_start={"fake_steps": 1})
+    assert load_config(distill(config) / "config.yaml").warm_start.fake_steps == 1
+    first, second = stats_of(tmp_path / "run")
+    assert first["student_angle_max"] == 0 < first["fake_angle_max"]
+    assert second["student_angle_max"] > 0
+
+
 # --- one role's update ------------------------------------------------------------------------------------------------------
 
 

@@ -231,7 +231,7 @@ def _check(config: DistillConfig) -> None:
         ("betas", config.betas, all(0 <= beta < 1 for beta in config.betas), "both in [0, 1)"),
         *(
             (f"warm_start.{name}", getattr(warm, name), warm.pairs > 0 or not getattr(warm, name), "0 without warm_start.pairs")
-            for name in ("steps", "fake_steps", "weight")
+            for name in ("steps", "weight")  # fake_steps do without: a fake model that learns before the student does
         ),
     )
     for name, value, holds, expected in rules:

@@ -17,6 +17,7 @@ from wadi.progress import progress
 
 KEPT_FROM = 2**20  # bytes; smaller files are read again
 SETTLED = 2.0  # seconds since the last change after which a file's times tell a later change
+_known: dict[Path, tuple[list[int], str]] = {}  # in this process, also where the cache cannot be written
 
 
 class Kept(Record):
@@ -74,6 +75,8 @@ def _place(file: Path) -> Path | None:
 
 def _kept(file: Path) -> str | None:
     """The digest in the cache, if it has one of this very file."""
+    if file in _known and file.is_file() and _known[file][0] == _state(file):
+        return _known[file][1]
     place = _place(file)
     if place is None or not file.is_file() or file.stat().st_size < KEPT_FROM or not place.is_file():
         return None
@@ -90,7 +93,9 @@ def _computed(file: Path) -> str:
     digest, place = sha256(file), _place(file)
     # Within the clock's resolution a second change leaves the times as they are.
     settled = before and _state(file) == before and time.time() - max(before[1:3]) / 1e9 > SETTLED
-    if place is not None and settled and before[0] >= KEPT_FROM:
-        with suppress(WadiError):  # a cache that cannot be written costs time, nothing else
-            write_whole(place, json.dumps({"state": before, "digest": digest}).encode())
+    if settled and before[0] >= KEPT_FROM:
+        _known[file] = before, digest
+        if place is not None:
+            with suppress(WadiError):  # a cache that cannot be written costs time, nothing else
+                write_whole(place, json.dumps({"state": before, "digest": digest}).encode())
     return digest

@@ -28,6 +28,7 @@ from wadi.progress import console
 from wadi.ranks import Ranks
 
 LOCK = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what some network file systems answer
 ROLES = ("student", "fake")  # the adapter folders of a run
 STEP_0 = "step-0000000"  # a checkpoint of it has nothing that a new start has not
 WARM_START = "warm_start.safetensors"
@@ -226,7 +227,12 @@ def _locked(path: Path) -> list[int]:
         except BlockingIOError:
             os.close(stream)
             return []
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno in NO_LOCKS:
+                console.print(
+                    f"[yellow]{path.parent} is on a file system without locks. Start no second run in it.[/]", soft_wrap=True
+                )
+                return [stream]
             os.close(stream)
             raise
         os.close(stream)

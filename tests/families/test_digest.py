@@ -61,6 +61,16 @@ def test_a_setting_changes_the_digest(teacher, file, old, new):
     assert teacher_digest(teacher) != before
 
 
+def test_files_that_no_model_reads_do_not_change_the_digest(teacher):
+    """What file managers, editors and other libraries leave in the folders."""
+    before = teacher_digest(teacher)
+    for place in ("unet", "text_encoder", "tokenizer", "scheduler"):
+        (teacher / place / ".DS_Store").write_bytes(b"x")
+    (teacher / "text_encoder" / "model.onnx").write_bytes(b"x")
+    (teacher / "unet" / "README.md").write_text("x")
+    assert teacher_digest(teacher) == before
+
+
 # --- the cache --------------------------------------------------------------------------------------------------------------
 
 
@@ -83,6 +93,7 @@ def test_a_file_is_read_once_until_it_changes(large, monkeypatch):
     read = count_reads(monkeypatch)
     expected = hashlib.sha256(large.read_bytes()).hexdigest()
     assert digests.digests([large, large]) == [expected, expected]
+    digests._known.clear()  # as in another process
     assert digests.digests([large]) == [expected]
     assert len(read) == 1
     times = large.stat()
@@ -100,9 +111,17 @@ def test_a_file_that_was_just_written_is_not_kept(large, monkeypatch):
     assert len(read) == 2
 
 
+def test_a_process_reads_a_file_once_also_without_a_cache(large, monkeypatch, tmp_path):
+    (tmp_path / "cache").write_text("in the way")
+    read = count_reads(monkeypatch)
+    assert digests.digests([large]) == digests.digests([large])
+    assert len(read) == 1
+
+
 @pytest.mark.parametrize("how", ["damaged", "a file", "no home"])
 def test_a_cache_that_cannot_be_used_costs_only_time(large, monkeypatch, tmp_path, how):
     expected = digests.digests([large])
+    digests._known.clear()  # as in another process
     if how == "damaged":
         for kept in (tmp_path / "cache" / "digests").iterdir():
             kept.write_text('{"state": "x"}')
@@ -123,6 +142,7 @@ def test_reading_again_takes_no_time(large, monkeypatch):
         start = time.perf_counter()
         digests.digests([large])
         times.append(time.perf_counter() - start)
+        digests._known.clear()  # as in another process
     assert times[1] < times[0] / 4
 
 

@@ -2,17 +2,19 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import small_pipelines
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from wadi.analysis.sources import open_teacher
 from wadi.backbones import load_pipeline
 from wadi.backbones.digest import teacher_digest
 from wadi.backbones.loading import pipeline_index
-from wadi.backbones.stored import pipeline_weights, weights_in
+from wadi.backbones.stored import pipeline_folder, pipeline_weights, weights_in
 from wadi.backbones.weights import network_weights
 from wadi.cli import main
 from wadi.downstream.control import load_control
@@ -155,6 +157,56 @@ def test_the_hub_cache_gives_what_it_has(half_only, tmp_path, monkeypatch):
     loaded = load_pipeline("owner/name")
     assert loaded.unet.dtype == torch.float32
     assert teacher_digest("owner/name") == teacher_digest(half_only)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub whose only repository is ``owner/name``; returns its folder. What is downloaded is copied to another one."""
+    from diffusers.pipelines import pipeline_utils
+    from huggingface_hub import HfApi
+
+    repository, snapshot = tmp_path / "repository", tmp_path / "snapshot"
+
+    def names(*_, **__):
+        return sorted(file.relative_to(repository).as_posix() for file in repository.rglob("*") if file.is_file())
+
+    def download(path, allow_patterns=("model_index.json",), ignore_patterns=(), **_):
+        for name in filter_repo_objects(names(), allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(repository / name, snapshot / name)
+        return str(snapshot)
+
+    plain = pipeline_utils.DiffusionPipeline.load_config
+    index = classmethod(lambda cls, path, **options: plain(repository if path == "owner/name" else path, **options))
+    monkeypatch.setattr(pipeline_utils.DiffusionPipeline, "load_config", index)
+    monkeypatch.setattr(HfApi, "list_repo_files", names)
+    siblings = lambda *_, **__: SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names()])  # noqa: E731
+    monkeypatch.setattr(pipeline_utils, "model_info", siblings)
+    monkeypatch.setattr(pipeline_utils, "_resolve_revision", lambda *_, **__: "main")
+    monkeypatch.setattr(pipeline_utils, "hf_hub_download", lambda *_, **__: f"{download('')}/model_index.json")
+    monkeypatch.setattr(pipeline_utils, "snapshot_download", download)
+    return repository
+
+
+def test_a_safety_checker_is_not_downloaded_and_may_be_a_pickle(hub, pipelines):
+    pipelines[0].save_pretrained(hub)
+    index = json.loads((hub / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (hub / "model_index.json").write_text(json.dumps(index))
+    (hub / "safety_checker").mkdir()
+    (hub / "safety_checker" / "pytorch_model.bin").write_bytes(b"x")
+    same(load_pipeline("owner/name").unet.state_dict(), pipelines[0].unet)
+    assert not (pipeline_folder("owner/name") / "safety_checker").exists()
+
+
+def test_a_variant_outside_the_components_chooses_nothing(hub, pipelines):
+    """SDXL's repository has a second autoencoder beside the pipeline."""
+    full, half = pipelines
+    full.save_pretrained(hub)
+    half.save_pretrained(hub, variant="fp16")
+    (hub / "vae_old").mkdir()
+    shutil.move(hub / "vae" / "diffusion_pytorch_model.fp16.safetensors", hub / "vae_old")
+    same(load_pipeline("owner/name").unet.state_dict(), full.unet)
 
 
 def test_pickled_weights_are_refused_with_the_way_to_convert_them(pipelines, tmp_path):

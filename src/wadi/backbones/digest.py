@@ -14,10 +14,10 @@ from wadi.backbones.base import RESOLUTION
 from wadi.backbones.loading import pipeline_index
 from wadi.backbones.stored import components, names_in, pipeline_folder, pipeline_weights, split_variant
 from wadi.digests import digests
+from wadi.files import JUNK
 from wadi.io.records import read_json
 from wadi.io.regular import exists
 
-WEIGHTS = (".safetensors", ".index.json", ".bin", ".msgpack")  # how names of weights end, loaded or not
 # Settings of a config that say who wrote it, not how the model computes.
 COSMETIC = ("transformers_version", "dtype", "torch_dtype", "architectures")
 
@@ -58,7 +58,10 @@ def _of(folder: Path, variant: str | None, chosen: Collection[str] | None = None
     index = pipeline_index(folder)
     weights = pipeline_weights(folder, index, variant)
     names = [component for component in sorted(components(index)) if chosen is None or component in chosen]
-    files = {name: [*(weights[name].files if name in weights else ()), *_others(folder / name)] for name in names}
+    files = {
+        name: [*weights[name].files, folder / name / "config.json"] if name in weights else _files(folder / name)
+        for name in names
+    }
     large = [file for name in names for file in files[name] if not _is_config(file)]
     known = dict(zip(large, digests(large), strict=True))
     total = hashlib.sha256(json.dumps([index["_class_name"], index.get(RESOLUTION)]).encode())
@@ -68,9 +71,9 @@ def _of(folder: Path, variant: str | None, chosen: Collection[str] | None = None
     return total.hexdigest()
 
 
-def _others(folder: Path) -> list[Path]:
-    """Configs, and the files of tokenizers."""
-    return [folder / name for name in names_in(folder) if not name.endswith(WEIGHTS)]
+def _files(folder: Path) -> list[Path]:
+    """The files of a tokenizer or scheduler, without what file managers and editors leave there."""
+    return [folder / name for name in names_in(folder) if not name.startswith(".") and name not in JUNK]
 
 
 def _is_config(file: Path) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,9 +159,10 @@ def pipeline_folder(path: str | Path, variant: str | None = None) -> Path:
         from diffusers import DiffusionPipeline
 
         names = _hub_names(str(path))
-        wanted = variant or _only_variant(names)
-        # Offline, this returns what the cache has.
-        return Path(DiffusionPipeline.download(str(path), variant=wanted, use_safetensors=True if names else None))
+        wanted = variant or _only_variant(names, components(DiffusionPipeline.load_config(str(path))))
+        # A component that is passed as None is neither downloaded nor needed as safetensors.
+        options: dict[str, Any] = {"use_safetensors": True if names else None, **dict.fromkeys(LEFT_OUT)}
+        return Path(DiffusionPipeline.download(str(path), variant=wanted, **options))  # offline: what the cache has
 
 
 def fetch(path: str, component: str, variant: str | None = None) -> Path:
@@ -194,12 +195,17 @@ def _hub_names(path: str) -> list[str]:
         return []
 
 
-def _only_variant(names: Iterable[str]) -> str | None:
-    """Return the variant of a repository that has some model in no other copy."""
+def _only_variant(names: Iterable[str], parts: Collection[str]) -> str | None:
+    """Return the variant of a repository that has some model in no other copy.
+
+    Args:
+        parts: names of the pipeline's components; files in other folders do not count.
+    """
     folders: dict[str, list[str]] = {}
     for name in names:
         folder, _, file = name.rpartition("/")
-        folders.setdefault(folder, []).append(file)
+        if folder in parts:
+            folders.setdefault(folder, []).append(file)
     for files in folders.values():
         for stem in STEMS.values():
             found = copies(files, stem)
