@@ -43,6 +43,17 @@ def test_the_cpu_says_it_in_its_own_way():
     )
 
 
+def test_a_driver_that_fails_is_not_taken_for_damaged_files(sd_folder, monkeypatch):
+    from diffusers import DiffusionPipeline
+
+    def fail(*_):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(DiffusionPipeline, "to", fail)
+    with pytest.raises(RuntimeError, match="^CUDA error: no kernel"):
+        load_pipeline(sd_folder)
+
+
 def test_a_run_that_ran_out_of_memory_continues_with_less(sd_folder, prompts_path, tmp_path, monkeypatch):
     """The checkpoint before stays; gradient checkpointing leaves the rest of the run as it would have been, bit for bit."""
     full = tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=4, checkpoint_every=2)

@@ -17,6 +17,7 @@ from processes import distilled, distilled_on_a_full_disk, finish, free_port, st
 from runs import assert_same_run, state_of
 from wadi import checkpoint
 from wadi.errors import WadiError
+from wadi.io import records
 from wadi.run import LOCK, Run
 from wadi.train import distill
 
@@ -102,6 +103,16 @@ def test_a_lock_is_given_back_whatever_happens(sd_folder, prompts_path, tmp_path
         pass
     with run.locked():
         pass
+
+
+def test_a_run_of_millions_of_steps_is_continued(sd_folder, prompts_path, tmp_path, monkeypatch):
+    """Its statistics are larger than any other file that is read whole."""
+    run = Run(tiny.settings(sd_folder, prompts_path, tmp_path / "run"))
+    run.open()
+    monkeypatch.setattr(records, "JSON_BYTES", 100)
+    for step in range(1, 20):
+        run.log({"step": step})
+    assert run.rewind(15) == [{"step": step} for step in range(1, 16)]
 
 
 @pytest.mark.parametrize("answer", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])

@@ -196,7 +196,10 @@ def read_stats(path: Path) -> list[dict[str, float]]:
     """
     if not path.exists():
         return []
-    lines: list[dict[str, float]] = read_json_lines(path, dict[str, int | Finite], "Statistics", half_last_line=True)
+    # A line has some 700 bytes, and a run may have millions.
+    lines: list[dict[str, float]] = read_json_lines(
+        path, dict[str, int | Finite], "Statistics", half_last_line=True, bounded=False
+    )
     for number, line in enumerate(lines, 1):
         if "step" not in line:
             raise WadiError(f"Statistics {str(path)!r} have no 'step' in entry {number}. Restore or delete the file.")

@@ -20,6 +20,7 @@ from wadi.cli import main
 from wadi.downstream.control import load_control
 from wadi.embedded import lasting
 from wadi.errors import WadiError
+from wadi.evaluate.generators import find
 
 SHARDS = "40KB"  # a small network has several
 
@@ -122,6 +123,13 @@ def test_a_variant_that_is_not_there_is_refused_and_those_there_named(half_only)
     with pytest.raises(WadiError, match=r"bf16, fp16"):
         load_pipeline(half_only)
     assert load_pipeline(f"{half_only}?variant=bf16").unet.dtype == torch.float32
+
+
+def test_a_variant_is_evaluated_and_analysed(half_only, pipelines):
+    found = find(f"{half_only}?variant=fp16")
+    assert found is not None
+    assert found.pipeline
+    same(open_teacher(f"{half_only}?variant=fp16"), pipelines[0].unet, torch.float16)
 
 
 def test_the_variant_stays_with_the_name_of_a_folder(half_only, monkeypatch):

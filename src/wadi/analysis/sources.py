@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wadi import adapters
+from wadi.backbones.stored import split_variant
 from wadi.backbones.weights import LazyTensors, network_weights
 from wadi.embedded import NAME as ZOO
 from wadi.embedded import embedded, resolve_teacher
@@ -145,7 +146,7 @@ def adapter_folder(name: str) -> Path | None:
 
 
 def _plain(name: str, whose: str) -> LazyTensors:
-    path = Path(name)
+    path = Path(split_variant(name)[0])
     if path.is_file() and path.suffix != ".safetensors":
         raise WadiError(
             f"{whose} {name!r} is a file of another kind. Expected .safetensors: load it with the library that wrote it and "

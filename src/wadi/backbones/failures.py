@@ -49,6 +49,23 @@ def loading(
 
 
 @contextmanager
+def moving(path: object, files: Sequence[Path], dtype: torch.dtype, device: str | torch.device) -> Iterator[None]:
+    """Raise `WadiError` if memory runs out within the block, which moves the pipeline ``path`` to ``device``.
+
+    Anything else passes through: a driver that fails says nothing about the files.
+
+    Args:
+        files, dtype, device: see `loading`.
+    """
+    try:
+        yield
+    except Exception as error:
+        if out_of_memory(error):
+            raise WadiError(_too_large(path, files, dtype, device)) from error
+        raise
+
+
+@contextmanager
 def running(what: str) -> Iterator[None]:
     """Turn what a library raises within the block, while models of files compute, into one `WadiError`.
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from wadi.backbones.base import RESOLUTION, Backbone
-from wadi.backbones.failures import first_line, loading
+from wadi.backbones.failures import first_line, loading, moving
 from wadi.backbones.pooling import pool_pipeline_at_end_token
 from wadi.backbones.stored import LEFT_OUT, Weights, components, names_in, pipeline_folder, pipeline_weights, split_variant
 from wadi.backbones.tokenizers import refuse_absent_files, refuse_misfits
@@ -116,7 +116,7 @@ def load_pipeline(
     pool_pipeline_at_end_token(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.wadi_source = (folder, variant)
-    with loading(path, "", [file for part in weights.values() for file in part.files], dtype, device):
+    with moving(path, [file for part in weights.values() for file in part.files], dtype, device):
         return pipeline.to(device)
 
 

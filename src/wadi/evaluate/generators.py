@@ -17,6 +17,7 @@ from wadi.backbones.base import RESOLUTION
 from wadi.backbones.digest import teacher_digest
 from wadi.backbones.loading import pipeline_index, read_config
 from wadi.backbones.schedulers import make_scheduler
+from wadi.backbones.stored import split_variant
 from wadi.embedded import NAME
 from wadi.errors import WadiError
 from wadi.files import sha256
@@ -213,7 +214,7 @@ def find(name: str, **place: Any) -> Source | None:
     Raises:
         WadiError: if it is neither a folder nor a Hub id.
     """
-    folder = Path(name)
+    folder = Path(split_variant(name)[0])
     if name == NAME:
         return Source(name, **place)
     if (folder / "model_index.json").is_file():

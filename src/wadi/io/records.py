@@ -47,16 +47,22 @@ def read_json(path: str | Path, kind: Any, what: str = "File", limit: int = JSON
 
 
 def read_json_lines(
-    path: str | Path, kind: Any, what: str = "File", half_last_line: bool = False, remedy: str = REMEDY
+    path: str | Path,
+    kind: Any,
+    what: str = "File",
+    half_last_line: bool = False,
+    remedy: str = REMEDY,
+    bounded: bool = True,
 ) -> list[Any]:
     """Return the objects of a file with one JSON value a line; blank lines are left out.
 
     Args:
         half_last_line: leave out a last line that is not JSON: a killed process leaves half a line.
+        bounded: whether files above `JSON_BYTES` are refused.
     Raises:
         WadiError: see the module; the line is named.
     """
-    lines = read_bytes(path, JSON_BYTES, what).split(b"\n")
+    lines = read_bytes(path, JSON_BYTES if bounded else None, what).split(b"\n")
     last = max((number for number, line in enumerate(lines) if line.strip()), default=-1)
     rows = []
     for number, line in enumerate(lines):
