@@ -50,7 +50,7 @@ def test_a_driver_that_fails_is_not_taken_for_damaged_files(sd_folder, monkeypat
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
 
     monkeypatch.setattr(DiffusionPipeline, "to", fail)
-    with pytest.raises(RuntimeError, match="^CUDA error: no kernel"):
+    with pytest.raises(RuntimeError, match=r"^CUDA error: no kernel"):
         load_pipeline(sd_folder)
 
 
