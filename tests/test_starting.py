@@ -91,7 +91,7 @@ def test_a_stop_before_the_first_step_takes_another_command_too(sd_folder, promp
     assert_same_run(tmp_path / "straight", tmp_path / "run")
 
 
-@pytest.mark.parametrize("left", [".config.yaml.1234.wadi.tmp", ".lock", "samples"])
+@pytest.mark.parametrize("left", [".config.yaml.1234.wadi.tmp", ".lock", "samples", ".DS_Store"])
 def test_what_a_killed_start_leaves_is_no_other_run(left, sd_folder, prompts_path, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / left).mkdir() if left == "samples" else (tmp_path / "run" / left).touch()

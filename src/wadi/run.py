@@ -21,7 +21,7 @@ from wadi import adapters
 from wadi import config as configs
 from wadi.config import DistillConfig
 from wadi.errors import Interrupted, WadiError
-from wadi.files import check_writable, refuse_foreign, remove_folder, sweep, unwritable, write_whole
+from wadi.files import JUNK, check_writable, refuse_foreign, remove_folder, sweep, unwritable, write_whole
 from wadi.io.records import Finite, read_json_lines
 from wadi.io.regular import read_bytes, read_text
 from wadi.progress import console
@@ -81,7 +81,7 @@ class Run:
 
     def _foreign(self) -> set[str]:
         """Names in the folder that are not of a start that was killed before it wrote the config."""
-        names = {path.name for path in self.folder.iterdir() if not re.fullmatch(_FIRST_FILES, path.name)}
+        names = {path.name for path in self.folder.iterdir() if not re.fullmatch(_FIRST_FILES, path.name)} - JUNK
         return names - ({"samples"} if self.samples.is_dir() and not any(self.samples.iterdir()) else set())
 
     def forget(self) -> None:

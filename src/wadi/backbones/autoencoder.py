@@ -29,7 +29,7 @@ def encode(vae: Any, images: Tensor, batch: int = 4) -> Tensor:
         WadiError: if latents contain NaN or infinity.
     """
     with _safe_precision(vae):
-        inputs = [(2 * part - 1).to(vae.device, vae.dtype) for part in images.split(batch)]
+        inputs = ((2 * part - 1).to(vae.device, vae.dtype) for part in images.split(batch))  # one batch on the device at a time
         parts = [_mode(vae.encode(part, return_dict=False)[0]) for part in inputs]
     z = finite.check(torch.cat(parts), "encoder").float()
     mean, std = _moments(vae.config, z)
