@@ -116,6 +116,25 @@ def test_an_interrupted_runs_student_is_there_too(finished_run, tmp_path):
     load(tmp_path / "run")
 
 
+@pytest.mark.parametrize(("now", "earlier"), [("clip: 1.0", "clip: .inf"), ("  weight: 0.0", "  weight: 0.5")])
+def test_an_earlier_run_with_settings_that_are_refused_today_generates(finished_run, tmp_path, now, earlier):
+    run, settings = tmp_path / "run", (finished_run / "config.yaml").read_text()
+    shutil.copytree(finished_run, run)
+    assert settings.count(now) == 1
+    (run / "config.yaml").write_text(settings.replace(now, earlier))
+    assert same_picture(
+        draw(load(run), ["red apple"], [1]).pictures[0], draw(load(finished_run), ["red apple"], [1]).pictures[0]
+    )
+
+
+def test_a_run_whose_config_names_no_teacher_needs_one(finished_run, sd_folder, tmp_path):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    (run / "config.yaml").write_text("steps: 3")
+    with pytest.raises(WadiError, match=r"config\.yaml.*--teacher"):
+        load(run)
+    load(run, teacher=sd_folder)
+
+
 ALONE = """
 import sys
 class Refuse:

@@ -325,6 +325,9 @@ def load(path: Path) -> DistillConfig:
         WadiError: if the file cannot be read, is no YAML mapping, or holds an unknown, ill-typed or unbounded setting.
     """
     values = read_settings(path)
+    warm = values.get("warm_start", {})
+    if not warm.get("pairs"):
+        warm.pop("weight", None)  # earlier versions allowed one, which had no effect
     try:
         config: DistillConfig = _build(values, DistillConfig)
     except WadiError as error:

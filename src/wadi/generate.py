@@ -94,7 +94,10 @@ def locate(run: str | Path | None, adapter: str | Path | None, teacher: str | Pa
                 f"{str(run)!r} is no run: it holds no config.yaml. Expected the --out of `wadi distill`, or (to draw from) a "
                 "folder written by `wadi export`."
             )
-        folder, named = Path(run) / "student", config.load(settings).teacher
+        # Bounds are not checked: earlier versions allowed settings that are refused today.
+        folder, named = Path(run) / "student", config.read_settings(settings).get("teacher")
+        if not (named or teacher):
+            raise WadiError(f"Config {str(settings)!r} names no teacher. Set --teacher.")
         if not folder.is_dir():
             raise WadiError(f"Run {str(run)!r} has saved no student yet. Expected a finished or interrupted run.")
     else:
