@@ -253,6 +253,16 @@ def test_the_fake_model_can_learn_first_without_a_warm_start(sd_folder, prompts_
     assert second["student_angle_max"] > 0
 
 
+def test_a_run_of_an_earlier_version_with_a_weight_and_no_pairs_is_continued(sd_folder, prompts_path, tmp_path):
+    """The weight had no effect; today it is refused."""
+    config = tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=1)
+    distill(config)
+    settings = tmp_path / "run" / "config.yaml"
+    settings.write_text(settings.read_text().replace("  weight: 0.0", "  weight: 0.5"))
+    distill(dataclasses.replace(config, steps=2))
+    assert state_of(tmp_path / "run")[1]["step"] == 2
+
+
 # --- one role's update ------------------------------------------------------------------------------------------------------
 
 
