@@ -28,8 +28,8 @@ from wadi.progress import progress
 from wadi.sampling import one_step_scheduler
 
 WHEN_FULL = (
-    "Generate fewer images at once: set a lower --batch (wadi eval: --draw_batch), or load the model with --dtype bfloat16 where "
-    "that is offered."
+    "Generate fewer images at once: set a lower --batch (of wadi eval: --draw_batch), or load the model with --dtype bfloat16 "
+    "where that is offered."
 )
 MOST_IMAGES = 1_000_000  # of one command
 
