@@ -237,3 +237,12 @@ def test_the_plan_is_all_that_is_printed(folder_of, capfd):
     told = capfd.readouterr()
     assert "float32: []" not in told.out + told.err
     assert told.err == ""
+
+
+def test_gradients_of_earlier_batches_are_held_from_the_second_on(folder_of):
+    """However many batches a step has, one set of gradients lies beside the batch at work."""
+    found = plan.architecture_of(str(folder_of("sd1")))
+    config = replace(CONFIG, resolution=small_pipelines.RESOLUTIONS.get("sd1"))
+    one, two, three = (plan.plan(replace(config, accumulate=n), found).memory["plain"].total for n in (1, 2, 3))
+    assert two == three
+    assert one < two

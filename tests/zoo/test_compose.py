@@ -28,6 +28,15 @@ def test_an_opaque_sprite_hides_the_background_where_it_lies():
     assert (middle - expected[:, None, None]).abs().max() < 1e-5
 
 
+def test_a_half_transparent_sprite_lets_half_of_the_background_through():
+    """Its colours are premultiplied: they are added as they are."""
+    sprite = torch.full((1, 4, 96, 96), 128, dtype=torch.uint8)
+    pose = pose_of(1)
+    middle = compose(sprite, pose)[0, :, SIDE // 2, SIDE // 2]
+    half = 128 / 255
+    assert torch.allclose(middle, half + (1 - half) * pose.rgb[0], atol=1e-5)
+
+
 def test_sprites_stay_inside_the_picture_and_cover_55_to_92_percent_of_its_side():
     pose = pose_of(512)
     size = 1 / pose.theta[:, 1, 1]
