@@ -512,3 +512,20 @@ def test_no_reader_opens_what_is_not_a_regular_file():
             elif name == "open" and not (len(node.args) > 1 and ast.unparse(node.args[1]) in ("'a'", "'ab'", "'w'", "'wb'")):
                 found.append(f"{path.name}:{node.lineno} open({target})")
     assert found == []
+
+
+def test_a_folder_that_somebody_else_locks_for_long_is_written(tmp_path, monkeypatch):
+    """As in ``flock runs wadi distill --out runs/x``, and within another folder that is being written."""
+    import fcntl
+
+    monkeypatch.setattr(files, "PATIENCE", 0.05)
+    held = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    try:
+        for text in ("first", "second"):
+            with whole_folder(tmp_path / "run") as outer, whole_folder(outer / "inner") as inner:
+                (inner / "file").write_text(text)
+    finally:
+        os.close(held)
+    assert (tmp_path / "run" / "inner" / "file").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -130,3 +130,18 @@ def test_no_name_of_a_file_becomes_markup(run):
     parser.feed(page)
     assert not [tag for tag in tags if "onerror" in tag[1] or (tag[0] == "b" and tag[1])]
     assert HOSTILE in [attributes["alt"] for tag, attributes in tags if tag == "img"]
+
+
+def test_a_result_with_speeds_is_shown_as_eval_writes_it(run):
+    from wadi.evaluate.result import Number, Result, Row
+
+    (run / "eval").mkdir()
+    speed = {
+        "name": "student, one step", "images_per_second": 81.25, "latency_p50_ms": 12, "latency_p95_ms": 13.5,
+        "peak_memory_mib": None, "parameters": 9_000, "evaluations": 1.0, "repeats": 5, "batch": 8,
+    }  # fmt: skip
+    Result({"protocol": "zoo"}, [Row("student", {}, 8, {"fd": Number(5.901, 0.11)}, speed)]).save(run / "eval" / "zoo.json")
+    page = write_report(run).read_text()
+    assert "is not a result" not in page
+    for text in ("5.901 ± 0.11", "<td>81.25</td>", "<td>12</td>", "<td>9,000</td>"):
+        assert text in page

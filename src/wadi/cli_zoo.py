@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from wadi.errors import WadiError
-
-if TYPE_CHECKING:
-    pass
 
 USAGE = "wadi zoo train | prompts | ship"
 

@@ -16,6 +16,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ from wadi.errors import WadiError
 from wadi.io.regular import exists, is_dir, kind_of, open_regular, reason, shown
 
 JUNK = {".DS_Store", "Thumbs.db", "desktop.ini"}  # file managers leave these anywhere
+PATIENCE = 10.0  # seconds
 _NAME_BYTES = 180  # of a name within a temporary name: file systems allow 255
 
 
@@ -269,16 +271,26 @@ def _keep(descriptor: int, path: Path) -> bool:
 
 
 def _flock(descriptor: int, wait: bool) -> bool:
-    """Take the lock of an open file; False if another process has it, or if the system has no locks."""
+    """Take the lock of an open file; False if another process keeps it, or if the system has no locks.
+
+    ``wait``: for at most `PATIENCE` seconds. Ours are short; others may hold a folder for long (``flock FOLDER wadi ...``).
+    """
     try:
         import fcntl
     except ImportError:
         return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:  # held elsewhere, or a network file system without locks
-        return False
-    return True
+    end = time.monotonic() + (PATIENCE if wait else 0)
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.01)
+        except OSError:  # a network file system without locks
+            return False
+        else:
+            return True
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 from wadi.errors import WadiError
 from wadi.figures import canvas, look, styled, svg
 from wadi.files import write_whole
-from wadi.io.records import Record, read_json
+from wadi.io.records import Record, asdict, read_json
 from wadi.io.regular import read_bytes, read_text
 from wadi.run import read_stats
 
@@ -126,13 +126,24 @@ class Number(Record):
     std: float | None = None
 
 
+class Timing(Record):
+    """The speed of a generator on one machine."""
+
+    images_per_second: float | None = None
+    latency_p50_ms: float | None = None
+    latency_p95_ms: float | None = None
+    peak_memory_mib: float | None = None
+    parameters: int | None = None
+    evaluations: float | None = None
+
+
 class Row(Record):
     """The measurements of one generator."""
 
     name: str
     images: int
     metrics: dict[str, Number]
-    speed: dict[str, int | float | None] | None = None
+    speed: Timing | None = None
 
 
 class Result(Record):
@@ -150,10 +161,10 @@ def _result(path: Path) -> str:
     except WadiError as error:
         return f"<p>{html.escape(path.name)} is not a result of wadi eval and was left out ({html.escape(str(error))}).</p>"
     metrics = list(dict.fromkeys(name for row in found.rows for name in row.metrics))
-    measured = [row.speed or {} for row in found.rows]
-    speeds = [name for name, _ in SPEED if any(speed.get(name) is not None for speed in measured)]
+    measured = [asdict(row.speed or Timing()) for row in found.rows]
+    speeds = [name for name, _ in SPEED if any(speed[name] is not None for speed in measured)]
     cells = [
-        [*(_number(row.metrics.get(name)) for name in metrics), *(_speed(speed.get(name)) for name in speeds)]
+        [*(_number(row.metrics.get(name)) for name in metrics), *(_speed(speed[name]) for name in speeds)]
         for row, speed in zip(found.rows, measured, strict=True)
     ]
     told = f"{found.protocol.get('protocol') or 'pictures'}, protocol hash {found.protocol_hash[:12]}"

@@ -1,6 +1,7 @@
 """ControlNets and IP-Adapters as people have them, several at once, and the messages for what cannot be used."""
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -302,3 +303,15 @@ def test_conditions_of_one_pixel_and_of_many(plain, saved):
         args = control_arguments(under, Image.new("RGB", size, (255, 255, 255)))
         assert args["image"].size == (16, 16)
         pixels(under, **args)
+
+
+def test_a_cast_says_nothing(saved):
+    said = []
+    handler = logging.Handler()
+    handler.emit = said.append
+    logging.getLogger("diffusers").addHandler(handler)
+    try:
+        assert load_control(saved, torch.bfloat16).dtype == torch.bfloat16
+    finally:
+        logging.getLogger("diffusers").removeHandler(handler)
+    assert [record.getMessage() for record in said] == []

@@ -280,6 +280,7 @@ def test_folders_without_pictures_and_pictures_that_are_none(tmp_path):
         read_subject(tmp_path, (16, 16))
     Image.new("RGB", (64, 64), "red").save(tmp_path / "whole.png")
     for name, data in (
+        ("IMG_1.HEIC", b"\0\0\0\x18ftypheic"),
         ("broken.png", (tmp_path / "whole.png").read_bytes()[:60]),
         ("text.jpg", b"hello"),
         ("empty.webp", b""),

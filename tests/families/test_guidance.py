@@ -144,3 +144,15 @@ def test_a_pipeline_that_no_family_serves_is_not_measured_at_a_guidance_of_its_o
     pipeline.__class__ = type("Unknown", (type(pipeline),), {})
     with pytest.raises(WadiError, match="Unknown"):
         draw(pipeline, ["a"], [0], 4, 3.0)
+
+
+@pytest.mark.parametrize(("family", "scale"), [("flux", 1.0), ("sd1", 2.5)])
+def test_the_teacher_of_analyze_has_its_familys_guidance(folder_of, tmp_path, monkeypatch, capsys, family, scale):
+    def noted(source, steps, guidance_scale):
+        raise WadiError(f"{steps} steps, guidance {guidance_scale}.")
+
+    monkeypatch.setattr(Source, "many_steps", noted)
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    options = ["--swap_eval", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out")]
+    assert main(["analyze", str(folder_of(family)), str(folder_of(family)), *options]) == 2
+    assert f"25 steps, guidance {scale}." in capsys.readouterr().err

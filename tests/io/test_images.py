@@ -271,3 +271,10 @@ def test_a_finished_condition_is_not_transparent(tmp_path):
         conditions.condition("none", clear)
     assert conditions.condition("none", Image.new("RGBA", (4, 4), "red")).getpixel((0, 0)) == (255, 0, 0)
     assert conditions.as_rgb(clear).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("brand", ["heic", "heix", "mif1"])
+def test_heic_is_named_as_what_it_is(tmp_path, brand):
+    (tmp_path / "photo.jpg").write_bytes(b"\0\0\0\x18ftyp" + brand.encode() + bytes(16))
+    with pytest.raises(WadiError, match="HEIC"):
+        read_image(tmp_path / "photo.jpg")

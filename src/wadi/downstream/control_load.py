@@ -12,7 +12,7 @@ from wadi.downstream.tensors import PICKLES, UNPICKLE, read_tensors
 from wadi.embedded import NAME, embedded
 from wadi.errors import WadiError
 from wadi.io.records import read_json
-from wadi.pretrained import listed, load_complete, opened, refuse_missing, refuse_whole_weights
+from wadi.pretrained import listed, load_complete, opened, quiet, refuse_missing, refuse_whole_weights
 
 KINDS = ("ControlNetModel", "SD3ControlNetModel", "FluxControlNetModel", "SanaControlNetModel", "T2IAdapter")
 _ORIGINAL = re.compile(r"^control_model\.|^input_hint_block\.|^zero_convs\.")  # names of the ControlNet authors' own code
@@ -59,7 +59,10 @@ def load_control(control: str | Path, dtype: Any = None) -> Any:
             f"ControlNet's "
             ".safetensors file with its config.json next to it, or an IP-Adapter's .safetensors file."
         ) from error
-    return model if dtype is None else model.to(dtype)
+    if dtype is None:
+        return model
+    with quiet():  # diffusers remarks on every cast
+        return model.to(dtype)
 
 
 def _refuse_absent(path: str | Path) -> None:

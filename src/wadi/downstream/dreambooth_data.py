@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wadi.backbones import Backbone, Condition
 from wadi.errors import WadiError
-from wadi.io.images import SUFFIXES, read_image
+from wadi.io.images import HEIC, SUFFIXES, read_image
 from wadi.io.regular import is_dir, shown, unreadable
 from wadi.sampling import many_steps, noise, one_step
 
@@ -30,14 +30,17 @@ def pictures_in(folder: Path) -> list[Path]:
     """Return the images of ``folder`` by name; other files are left out.
 
     Raises:
-        WadiError: if there is no such folder, it cannot be read, or it has no image.
+        WadiError: if there is no such folder, it cannot be read, it has no image, or one is HEIC, as phones write it.
     """
     if not is_dir(folder):
         raise WadiError(f"The subject {shown(folder)} is not a folder. Give a folder with a few images of one subject.")
     try:
-        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+        files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
         raise unreadable(folder, error, "Subject's folder") from error
+    if unread := next((path for path in files if path.suffix.lower() in HEIC), None):
+        raise WadiError(f"The subject's image {shown(unread)} is HEIC, which is not read. Convert it to JPEG, or take it out.")
+    found = [path for path in files if path.suffix.lower() in SUFFIXES]
     if not found:
         raise WadiError(
             f"The subject's folder {shown(folder)} has no image. Put a few there, with names that end in {', '.join(SUFFIXES)}."

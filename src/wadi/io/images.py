@@ -24,6 +24,8 @@ from wadi.io.regular import open_regular, shown
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # of the images in a folder of a subject or of exemplars
+HEIC = (".heic", ".heif")  # of phones, not read
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 PIXELS = 89_478_485  # Pillow warns of a decompression bomb above this number
 BYTES = 2**30
 _ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
@@ -61,9 +63,8 @@ def open_image(source: str | Path | bytes, what: str = "Image") -> Image.Image:
         except WadiError:
             raise
         except Image.UnidentifiedImageError as error:
-            hint = (
-                "HEIC is not supported: convert it to JPEG." if start[4:11] == b"ftyphei" else "Give a PNG, JPEG or WebP file."
-            )
+            heic = start[4:8] == b"ftyp" and start[8:12] in HEIC_BRANDS
+            hint = "HEIC is not supported: convert it to JPEG." if heic else "Give a PNG, JPEG or WebP file."
             raise WadiError(f"{where} is not an image in a supported format. {hint}") from error
         except Image.DecompressionBombError as error:
             raise WadiError(f"{where} has too many pixels. At most {PIXELS:,} are read: scale it down.") from error
