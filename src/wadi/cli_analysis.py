@@ -35,7 +35,7 @@ def analyze(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callabl
     add("--count", type=COUNT, default=None, help="with --swap_eval: number of prompts, from the start; default: all")
     add("--metrics", type=str, default=None, help="with --swap_eval: as of wadi eval; default: fd-zoo,top1 for zoo, else fd")
     add("--steps", type=STEPS, default=None, help="with --swap_eval: steps of the teacher, the reference; default: 25")
-    add("--guidance_scale", type=GUIDANCE, default=None, help="with --swap_eval: of the teacher; default: 2.5, for FLUX 1 (none)")
+    add("--guidance_scale", type=GUIDANCE, default=None, help="with --swap_eval: of the teacher; default: 2.5; FLUX 1 (none)")
     add("--draw_batch", type=BATCH, default=None, help="with --swap_eval: images generated at once; default: 8")
     add("--pictures", type=str, default=None, help="with --swap_eval: folder of the generated images; default: runs/eval")
     parser.add_argument("--page", type=str, default=None, help="Markdown file: tables and figures between its markers")

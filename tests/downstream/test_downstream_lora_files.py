@@ -133,6 +133,26 @@ def test_fluxs_joined_projections(flux_folder, tmp_path):
         check(flux_folder, tmp_path / "style.safetensors", expected)
 
 
+def test_fluxs_joined_projections_with_both_text_encoders(flux_folder, tmp_path):
+    """diffusers' converter drops T5's keys with a remark."""
+    tensors, change = lora("lora_unet_double_blocks_0_img_attn_qkv", 96, 32)
+    expected = {
+        f"transformer.transformer_blocks.0.attn.to_{x}.weight": part for x, part in zip("qkv", change.chunk(3), strict=True)
+    }
+    own = weights(load_pipeline(flux_folder))
+    for prefix, part, layer in (
+        ("lora_te1_text_model_", "text_encoder.", "encoder.layers.0.mlp.fc1"),
+        ("lora_te2_", "text_encoder_2.", "encoder.block.0.layer.0.SelfAttention.k"),
+    ):
+        (full,) = [name for name in own if name.startswith(part) and name.endswith(f"{layer}.weight")]
+        some, expected[full] = lora(prefix + layer.replace(".", "_"), *own[full].shape, seed=len(tensors))
+        tensors |= some
+    save_file(tensors, tmp_path / "style.safetensors")
+    check(flux_folder, tmp_path / "style.safetensors", expected)
+    other, _ = lora("lora_te2_encoder_block_7_layer_0_SelfAttention_k")
+    assert "lora_te2_encoder_block_7" in refused(flux_folder, tensors | other, tmp_path)
+
+
 # --- PEFT and diffusers -----------------------------------------------------------------------------------------------------
 
 
@@ -333,6 +353,7 @@ def test_ranks_that_differ_and_an_alpha_of_many_numbers(sd_folder, tmp_path):
         ("model.diffusion_model.input_blocks.0.0.weight", "checkpoint"),
         ("controlnet_cond_embedding.conv_in.weight", "--control"),
         (f"base_model.model.{TO_Q}.lorad_A", "folder"), ("something.else", "something.else"),
+        ("bundle_emb.cat.string_to_param.*", "textual inversions"), (f"{Q}.w_norm", "normalisation"),
     ],
 )  # fmt: skip
 def test_other_formats_are_named(key, kind, sd_folder, tmp_path):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,7 +206,8 @@ def changes_of(pipeline: Any, component: str, file: LoraFile) -> list[Change]:
     table = places(pipeline, component)
     where = resolve(pipeline, found, table)
     if len(where) < len(found) or unknown:
-        found, unknown, where = _by_converter(pipeline, file, table) or (found, unknown, where)
+        used = {key for module in where for key in found[module].keys.values()}
+        found, unknown, where = _by_converter(pipeline, file, used, table) or (found, unknown, where)
     refuse_unknown(file.path, unknown, len(file.tensors))
     lost = [key for module, entry in found.items() if module not in where for key in entry.keys.values()]
     changes, reshaped = [], []
@@ -232,17 +233,27 @@ def changes_of(pipeline: Any, component: str, file: LoraFile) -> list[Change]:
     return changes
 
 
-def _by_converter(pipeline: Any, file: LoraFile, table: Mapping[str, Place]) -> Any:
-    """``(entries, unknown, places)`` of a transformer's LoRA after diffusers' renaming; None where that does not help."""
+def _by_converter(pipeline: Any, file: LoraFile, used: Collection[str], table: Mapping[str, Place]) -> Any:
+    """``(entries, unknown, places)`` of a transformer's LoRA after diffusers' renaming; None where that does not help.
+
+    Renamed are only keys that are not ``used`` as they are, and none of text encoders: the converter drops T5's.
+    """
     if getattr(pipeline, "transformer", None) is None or not hasattr(pipeline, "lora_state_dict"):
         return None
-    if any("dora_scale" in name or "magnitude" in name for name in file.tensors):  # the converter would drop them
+    rest = {
+        key: tensor
+        for key, tensor in file.tensors.items()
+        if key not in used and not key.startswith(("lora_te", "text_encoder"))
+    }
+    if any("dora_scale" in name or "magnitude" in name for name in rest):  # the converter would drop them
         return None
+    plain, unknown = entries({key: tensor for key, tensor in file.tensors.items() if key not in rest})
     try:
-        found, unknown = entries(converted(pipeline, file.tensors))
+        renamed, odd = entries(converted(pipeline, rest))
     except Exception:  # the keys are then reported as they are in the file
         return None
-    return found, unknown, resolve(pipeline, found, table)
+    found = {**plain, **renamed}
+    return found, [*unknown, *odd], resolve(pipeline, found, table)
 
 
 def _misfits(one: Change, layer: Any) -> list[str]:

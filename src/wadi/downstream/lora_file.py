@@ -48,6 +48,8 @@ _OTHERS = (
     (r"\.(diff|diff_b|set_weight)$", "a file of whole weight differences", ""),
     (r"glora_|\.[ab][12]\.weight$", "a GLoRA", ""),
     (r"lora_embedding_|modules_to_save", "an adapter that also trains embeddings or whole layers", ""),
+    (r"^bundle_emb\.", "a LoRA with textual inversions bundled in", "Take the tensors named bundle_emb.* out of the file."),
+    (r"\.[wb]_norm$", "a LyCORIS file that also trains normalisation layers", ""),
     (r"vera_lambda|\.lora_E$|ranknum", "an AdaLoRA or VeRA", ""),
 )  # fmt: skip
 SAVE_AGAIN = "Save the adapter again."
