@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -529,3 +530,16 @@ def test_a_folder_that_somebody_else_locks_for_long_is_written(tmp_path, monkeyp
         os.close(held)
     assert (tmp_path / "run" / "inner" / "file").read_text() == "second"
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_new_folder_that_is_taken_for_a_leftover_is_made_again(tmp_path):
+    """Another process finds it between its creation and its lock; the lock is held until it is gone."""
+    place = tmp_path / ".run.0.tmp"
+    place.mkdir()
+    with ThreadPoolExecutor(1) as pool, files._dead(place) as dead:
+        assert dead
+        kept = pool.submit(files._keep, os.open(place, os.O_RDONLY), place)
+        time.sleep(0.05)
+        assert not kept.done()
+        place.rmdir()
+    assert kept.result() is False

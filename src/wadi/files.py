@@ -307,14 +307,19 @@ def _alone(folder: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _dead(path: Path) -> bool:
-    """Whether no living process holds ``path``, a temporary file or folder."""
+@contextmanager
+def _dead(path: Path) -> Iterator[bool]:
+    """Whether no living process holds ``path``, a temporary file or folder.
+
+    Remove it within the block: who has just created it then waits for the lock, and finds that it is gone.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except OSError:
-        return False
+        yield False
+        return
     try:
-        return _flock(descriptor, wait=False)
+        yield _flock(descriptor, wait=False)
     finally:
         os.close(descriptor)
 
@@ -337,11 +342,13 @@ def _sweep(folder: Path, names: Iterable[str], alone: bool) -> None:
         path, target = folder / leftover, folder / found["name"]
         if not any(fnmatch.fnmatchcase(found["name"], name) for name in names) or path.is_symlink() or not path.is_dir():
             continue
-        if found["end"] == "tmp" and not _dead(path):
+        if found["end"] == "tmp":
+            with _dead(path) as dead:
+                if dead:
+                    shutil.rmtree(path, ignore_errors=True)
+        elif not alone:  # renamed by a process that was alone
             continue
-        if found["end"] != "tmp" and not alone:  # renamed by a process that was alone
-            continue
-        if found["end"] == "old" and not exists(target):
+        elif found["end"] == "old" and not exists(target):
             os.replace(path, target)
         else:
             shutil.rmtree(path, ignore_errors=True)
@@ -353,9 +360,10 @@ def _sweep_files(folder: Path) -> None:
         return
     _swept.add(str(folder))
     for leftover in folder.glob(".*.wadi.tmp"):
-        if leftover.is_file() and _dead(leftover):
-            with suppress(OSError):
-                leftover.unlink()
+        if leftover.is_file():
+            with _dead(leftover) as dead, suppress(OSError):
+                if dead:
+                    leftover.unlink()
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------------

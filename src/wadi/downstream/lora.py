@@ -252,6 +252,8 @@ def _by_converter(pipeline: Any, file: LoraFile, used: Collection[str], table: M
         renamed, odd = entries(converted(pipeline, rest))
     except Exception:  # the keys are then reported as they are in the file
         return None
+    if plain.keys() & renamed.keys():  # one layer in two spellings
+        return None
     found = {**plain, **renamed}
     return found, [*unknown, *odd], resolve(pipeline, found, table)
 
