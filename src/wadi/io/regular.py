@@ -78,7 +78,7 @@ def read_bytes(path: str | Path, limit: int | None = None, what: str = "File") -
     """
     with open_regular(path, limit, what) as stream:
         try:
-            data = stream.read() if limit is None else stream.read(limit + 1)  # files below /proc have size 0
+            data = stream.read()  # of a size that open_regular checked; files below /proc have size 0, and are small
         except OSError as error:
             raise unreadable(path, error, what) from error
     if limit is not None and len(data) > limit:
