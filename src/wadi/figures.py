@@ -19,6 +19,7 @@ from wadi.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -102,6 +103,14 @@ def canvas(
     figure = Figure(figsize=(width, height), layout="constrained", dpi=DPI)
     panels: Any = figure.subplots(rows, columns, squeeze=False, **shared)
     return figure, list(panels.flat)
+
+
+def plain_labels(axis: Axis) -> None:
+    """Label a logarithmic axis in plain text (``1e-05``, ``100``). Matplotlib's own labels are mathematics; the style has none."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.4)))
 
 
 @styled

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wadi.errors import WadiError
-from wadi.figures import canvas, look, styled, svg
+from wadi.figures import canvas, look, plain_labels, styled, svg
 from wadi.files import write_whole
 from wadi.io.records import Record, asdict, read_json
 from wadi.io.regular import read_bytes, read_text
@@ -300,6 +300,7 @@ def plot(series: dict[str, list[tuple[float, float]]], logarithmic: bool = False
     positive = {name: kept for name, points in series.items() if (kept := [(x, y) for x, y in points if y > 0])}
     if logarithmic and positive:
         axes.set_yscale("log")
+        plain_labels(axes.yaxis)
         series = positive
     for index, (name, points) in enumerate(series.items()):
         style, few = look(index), len(points) < 20

@@ -181,6 +181,25 @@ def test_series_are_told_apart_in_grey_and_without_colour():
         assert len(set(map(str, column))) == len(figures.LOOKS)
 
 
+@pytest.mark.parametrize("limits", [(1e-5, 1e3), (2e-3, 4e-3)])
+def test_labels_of_logarithmic_axes_are_plain_text(limits):
+    """A dollar in a name is a dollar, so nothing else may be written between two of them."""
+
+    @figures.styled
+    def labels():
+        figure, (axes,) = figures.canvas()
+        axes.set_yscale("log")
+        figures.plain_labels(axes.yaxis)
+        axes.set_ylim(limits)
+        axes.set_title("$HOME and $1")
+        figures.png(figure)
+        return [label.get_text() for label in (*axes.yaxis.get_majorticklabels(), *axes.yaxis.get_minorticklabels())]
+
+    texts = [text for text in labels() if text]
+    assert texts
+    assert all(float(text.replace("\N{MINUS SIGN}", "-")) > 0 for text in texts)
+
+
 def test_style_stays_inside():
     import matplotlib
 

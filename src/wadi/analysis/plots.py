@@ -11,7 +11,7 @@ from typing import Any
 from wadi.analysis.analyze import Analysis, groups_table
 from wadi.analysis.angles import EDGES
 from wadi.analysis.spectrum import FRACTIONS, SHARE
-from wadi.figures import FAINT, INK, canvas, look, save, styled
+from wadi.figures import FAINT, INK, canvas, look, plain_labels, save, styled
 
 Row = dict[str, Any]
 FLOOR = 1e-4  # percent: what float32 weights keep of a norm that did not change lies below
@@ -117,6 +117,7 @@ def groups(found: Analysis, folder: Path, key: str) -> list[Path]:
         value for layer in found.layers for change, _ in CHANGES if (value := getattr(layer, f"{change}_mean")) is not None
     ]
     panels[0].set_xscale("log")
+    plain_labels(panels[0].xaxis)
     panels[0].set_xlim(FLOOR / 1.6, 1.6 * max(100 * max(values, default=0.0), 100 * FLOOR))
     panels[0].xaxis.set_major_formatter(lambda value, _: "≈ 0" if value <= FLOOR else f"{value:g}")
     panels[0].set_yticks(range(len(means)), [f"{row[key]} ({row['layers']})" for row in means])
@@ -137,6 +138,7 @@ def angles(found: Analysis, folder: Path) -> list[Path]:
     shown = max((max(abs(row["from_rad"]), abs(row["to_rad"])) for row in rows if row["count"]), default=0.1)
     left.stairs(counts, EDGES, fill=True, color=look(0).colour)
     left.set_yscale("log")
+    plain_labels(left.yaxis)
     left.set(xlim=(-shown, shown), xlabel="angle (rad)", ylabel="angles per bin of 0.02 rad")
     left.set_title(f"{sum(counts):,} angles in {len(found.adapted)} layers")
     ranks = [layer.angles for layer in found.adapted if layer.angles]
