@@ -106,10 +106,10 @@ def canvas(
 
 
 def plain_labels(axis: Axis) -> None:
-    """Label a logarithmic axis in plain text (``1e-05``, ``100``). Matplotlib's own labels are mathematics; the style has none."""
-    from matplotlib.ticker import LogFormatter
+    """Label a logarithmic axis in plain text: matplotlib's own labels are mathematics, which the style does not read."""
+    from matplotlib.ticker import FuncFormatter, LogFormatter
 
-    axis.set_major_formatter(LogFormatter())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.4)))
 
 
