@@ -68,14 +68,11 @@ def test_alpha_and_sigma_are_the_schedule_in_float32(make):
 
 
 def test_sigma_is_exact_where_hardly_any_noise_is():
-    """At early timesteps ``1 - alpha^2`` in float32 would be off by a part in ten, or zero."""
-    from diffusers import DDIMScheduler
-
-    process = Process.from_scheduler(DDIMScheduler(beta_start=1e-6, beta_end=2e-6, beta_schedule="linear"))
-    t = torch.arange(5)
+    """At early timesteps ``1 - alpha^2`` in float32 loses three of seven digits."""
+    process = Process.from_scheduler(vp())
+    t = torch.arange(20)
     alpha, sigma = process.alpha(t).double(), process.sigma(t).double()
-    torch.testing.assert_close(sigma, (1 - alpha**2).sqrt(), rtol=1e-6, atol=0)
-    assert (sigma > 0).all()
+    torch.testing.assert_close(sigma, (1 - alpha**2).sqrt(), rtol=3e-7, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])

@@ -187,6 +187,12 @@ def test_one_role_that_stays_not_finite_stops_the_run(sd_folder, prompts_path, t
         distill(config)
 
 
+def test_a_finite_step_in_between_starts_the_count_anew(sd_folder, prompts_path, tmp_path, monkeypatch):
+    nan_gradient(monkeypatch, {0, 1, 3, 4, 6})
+    run = distill(tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=8, max_skipped=3))
+    assert [line["skipped"] for line in stats_of(run)] == [1, 2, 2, 3, 4, 4, 5, 5]
+
+
 def test_angles_that_left_the_numbers_stop_the_run(sd_folder, prompts_path, tmp_path):
     with pytest.raises(WadiError, match="gradient was not finite"):
         distill(tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=20, max_skipped=2, fake={"lr": 1e25}))

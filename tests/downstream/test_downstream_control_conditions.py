@@ -58,6 +58,12 @@ def test_no_edge_in_what_is_flat_or_faint():
     assert edge_map(step(high=0.05), low=0.01, high=0.02).any()
 
 
+def test_an_edge_is_one_pixel_wide_also_where_two_gradients_are_equal():
+    images = torch.zeros(1, 3, 12, 12)
+    images[..., 6:] = 1  # without blur the gradient is the same on both sides of the step
+    assert edge_map(images, sigma=0).sum(-1).flatten().tolist() == [1] * 12
+
+
 def test_weak_edges_count_where_they_join_strong_ones():
     low, high = 0.1, 0.4
     images = scenes(6, seed=3)
@@ -185,6 +191,14 @@ def test_depth_by_a_network_of_transformers(drawing, tmp_path):
     found = np.asarray(depth(wide, str(tmp_path)))
     assert found.shape == (32, 48, 3)
     assert (found.min(), found.max()) == (0, 255)
+    # what the network takes for near is white
+    from transformers import AutoImageProcessor
+
+    inputs = AutoImageProcessor.from_pretrained(tmp_path)(images=wide, return_tensors="pt")
+    with torch.no_grad():
+        near = DPTForDepthEstimation.from_pretrained(tmp_path).eval()(**inputs).predicted_depth[None]
+    near = torch.nn.functional.interpolate(near, size=(32, 48), mode="bicubic", align_corners=False).flatten()
+    assert np.corrcoef(near, found[..., 0].flatten())[0, 1] > 0.99
 
 
 def test_pose_by_a_network_of_transformers(drawing, tmp_path):

@@ -15,6 +15,7 @@ from families import small_pipelines
 from wadi.backbones import from_pipeline
 from wadi.cli import main
 from wadi.downstream import control_data, control_train
+from wadi.downstream.conditions import soft_edges
 from wadi.downstream.control import load_control, with_control
 from wadi.downstream.control_net import controlnet_of, copy_into
 from wadi.downstream.control_train import ControlConfig, edge_loss, noisy_timesteps, rate, student_x0, teacher_loss, train
@@ -82,6 +83,8 @@ def test_the_student_learns_to_put_edges_where_they_belong(tmp_path):
         optimizer.step()
         losses.append(loss.item())
     assert edge_loss(backbone, target, target) == 0
+    one, other = (soft_edges(backbone.decode(latents)) for latents in (x_t, target))
+    torch.testing.assert_close(edge_loss(backbone, x_t, target), (one - other).abs().mean())
     assert losses[-1] < 0.8 * losses[0]
 
 
