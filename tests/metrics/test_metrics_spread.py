@@ -202,3 +202,10 @@ def test_prompts_with_one_image_are_told():
         diversity(normal(3, 2), ["a", "a", "b"])
     with pytest.raises(WadiError, match="3 images and 2 prompts"):
         diversity(normal(3, 2), ["a", "a"])
+
+
+def test_rare_words_decide_which_prompt_is_nearest():
+    """Not those that nearly every prompt of a protocol has."""
+    things = ["cat", "dog", *(f"thing{i}" for i in range(20))]
+    prompts = [*(f"a photo of a {thing} here now" for thing in things), "cat"]
+    assert int(nearest_prompts(prompts)[0]) == len(things)
