@@ -233,10 +233,21 @@ def test_a_damaged_index_is_named(pipelines, tmp_path, damage):
         next((tmp_path / "p" / "unet").glob("*-00002-*")).unlink()
     elif damage == "escaping":
         content["weight_map"] = dict.fromkeys(content["weight_map"], "../../elsewhere.safetensors")
+        save_file({"x": torch.ones(1)}, tmp_path / "elsewhere.safetensors")
     elif damage == "list":
         content["weight_map"] = [1]
     index.write_text("{" if damage == "not json" else json.dumps(content))
     with pytest.raises(WadiError, match=r"index\.json"):
         weights_in(tmp_path / "p" / "unet")
     with pytest.raises(WadiError, match=r"index\.json"):
+        load_pipeline(tmp_path / "p")
+
+
+@pytest.mark.parametrize("library", ["os", "wadi", "torch.nn"])
+def test_a_component_of_a_foreign_library_is_refused(pipelines, tmp_path, library):
+    """A pipeline's own list of classes does not decide what is imported."""
+    pipelines[0].save_pretrained(tmp_path / "p")
+    path = tmp_path / "p" / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"unet": [library, "Module"]}))
+    with pytest.raises(WadiError, match=repr(library)):
         load_pipeline(tmp_path / "p")
