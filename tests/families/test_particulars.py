@@ -107,6 +107,14 @@ def test_a_student_cannot_be_asked_past_its_teachers_schedule(folder_of):
         one_step(scheduler, 1000)
 
 
+@pytest.mark.parametrize("timestep", [300, 999])
+def test_a_students_schedule_is_the_teachers_up_to_its_timestep(folder_of, timestep):
+    """One step needs its end alone. Image to image and more steps need what lies before."""
+    scheduler = load_pipeline(folder_of("sd1")).scheduler
+    own = one_step(scheduler, timestep).alphas_cumprod
+    torch.testing.assert_close(own, scheduler.alphas_cumprod[: timestep + 1], rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("words", ["vae.encode(", "vae.decode(", "latents_std"])
 def test_the_package_has_one_encoder_and_decoder_of_images(words):
     root = Path(wadi.__file__).parent
