@@ -57,7 +57,7 @@ def _saved(tokenizer, folder):
 
 def test_a_pickle_is_not_loaded_and_its_remedy_works(pipeline, tmp_path):
     """A1111's own format; the printed line turns it into one that is read."""
-    import safetensors.torch  # noqa: F401  (the printed line uses it)
+    import safetensors.torch  # the printed line uses it
 
     rows = torch.randn(3, 32)
     file = tmp_path / "cat.pt"
