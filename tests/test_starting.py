@@ -1,7 +1,9 @@
 """What is wrong with a start is found before work is done, and changes nothing: the corrected command works."""
 
 import dataclasses
+import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -195,3 +197,20 @@ def test_stats_lines_say_what_a_step_was(sd_folder, prompts_path, tmp_path):
         assert line["peak_memory_mib"] > 0
     assert torch.tensor(seconds).diff().min() > 0
     assert all(os.path.exists(run / "samples" / f"step-000000{n}.png") for n in (0, 3))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"teacher_steps": 30}, "teacher_steps is 30"), ({"warm_start": {**WARM, "sampler_steps": 21}}, "sampler_steps is 21")],
+)
+def test_more_sampler_steps_than_the_schedule_has_are_refused_before_the_folder_is_made(
+    change, named, sd_folder, prompts_path, tmp_path
+):
+    teacher = tmp_path / "short"
+    shutil.copytree(sd_folder, teacher)
+    path = teacher / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_train_timesteps": 20}))
+    config = tiny.settings(teacher, prompts_path, tmp_path / "run", student={"timestep": 15}, **change)
+    with pytest.raises(WadiError, match=named):
+        distill(config)
+    assert not (tmp_path / "run").exists()

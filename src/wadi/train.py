@@ -46,7 +46,7 @@ from wadi.optimizers import averaged, initial_state, set_learning_rates, update,
 from wadi.progress import console, progress
 from wadi.ranks import Ranks, make_accelerator, shard_frozen
 from wadi.run import Run, Stop, Stopped, stop_on_signals
-from wadi.sampling import one_step, predict_guided, student_timestep
+from wadi.sampling import check_steps, one_step, predict_guided, student_timestep
 
 WHEN_FULL = (
     "What was saved is untouched. Set a lower --batch with a higher --accumulate, or --gradient_checkpointing true: both leave "
@@ -85,6 +85,9 @@ def distill(config: DistillConfig) -> Path:
     refuse_distilled(teacher_pipeline, backbone.network)
     network, timestep = backbone.network, student_timestep(backbone, config)
     refuse_sizes(backbone, config)
+    check_steps(backbone, config.teacher_steps, "teacher_steps")
+    if config.warm_start.pairs:
+        check_steps(backbone, config.warm_start.sampler_steps, "warm_start.sampler_steps")
     attach_roles(backbone, config)
     state = initial_state(network, config, device)
     state.prompts, state.images = prompts.digest, images_per_step(config, state)

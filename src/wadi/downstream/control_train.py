@@ -43,6 +43,7 @@ from wadi.io.records import parse_json
 from wadi.objectives.denoise import denoising_loss
 from wadi.progress import progress
 from wadi.run import stop_on_signals
+from wadi.sampling import check_steps
 
 PICTURE_SEED = 1_000_000  # of the first picture to learn from: away from the small seeds that people and tests use
 COUNTS = {"pictures": 1_000_000, "picture_steps": 1000, "steps": 10_000_000, "batch": 65_536, "save_every": 10_000_000}
@@ -149,11 +150,7 @@ def train(config: ControlConfig, teacher: Any, prompts: Sequence[str], student: 
         raise WadiError(
             f"The teacher is a {type(teacher).__name__}. Expected a U-Net family (SD, SDXL) to train a ControlNet for."
         )
-    if config.picture_steps > drawer.process.num_timesteps:
-        raise WadiError(
-            f"picture_steps is {config.picture_steps}. The teacher's schedule has {drawer.process.num_timesteps} timesteps: "
-            "give at most as many."
-        )
+    check_steps(drawer, config.picture_steps, "picture_steps")
     out = Path(config.out)
     place, state = out / "controlnet", out / "training.safetensors"
     if place.exists() and not state.is_file():
