@@ -31,15 +31,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from machine import machine
-from wadi import images
 from wadi.backbones import load_pipeline
-from wadi.cli import main as wadi
-from wadi.downstream.dreambooth_data import read_subject
-from wadi.downstream.lora import apply_lora
-from wadi.embedded import embedded
-from wadi.generate import draw, load
-from wadi.presets import ZOO_PROMPTS
+from wadi.cli.main import main as wadi
+from wadi.distill.presets import ZOO_PROMPTS
+from wadi.extras.dreambooth.data import read_subject
+from wadi.extras.lora.merge import apply_lora
+from wadi.io import grids
+from wadi.pipelines.generate import draw, load
 from wadi.zoo import COLOURS, caption, eval_prompts, load_classifier
+from wadi.zoo.paths import embedded
 
 SUBJECTS = {
     "green-apple": ("sks apple", "red apple"),
@@ -250,20 +250,20 @@ def picture(work: Path, path: Path) -> None:
     prompts = [text for prompt, _ in SUBJECTS.values() for text in (prompt, caption(prompt, None, "purple"))]
     other = "pizza, noto style, on a blue background"
     own = [read_subject(Path("examples/subject") / subject, (64, 64))[1][0] for subject in SUBJECTS]
-    rows, labels = [[cell for one in own for cell in (one, images.to_pil(torch.ones(3, 64, 64)))]], ["one of five\npictures"]
+    rows, labels = [[cell for one in own for cell in (one, grids.to_pil(torch.ones(3, 64, 64)))]], ["one of five\npictures"]
     for row in ROWS:
         cells = []
         for subject, (prompt, _) in SUBJECTS.items():
             pipeline = pipeline_of(row, trained(work, row.training, subject, 0) if row.training else None)
             texts = [prompt, caption(prompt, None, "purple")] + ([other] if subject == list(SUBJECTS)[-1] else [])
-            cells += [images.to_pil(p) for p in pictures(pipeline, row.model, texts, 7, STEPS)]
+            cells += [grids.to_pil(p) for p in pictures(pipeline, row.model, texts, 7, STEPS)]
         rows.append(cells)
         labels.append(
             row.label.replace(", ", ",\n", 1)
             .replace(" trained by the", " trained\nby the")
             .replace(" trained thr", " trained\nthr")
         )
-    images.save_png(images.grid(rows, labels, [*prompts, other]), path)
+    grids.save_png(grids.grid(rows, labels, [*prompts, other]), path)
 
 
 def sweep(work: Path, rates: Sequence[float], names: Sequence[str], steps: int) -> None:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from wadi.images import save_png, to_pil
-from wadi.zoo.compose import Pose, compose, random_pose
+from wadi.io.grids import save_png, to_pil
 from wadi.zoo.concepts import COLOURS, CONCEPTS
-from wadi.zoo.icons import load_sprites
-from wadi.zoo.teacher import SMALLEST
+from wadi.zoo.recipe.compose import Pose, compose, random_pose
+from wadi.zoo.recipe.icons import load_sprites
+from wadi.zoo.recipe.teacher import SMALLEST
 
 SUBJECTS = ("green-apple", "teddy-bear", "alarm-clock")
 BACKGROUNDS = ("white", "yellow", "pink", "blue", "grey")  # the other five are left for prompts to ask for

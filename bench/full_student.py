@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 
 from wadi import zoo
 from wadi.backbones import from_pipeline
-from wadi.data.prompts import open_prompts
-from wadi.embedded import resolve_prompts
-from wadi.objectives.regression import regression_loss
+from wadi.distill.objectives.regression import regression_loss
+from wadi.distill.warm_start import load_pairs
+from wadi.prompts.prompts import open_prompts
 from wadi.sampling import one_step
-from wadi.warm_start import load_pairs
+from wadi.zoo.paths import resolve_prompts
 
 
 def main() -> None:

@@ -75,14 +75,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None, help="file to write the figures to")
     args = parser.parse_args()
 
-    from wadi import plan
     from wadi.backbones import Condition, family
     from wadi.backbones.base import Outline
     from wadi.backbones.loading import build_network
-    from wadi.backbones.schedulers import make_scheduler
-    from wadi.optimizers import initial_state
-    from wadi.presets import preset
-    from wadi.train import Batch, attach_roles, student_timestep, train_step
+    from wadi.diffusion.schedulers import make_scheduler
+    from wadi.distill.loop import Batch, attach_roles, student_timestep, train_step
+    from wadi.distill.optimizers import initial_state
+    from wadi.distill.plan import plan
+    from wadi.distill.presets import preset
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -106,7 +106,7 @@ def main() -> None:
     )
     backbone = kind(parts)
     attach_roles(backbone, config)
-    timestep, state = student_timestep(backbone, config), initial_state(network, config, device)
+    timestep, state = student_timestep(backbone, config.student.timestep), initial_state(network, config, device)
     row = {name: torch.ones(1, *shape, device=device) for name, shape in backbone.condition_shapes().items()}
     null, condition = (
         Condition(row),

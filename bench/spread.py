@@ -14,7 +14,7 @@ import statistics
 from pathlib import Path
 
 from machine import machine
-from wadi.cli import main
+from wadi.cli.main import main
 from wadi.io import markdown
 
 METRICS = "fd,kd,pr,fd-zoo,top1,diversity"

@@ -2,7 +2,7 @@
 
     floor      the network passes that cannot be avoided, bare: student forward + backward and fake forward + backward with the
                adapted layers' weights trainable in place of angles, teacher and fake guided passes without gradient
-    wadi       `wadi.train.train_step`: one frozen network, two sets of angles, conditional and null in one batch
+    wadi       `wadi.distill.loop.train_step`: one frozen network, two sets of angles, conditional and null in one batch
     released   three copies, forward hooks, separate conditional and null passes (bench/released.py), same losses and optimisers
 
 Each runs in a process of its own (peak memory is a process's), round by round in turn, so that a machine's moods hit all alike.
@@ -70,10 +70,10 @@ class Rig:
 
 def build(layout: str, args: argparse.Namespace) -> Any:
     """A function that runs one step of ``layout``, and the bytes of its parameters."""
-    from wadi.checkpoint import TrainState
-    from wadi.config import DistillConfig, FakeConfig, StudentConfig
-    from wadi.optimizers import initial_state
-    from wadi.train import Batch, attach_roles, train_step
+    from wadi.distill.checkpoints import TrainState
+    from wadi.distill.config import DistillConfig, FakeConfig, StudentConfig
+    from wadi.distill.loop import Batch, attach_roles, train_step
+    from wadi.distill.optimizers import initial_state
 
     rig = Rig(args)
     backbone, network = rig.backbone, rig.backbone.network
@@ -136,8 +136,8 @@ def floor(rig: Rig, config: Any) -> Any:
 
 def released(rig: Rig, config: Any) -> Any:
     """The same step, laid out as the released scripts lay it out."""
-    from wadi.objectives.denoise import denoising_loss
-    from wadi.objectives.vsd import vsd_gradient, vsd_loss
+    from wadi.distill.objectives.denoise import denoising_loss
+    from wadi.distill.objectives.vsd import vsd_gradient, vsd_loss
     from wadi.sampling import one_step
 
     teacher = rig.backbone

@@ -9,26 +9,26 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import wadi.generate
-from wadi import images
-from wadi.downstream.conditions import canny
-from wadi.downstream.control import control_arguments, with_control
+import wadi.pipelines.generate
+from wadi.extras.control.conditions import canny
+from wadi.extras.control.pipeline import control_arguments, with_control
+from wadi.io import grids
 
 STRENGTHS = (0.0, 0.5, 1.0, 1.5)
 PROMPTS = ["red apple, on a white background", "pizza, on a blue background", "basketball, on a green background"]
 
 
 def main(out: Path) -> None:
-    student = wadi.generate.load()  # an ordinary StableDiffusionPipeline that draws in one step
-    source = wadi.generate.draw(student, ["tomato, on a grey background"], [3]).pictures[0]
+    student = wadi.pipelines.generate.load()  # an ordinary StableDiffusionPipeline that draws in one step
+    source = wadi.pipelines.generate.draw(student, ["tomato, on a grey background"], [3]).pictures[0]
     edges = canny(source)
     pipeline = with_control(student, "zoo")  # an ordinary StableDiffusionControlNetPipeline
     rows = []
     for strength in STRENGTHS:
         more = control_arguments(pipeline, edges, strength)
-        rows.append(wadi.generate.draw(pipeline, PROMPTS, [11, 12, 13], call=more).pictures)
+        rows.append(wadi.pipelines.generate.draw(pipeline, PROMPTS, [11, 12, 13], call=more).pictures)
     labels = [f"strength {strength:g}" for strength in STRENGTHS]
-    images.save_png(images.grid([[source, edges, edges], *rows], ["source, edges", *labels], PROMPTS, 2), out)
+    grids.save_png(grids.grid([[source, edges, edges], *rows], ["source, edges", *labels], PROMPTS, 2), out)
     print(out)
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import wadi.zoo
 from wadi.backbones import from_pipeline
-from wadi.downstream import dreambooth
-from wadi.downstream.dreambooth_data import draw_prior, read_subject
-from wadi.downstream.lora import apply_lora
-from wadi.generate import draw, load
-from wadi.images import grid, save_png
-from wadi.presets import preset
+from wadi.distill.presets import preset
+from wadi.extras.dreambooth import training
+from wadi.extras.dreambooth.data import draw_prior, read_subject
+from wadi.extras.lora.merge import apply_lora
+from wadi.io.grids import grid, save_png
+from wadi.pipelines.generate import draw, load
 
 SUBJECT = Path(__file__).parent / "subject" / "green-apple"
 OUT = Path("runs/green-apple")
@@ -27,11 +27,9 @@ def main() -> None:
     pictures, shown = read_subject(SUBJECT, backbone.resolution)
     # what the teacher draws for the class now is what it shall still draw for it afterwards
     prior = draw_prior(backbone, ["red apple"], count=16, seed=0, steps=10, guidance_scale=2.5)
-    config = dreambooth.DreamboothConfig(
-        method="lorad", target_modules=preset("zoo").student.target_modules, lr=4e-3, steps=200
-    )
-    dreambooth.train(backbone, backbone.encode_images(pictures), backbone.encode(["sks apple"]), prior, config)
-    dreambooth.save(teacher, backbone, config, OUT, {"dreambooth": {"prompt": "sks apple"}})
+    config = training.DreamboothConfig(method="lorad", target_modules=preset("zoo").student.target_modules, lr=4e-3, steps=200)
+    training.train(backbone, backbone.encode_images(pictures), backbone.encode(["sks apple"]), prior, config)
+    training.save(teacher, backbone, config, OUT, {"dreambooth": {"prompt": "sks apple"}})
 
     student = load()  # an ordinary pipeline that draws in one step ...
     prompts = ["sks apple", "sks apple, on a purple background", "sks apple, on a red background", "red apple", "pizza"]

@@ -23,10 +23,12 @@ import torch.nn.functional as F
 from PIL import Image
 from report import machine, rewrite, row, small
 from torch import Tensor
-
-from wadi import generate, images, zoo
-from wadi.downstream.hires import enlarged, resize
 from wadi.zoo.evaluate import SEED_STEP
+
+from wadi import zoo
+from wadi.extras.high_resolution.resize import enlarged, resize
+from wadi.io import grids
+from wadi.pipelines import generate
 
 NATIVE = (64, 64)
 SQUARE, WIDE = (128, 128), (128, 224)
@@ -154,7 +156,7 @@ def main() -> None:
             table.append(row(label, measured(judge, rows, args.sets, partial(drawn, pipeline, way))))
             print(table[-1], flush=True)
             shown[label.replace(", ", ",\n")] = drawn(pipeline, way, SHOWN, range(len(SHOWN))).pictures
-        sheets.append(images.grid(list(shown.values()), list(shown), SHOWN))
+        sheets.append(grids.grid(list(shown.values()), list(shown), SHOWN))
         shown = {}
     slow = generate.teacher_of(args.run)
     resize(slow, SQUARE)
@@ -168,7 +170,7 @@ def main() -> None:
     whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
     for i, sheet in enumerate(sheets):
         whole.paste(sheet, (0, sum(s.height for s in sheets[:i])))
-    images.save_png(small(whole), args.picture)
+    grids.save_png(small(whole), args.picture)
     note = f"{args.count} prompts, mean ± standard deviation over {args.sets} sets of seeds; ms of one picture at a time. "
     rewrite(args.page, "table", "\n".join([*table, "", note + machine()]))
 

@@ -20,17 +20,7 @@ import torch
 from PIL import Image
 from report import drawer
 from torch import Tensor
-
-from wadi.device import keep_freed_memory
-from wadi.downstream.inversion import InversionConfig, add_token, invert_relation
-from wadi.downstream.inversion_data import read_exemplars
-from wadi.files import write_whole
-from wadi.generate import load, teacher_of
-from wadi.images import grid, save_png, to_pil
-from wadi.io.images import read_image
-from wadi.zoo import load_classifier, load_teacher
 from wadi.zoo.evaluate import Drawer, latency, mean_and_spread
-from wadi.zoo.icons import load_sprites
 from wadi.zoo.relations import (
     RELATIONS,
     TESTED,
@@ -42,6 +32,16 @@ from wadi.zoo.relations import (
     shows_order,
     write_exemplars,
 )
+
+from wadi.extras.relation.data import read_exemplars
+from wadi.extras.relation.training import InversionConfig, add_token, invert_relation
+from wadi.io.files import write_whole
+from wadi.io.grids import grid, save_png, to_pil
+from wadi.io.images import read_image
+from wadi.parallel.device import keep_freed_memory
+from wadi.pipelines.generate import load, teacher_of
+from wadi.zoo import load_classifier, load_teacher
+from wadi.zoo.recipe.icons import load_sprites
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "examples" / "relation"

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from wadi.files import write_whole
-from wadi.generate import draw
+from wadi.io.files import write_whole
+from wadi.pipelines.generate import draw
 
 
 def drawer(pipeline: Any, steps: int = 1, guidance: float | None = None) -> Callable[[Sequence[str], Sequence[int]], Tensor]:

@@ -19,12 +19,14 @@ import torch
 from PIL import Image
 from report import machine, rewrite, row, small
 from torch import Tensor
-
-from wadi import generate, images, zoo
-from wadi.backbones import from_pipeline
 from wadi.downstream.img2img import image_tensor, start
-from wadi.downstream.steps import schedule
 from wadi.zoo.evaluate import SEED_STEP, evaluate, table
+
+from wadi import zoo
+from wadi.backbones import from_pipeline
+from wadi.extras.steps import schedule
+from wadi.io import grids
+from wadi.pipelines import generate
 
 STEPS = (1, 2, 4, 8)
 STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -97,13 +99,13 @@ def sheet(student: Student, teacher: Callable, teacher_steps: int) -> Image.Imag
     """Rows of steps, the teacher's below, and rows of strengths."""
     seeds = list(range(len(SHOWN)))
     rows = {f"{steps} step{'s' * (steps > 1)}": student.draw(SHOWN, seeds, steps) for steps in STEPS}
-    rows[f"teacher,\n{teacher_steps} steps"] = [images.to_pil(one) for one in teacher(SHOWN, seeds)]
-    first = images.grid(list(rows.values()), list(rows), SHOWN, 2)
+    rows[f"teacher,\n{teacher_steps} steps"] = [grids.to_pil(one) for one in teacher(SHOWN, seeds)]
+    first = grids.grid(list(rows.values()), list(rows), SHOWN, 2)
     rows = {"init": rows["1 step"]}
     for strength in STRENGTHS:
         row_of = [student.redraw(p, t, 100 + i, strength) for i, (p, t) in enumerate(zip(rows["init"], TURNED, strict=True))]
         rows[f"strength\n{strength:g}"] = row_of
-    second = images.grid(list(rows.values()), list(rows), TURNED, 2)
+    second = grids.grid(list(rows.values()), list(rows), TURNED, 2)
     whole = Image.new("RGB", (max(first.width, second.width), first.height + second.height), "white")
     whole.paste(first, (0, 0))
     whole.paste(second, (0, first.height))
@@ -127,7 +129,7 @@ def main() -> None:
     def teacher(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         return tensor(generate.draw(slow, prompts, seeds, args.teacher_steps, args.guidance_scale, batch=64).pictures)
 
-    images.save_png(small(sheet(student, teacher, args.teacher_steps)), args.picture)
+    grids.save_png(small(sheet(student, teacher, args.teacher_steps)), args.picture)
     note = (
         f"± is the standard deviation over {args.sets} sets of seeds (of ms: half the distance of the quartiles). {machine()}"
     )

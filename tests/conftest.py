@@ -77,7 +77,7 @@ def full_disk():
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory, sd_folder, prompts_path):
     """A run of three steps, asked at timestep 800, that no test changes."""
-    from wadi.train import distill
+    from wadi.distill.loop import distill
 
     out = tmp_path_factory.mktemp("runs") / "finished"
     return distill(tiny.settings(sd_folder, prompts_path, out, student={"timestep": 800, "lr": 0.05}))

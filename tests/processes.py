@@ -9,7 +9,7 @@ import socket
 import sys
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["wadi.train", "wadi.cli", "diffusers", "transformers", "accelerate", "peft.tuners"])
+_server.set_forkserver_preload(["wadi.distill.loop", "wadi.cli.main", "diffusers", "transformers", "accelerate", "peft.tuners"])
 
 
 def free_port():
@@ -56,8 +56,8 @@ def finish(started, seconds=240):
 
 def distilled(config, index):
     """What ``wadi distill`` does with a config, as an exit code."""
+    from wadi.distill.loop import Interrupted, distill
     from wadi.errors import WadiError
-    from wadi.train import Interrupted, distill
 
     try:
         distill(config)
@@ -79,14 +79,14 @@ def distilled_on_a_full_disk(config, size, index):
 
 def stopped_at(config, step, who, number, index):
     """`distilled`, with signal ``number`` sent at the start of ``step`` to process ``who`` alone."""
-    from wadi import train
+    from wadi.distill import loop
 
-    plain = train.train_step
+    plain = loop.train_step
 
     def train_step(backbone, batch, timestep, config, state):
         if state.step == step and index == who:
             os.kill(os.getpid(), number)
         return plain(backbone, batch, timestep, config, state)
 
-    train.train_step = train_step
+    loop.train_step = train_step
     return distilled(config, index)

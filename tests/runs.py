@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from wadi import checkpoint, train
+from wadi.distill import checkpoints, loop
 
 TIMES = {"seconds", "images_per_second", "peak_memory_mib", "student_ms_per_image", "teacher_ms_per_image"}
 WARM = {"pairs": 3, "sampler_steps": 2, "steps": 2, "fake_steps": 1, "weight": 0.5}
@@ -21,7 +21,7 @@ def stats_of(run):
 
 def state_of(run):
     """Everything the last checkpoint and the saved adapters hold, times apart."""
-    last, _ = checkpoint.latest(run / "checkpoints")
+    last, _ = checkpoints.latest(run / "checkpoints")
     tensors = {}
     for place in (last, run):
         for file in (*place.glob("*.safetensors"), *place.glob("*/*.safetensors")):
@@ -42,7 +42,7 @@ def assert_same_run(one, other):
 
 def at_steps(monkeypatch, steps, act):
     """Call ``act()`` at the start of each of ``steps`` (counted from 0), once each."""
-    plain, left = train.train_step, set(steps)
+    plain, left = loop.train_step, set(steps)
 
     def train_step(backbone, batch, timestep, config, state):
         if state.step in left:
@@ -50,7 +50,7 @@ def at_steps(monkeypatch, steps, act):
             act()
         return plain(backbone, batch, timestep, config, state)
 
-    monkeypatch.setattr(train, "train_step", train_step)
+    monkeypatch.setattr(loop, "train_step", train_step)
 
 
 def terminate():

@@ -13,19 +13,19 @@ from wadi._peft_hook import register_when_peft_is_imported
 from wadi.errors import WadiError
 
 if TYPE_CHECKING:
-    from wadi.config import DistillConfig
-    from wadi.generate import load
+    from wadi.distill.config import DistillConfig
+    from wadi.distill.loop import distill
     from wadi.lorad import LoRaDConfig, LoRaDModel
-    from wadi.train import distill
+    from wadi.pipelines.generate import load
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "DistillConfig": "wadi.config",
+    "DistillConfig": "wadi.distill.config",
     "LoRaDConfig": "wadi.lorad",
     "LoRaDModel": "wadi.lorad",
-    "distill": "wadi.train",
-    "load": "wadi.generate",
+    "distill": "wadi.distill.loop",
+    "load": "wadi.pipelines.generate",
 }
 __all__ = ["DistillConfig", "LoRaDConfig", "LoRaDModel", "WadiError", "distill", "load"]
 

@@ -8,7 +8,7 @@ import sys
 def run() -> None:
     """Run the command line and exit; Ctrl-C while it is being imported ends like Ctrl-C later."""
     try:
-        from wadi.cli import main
+        from wadi.cli.main import main
 
         code = main()
     except KeyboardInterrupt:

@@ -12,16 +12,19 @@ import torch
 from torch import Tensor
 
 from wadi.backbones import Backbone, Condition
-from wadi.config import DistillConfig
 from wadi.errors import WadiError
 
 MIN_ALPHA = 1e-3  # below it an epsilon-prediction's error is multiplied by more than a thousand
 
 
-def student_timestep(backbone: Backbone, config: DistillConfig) -> int:
-    """``t*``, the timestep at which the student is asked."""
+def student_timestep(backbone: Backbone, timestep: int | None) -> int:
+    """Return ``t*``, the timestep at which the student generates: ``timestep``, or the schedule's last if it is None.
+
+    Raises:
+        WadiError: if the schedule has no such timestep, or no image can be predicted there.
+    """
     last = backbone.process.last_timestep
-    timestep = config.student.timestep if config.student.timestep is not None else last
+    timestep = last if timestep is None else timestep
     if timestep > last:
         raise WadiError(f"student.timestep is {timestep}. Expected at most {last}, the last of the teacher's schedule.")
     alpha = float(backbone.process.alpha(torch.tensor([timestep])))

@@ -6,13 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from wadi import adapters, generate
+from wadi import roles
 from wadi.analysis.analyze import analyze
 from wadi.analysis.sources import Adapted, open_student, open_teacher
 from wadi.backbones.weights import LazyTensors
+from wadi.distill.plan.memory import LiveBytes
 from wadi.errors import WadiError
 from wadi.lorad.rotation import Factor, pair_angles, rotate
-from wadi.rehearsal import LiveBytes
+from wadi.pipelines import generate
 
 
 def weights_of(pipeline):
@@ -167,17 +168,17 @@ def test_an_adapter_is_no_teacher(finished_run, sd_folder):
 
 def test_adapters_that_do_not_fit_are_named(finished_run, sd_folder, tmp_path):
     folder = shutil.copytree(finished_run / "student", tmp_path / "adapter")
-    whole = load_file(folder / adapters.WEIGHTS)
+    whole = load_file(folder / roles.WEIGHTS)
     first = next(key for key in whole if key.endswith("lorad_A"))
     layer = first.removeprefix("base_model.model.").removesuffix(".lorad_A")
     for change in ({first: whole[first][:-1].contiguous()}, {"base_model.model.nowhere.lorad_A": whole[first].clone()}):
-        save_file({**whole, **change}, folder / adapters.WEIGHTS)
+        save_file({**whole, **change}, folder / roles.WEIGHTS)
         with pytest.raises(WadiError, match=f"does not fit the teacher at '({layer}|nowhere)'"):
             analyze(str(sd_folder), str(folder))
-    save_file({**whole, "base_model.model.conv_in.weight": torch.ones(2)}, folder / adapters.WEIGHTS)
+    save_file({**whole, "base_model.model.conv_in.weight": torch.ones(2)}, folder / roles.WEIGHTS)
     with pytest.raises(WadiError, match="angles alone"):
         analyze(str(sd_folder), str(folder))
-    (folder / adapters.CONFIG).write_text('{"peft_type": "LORA"}')
+    (folder / roles.CONFIG).write_text('{"peft_type": "LORA"}')
     with pytest.raises(WadiError, match="'LORA'"):
         analyze(str(sd_folder), str(folder))
 
@@ -194,8 +195,8 @@ def most_held(folder, layers, monkeypatch):
         angles |= {f"{key}.lorad_A": 0.1 * torch.randn(96, 4), f"{key}.lorad_B": torch.randn(4, 64)}
     folder.mkdir()
     save_file(teacher, folder / "teacher.safetensors")
-    save_file(angles, folder / adapters.WEIGHTS)
-    (folder / adapters.CONFIG).write_text('{"peft_type": "LORAD"}')
+    save_file(angles, folder / roles.WEIGHTS)
+    (folder / roles.CONFIG).write_text('{"peft_type": "LORAD"}')
     held, plain = LiveBytes(), LazyTensors.__getitem__
 
     def getitem(self, name):

@@ -11,7 +11,6 @@ from PIL import Image
 
 import tiny
 from processes import finish, start
-from wadi import generate
 from wadi.backbones import from_pipeline, loading
 from wadi.backbones.sd import StableDiffusion
 from wadi.errors import WadiError
@@ -20,7 +19,8 @@ from wadi.evaluate.drawn import draw_missing, file_name, read_about
 from wadi.evaluate.generators import Source, find, same_family
 from wadi.evaluate.pairs import read_pairs
 from wadi.evaluate.result import read_result
-from wadi.images import to_pil
+from wadi.io.grids import to_pil
+from wadi.pipelines import generate
 from wadi.sampling import noise, one_step
 
 PROMPTS = ["red apple", "blue car", "green tree", "yellow sun", "red car"]
@@ -114,7 +114,7 @@ def test_the_folder_tells_prompts_and_generator(student, tmp_path):
 
 def shared_eval(run, prompts, reference, place, index):
     """What each process of ``accelerate launch -m wadi eval`` does; notes how many pictures it drew."""
-    from wadi.cli import main
+    from wadi.cli.main import main
 
     plain, mine = drawn.draw_missing, []
     drawn.draw_missing = lambda *arguments: mine.append(plain(*arguments))

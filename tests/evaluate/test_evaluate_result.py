@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from wadi.cli import main
+from wadi.cli.main import main
 from wadi.errors import WadiError
 from wadi.evaluate.result import (
     BEGIN,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from evaluate_toys import clip_folder, coco, folder_of, network, noisy
 
-from wadi.cli import main
+from wadi.cli.main import main
 from wadi.errors import WadiError
 from wadi.evaluate import protocols
 from wadi.evaluate.result import read_result
@@ -352,7 +352,7 @@ def test_an_exported_student_is_measured_as_the_run_is(finished_run, prompts_pat
     """A pipeline without its adapter: the same pictures; of its teacher only what --teacher names is known."""
     export = tmp_path / "export"
     assert main(["export", "--run", str(finished_run), "--out", str(export)]) == 0
-    from wadi.config import load
+    from wadi.distill.config import load
 
     teacher = load(finished_run / "config.yaml").teacher
     common = ("--protocol", prompts_path, "--reference", "teacher", "--teacher_steps", "2", "--metrics", "fd", *QUICK)

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from wadi import images
-from wadi.io import fonts
+from wadi.io import fonts, grids
 from wadi.io.fonts import readable
 
 ODD = ("\ud800", "\x00", "\u202e", "a\tb", "\U0010ffff", "e\u0301\u0301", "", "\n")
@@ -65,7 +64,7 @@ def test_a_font_with_the_glyphs_is_chosen(installed, square_font, tmp_path):
     font, texts = readable(["中文犬", "a"], 14)
     assert font.getname() == ("Squares", "Regular")
     assert texts == ["中文犬", "a"]
-    grid = images.grid([[Image.new("RGB", (60, 20), "red")]], ["a"], ["中文犬"])
+    grid = grids.grid([[Image.new("RGB", (60, 20), "red")]], ["a"], ["中文犬"])
     ink = (np.asarray(grid).max(2) < 100)[:20].sum()
     assert ink > 3 * 60  # three filled squares of 11 pixels, not the narrow bars of missing glyphs
 
@@ -84,7 +83,7 @@ def test_what_the_best_font_lacks_is_named(installed, square_font):
 def test_no_text_crashes_a_grid(installed):
     picture = Image.new("RGB", (16, 16))
     for text in ODD:
-        images.grid([[picture]], [text], [text])
+        grids.grid([[picture]], [text], [text])
 
 
 def test_what_is_installed_is_upright_and_exists():
@@ -97,7 +96,7 @@ def test_a_word_longer_than_its_column_goes_on_below(installed, square_font, wor
     """Chinese has no spaces: the title of one column does not run into the next."""
     installed(square_font)
     rows = [[Image.new("RGB", (40, 40), "white")] * 2]
-    pixels = np.asarray(images.grid(rows, [""], [word, ""]))
-    start = pixels.shape[1] - 40 - images.MARGIN
+    pixels = np.asarray(grids.grid(rows, [""], [word, ""]))
+    start = pixels.shape[1] - 40 - grids.MARGIN
     assert (pixels[:, start:] == 255).all()
-    assert (pixels[:, : start - images.MARGIN] < 255).any()
+    assert (pixels[:, : start - grids.MARGIN] < 255).any()

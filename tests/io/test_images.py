@@ -13,10 +13,13 @@ import torch
 from PIL import Image
 
 import wadi
-from wadi.downstream import conditions, dreambooth_data, img2img, inversion_data
-from wadi.downstream.control import _opened
 from wadi.errors import WadiError
 from wadi.evaluate import pictures
+from wadi.extras import image_to_image
+from wadi.extras.control import conditions
+from wadi.extras.control.pipeline import _opened
+from wadi.extras.dreambooth.data import read_subject
+from wadi.extras.relation.data import read_picture
 from wadi.io import images
 from wadi.io.images import is_transparent, open_image, read_image, to_rgb
 
@@ -138,11 +141,11 @@ def readers(path: Path, folder: Path):
     alone = folder / "alone" / f"a{path.suffix.replace('.tif', '.png').replace('.pgm', '.png').replace('.gif', '.png')}"
     alone.write_bytes(path.read_bytes())
     try:
-        yield "--init", in_bytes(img2img.read_init(path, size) / 2 + 0.5)
+        yield "--init", in_bytes(image_to_image.read_init(path, size) / 2 + 0.5)
         yield "--condition", np.asarray(conditions.read_picture(path))
         yield "the picture of a control", np.asarray(conditions.as_rgb(_opened(path)))
-        yield "dreambooth", in_bytes(dreambooth_data.read_subject(alone.parent, size)[0])
-        yield "invert-relation", in_bytes(inversion_data.read_picture(path, size))
+        yield "dreambooth", in_bytes(read_subject(alone.parent, size)[0])
+        yield "invert-relation", in_bytes(read_picture(path, size))
         yield "eval", np.asarray(next(pictures.prepared([path], None)))
         yield "eval of a folder", np.asarray(next(pictures.prepared(alone.parent, SIDE)))
     finally:
@@ -237,7 +240,7 @@ def test_hostile_files_end_in_one_error_that_names_them(tmp_path, recwarn):
             read_image(path, "Condition image")
         assert repr(str(path))[1:100] in str(caught.value), name
         assert len(str(caught.value)) < 1000, name
-        for entry in (img2img.read_init, inversion_data.read_picture):
+        for entry in (image_to_image.read_init, read_picture):
             with pytest.raises(WadiError):
                 entry(path, (16, 16))
         with pytest.raises(WadiError):

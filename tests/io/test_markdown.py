@@ -2,8 +2,8 @@
 
 import pytest
 
-from wadi.downstream.control_eval import Score
-from wadi.downstream.control_eval import table as control_table
+from wadi.extras.control.agreement import Score
+from wadi.extras.control.agreement import table as control_table
 from wadi.io.markdown import code, table, text
 
 HOSTILE = "a | b\n| c | <img src=x onerror=alert(1)> [x](javascript:y) `z` **w** \\\\|"

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 import wadi
-from wadi import checkpoint, config
-from wadi.adapters import read_about
+from wadi.distill import checkpoints, config
+from wadi.distill.run_folder import read_stats
 from wadi.errors import WadiError
 from wadi.io.records import Count, Finite, Record, Side, parse_json, parse_yaml, read_json, read_json_lines, read_yaml
-from wadi.run import read_stats
+from wadi.roles import read_about
 
 ROOT = Path(wadi.__file__).parent
 READER = ROOT / "io" / "records.py"
@@ -192,7 +192,7 @@ def test_the_state_of_a_checkpoint_is_typed(field, tmp_path):
     import json
 
     path.write_text(json.dumps({name: value for name, value in state.items() if name not in ("prompts", "images")}))
-    earlier = read_json(path, checkpoint.Saved)
+    earlier = read_json(path, checkpoints.Saved)
     assert (earlier.prompts, earlier.images, earlier.scalers["student"]) == (
         None,
         None,
@@ -200,7 +200,7 @@ def test_the_state_of_a_checkpoint_is_typed(field, tmp_path):
     )
     path.write_text(json.dumps({**state, field: [-1]}))
     with pytest.raises(WadiError, match=rf"'{field}'"):
-        read_json(path, checkpoint.Saved)
+        read_json(path, checkpoints.Saved)
 
 
 def test_a_config_of_any_kind_of_wrong_is_an_error_with_its_file(tmp_path):

@@ -3,17 +3,7 @@
 import subprocess
 import sys
 
-from wadi.zoo import (
-    COLOURS,
-    CONCEPTS,
-    STYLES,
-    caption,
-    captions,
-    concept_of,
-    eval_prompts,
-    fixed_prompts,
-    training_prompts,
-)
+from wadi.zoo import COLOURS, CONCEPTS, STYLES, caption, captions, concept_of, eval_prompts, fixed_prompts, training_prompts
 
 
 def test_there_are_at_least_a_hundred_concepts_in_three_styles():

@@ -2,7 +2,7 @@
 
 import torch
 
-from wadi.zoo.compose import COLOURS, SIDE, compose, random_pose
+from wadi.zoo.recipe.compose import COLOURS, SIDE, compose, random_pose
 
 
 def pose_of(count=64, seed=0):

@@ -5,8 +5,8 @@ import torch
 from zoo_toys import icon, write_tarball
 
 from wadi.errors import WadiError
-from wadi.zoo import icons
 from wadi.zoo.concepts import CONCEPTS, STYLES
+from wadi.zoo.recipe import icons
 
 
 def test_a_sprite_is_cropped_centred_and_premultiplied():

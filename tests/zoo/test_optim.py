@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wadi.zoo.optim import Muon
+from wadi.zoo.recipe.optim import Muon
 
 
 @pytest.mark.parametrize(("shape", "scale"), [((32, 8), 2.0), ((8, 32), 1.0)])

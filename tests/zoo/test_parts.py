@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from tokenizers.pre_tokenizers import ByteLevel
 
 from wadi.errors import WadiError
-from wadi.zoo import autoencoder, classifier, teacher, text
+from wadi.zoo import judge
 from wadi.zoo.concepts import CANDIDATES, COLOURS, CONCEPTS, STYLES
-from wadi.zoo.icons import SIDE, Sprites
 from wadi.zoo.prompts import caption, training_prompts
+from wadi.zoo.recipe import autoencoder, judge_training, teacher, text
+from wadi.zoo.recipe.icons import SIDE, Sprites
 
 
 @pytest.fixture(scope="module")
@@ -192,24 +193,24 @@ def test_fresh_latents_are_of_the_sprites_they_are_labelled_with(ae):
 
 def test_classifier_comes_back_from_disk_and_counts_what_it_names(tmp_path):
     torch.manual_seed(0)
-    judge = classifier.Classifier(list(CONCEPTS)).eval().requires_grad_(False)
+    classifier = judge.Classifier(list(CONCEPTS)).eval().requires_grad_(False)
     x = pictures(16)
-    classifier.save_classifier(tmp_path, judge)
-    again = classifier.read_classifier(tmp_path)
+    judge_training.save_classifier(tmp_path, classifier)
+    again = judge.read_classifier(tmp_path)
     assert again.concepts == list(CONCEPTS)
-    assert again.features(x).shape == (16, classifier.FEATURES)
-    assert (again.logits(x) - judge.logits(x)).abs().max() < 1e-2  # fp16
-    named = [judge.concepts[i] for i in judge.logits(x).argmax(1)]
+    assert again.features(x).shape == (16, judge.FEATURES)
+    assert (again.logits(x) - classifier.logits(x)).abs().max() < 1e-2  # fp16
+    named = [classifier.concepts[i] for i in classifier.logits(x).argmax(1)]
     wrong = [next(c for c in CONCEPTS if c != name) for name in named]
-    assert judge.top1(x, named, batch=5) == 1.0
-    assert judge.top1(x, named[:4] + wrong[4:]) == 0.25
+    assert classifier.top1(x, named, batch=5) == 1.0
+    assert classifier.top1(x, named[:4] + wrong[4:]) == 0.25
     with pytest.raises(WadiError, match="Classifier"):
-        classifier.read_classifier(tmp_path / "elsewhere")
+        judge.read_classifier(tmp_path / "elsewhere")
 
 
 def test_spoiling_stays_in_range_and_keeps_the_picture_recognisable():
     x = pictures(32)
-    spoilt = classifier.spoil(x, torch.Generator().manual_seed(0))
+    spoilt = judge_training.spoil(x, torch.Generator().manual_seed(0))
     assert spoilt.min() >= 0
     assert spoilt.max() <= 1
     assert not torch.equal(spoilt, x)
@@ -217,11 +218,11 @@ def test_spoiling_stays_in_range_and_keeps_the_picture_recognisable():
 
 
 def test_the_shipped_student_is_the_run_s_in_half_the_bytes(finished_run, tmp_path):
-    from wadi import adapters
-    from wadi.zoo.export import export_student
+    from wadi import roles
+    from wadi.zoo.recipe.export import export_student
 
     place = export_student(finished_run, tmp_path)
-    (config, own), (other, shipped) = adapters.read(finished_run / "student"), adapters.read(place)
+    (config, own), (other, shipped) = roles.read(finished_run / "student"), roles.read(place)
     assert config == other
     assert (place / "wadi.json").read_bytes() == (finished_run / "student" / "wadi.json").read_bytes()
     assert {tensor.dtype for tensor in shipped.values()} == {torch.float16}

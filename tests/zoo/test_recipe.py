@@ -8,19 +8,10 @@ import torch
 from zoo_toys import write_tarballs
 
 from wadi.errors import WadiError
-from wadi.zoo import (
-    CONCEPTS,
-    ZooConfig,
-    autoencoder,
-    classifier,
-    eval_prompts,
-    load_classifier,
-    load_teacher,
-    recipe,
-    teacher_path,
-    train,
-)
-from wadi.zoo import export as export_module
+from wadi.zoo import CONCEPTS, eval_prompts, load_classifier, load_teacher, teacher_path
+from wadi.zoo.recipe import autoencoder, judge_training, stages
+from wadi.zoo.recipe import export as export_module
+from wadi.zoo.recipe.stages import ZooConfig, train
 
 TINY = {"minutes_autoencoder": 0.005, "minutes_teacher": 0.005, "steps_classifier": 2, "batch_autoencoder": 2}
 
@@ -46,12 +37,12 @@ def test_every_stage_from_tarballs_to_card(tmp_path, monkeypatch):
     tarballs.mkdir()
     write_tarballs(tarballs)
     monkeypatch.setattr(export_module, "eval_prompts", lambda: eval_prompts()[:2])
-    monkeypatch.setattr(classifier, "judge_data", functools.partial(classifier.judge_data, count=32))
-    monkeypatch.setattr(classifier, "POOL", 64)
+    monkeypatch.setattr(judge_training, "judge_data", functools.partial(judge_training.judge_data, count=32))
+    monkeypatch.setattr(judge_training, "POOL", 64)
     monkeypatch.setattr(autoencoder, "FOLDED_FROM", 64)
     settings = {"out": str(tmp_path / "zoo"), "tarballs": str(tarballs), "pool": 64, "first_fill": 1, "batch_teacher": 4}
     weights = train(ZooConfig(**settings, **TINY))
-    assert weights == recipe.weights_folder(ZooConfig(**settings))
+    assert weights == stages.weights_folder(ZooConfig(**settings))
     assert {"README.md", "quality.json", "prompts.txt", "teacher", "classifier"} <= {p.name for p in weights.iterdir()}
     last = _last_line(tmp_path / "zoo" / "teacher.jsonl")
     train(ZooConfig(**settings, **TINY | {"stage": "teacher", "minutes_teacher": last["minutes"] + 0.01}))

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from wadi.errors import WadiError
-from wadi.zoo.optim import Muon, groups_of, orthogonalise
-from wadi.zoo.state import Average, Budget, load_tensors, resume_run, save_run, save_tensors
+from wadi.zoo.recipe.optim import Muon, groups_of, orthogonalise
+from wadi.zoo.recipe.state import Average, Budget, load_tensors, resume_run, save_run, save_tensors
 
 
 def network():

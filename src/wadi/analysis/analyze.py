@@ -21,7 +21,7 @@ from wadi.analysis.kinds import KINDS, block, depth, kind
 from wadi.analysis.sources import Adapted, Network, open_student, open_teacher
 from wadi.backbones.weights import LazyTensors
 from wadi.errors import WadiError
-from wadi.progress import progress
+from wadi.io.progress import progress
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from wadi.analysis.analyze import Analysis, groups_table
 from wadi.analysis.angles import EDGES
 from wadi.analysis.spectrum import FRACTIONS, SHARE
-from wadi.figures import FAINT, INK, canvas, look, plain_labels, save, styled
+from wadi.io.figures import FAINT, INK, canvas, look, plain_labels, save, styled
 
 Row = dict[str, Any]
 FLOOR = 1e-4  # percent: what float32 weights keep of a norm that did not change lies below

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from wadi import adapters
+from wadi import roles
 from wadi.backbones.stored import split_variant
 from wadi.backbones.weights import LazyTensors, network_weights
-from wadi.embedded import NAME as ZOO
-from wadi.embedded import embedded, resolve_teacher
 from wadi.errors import WadiError
 from wadi.lorad.rotation import Factor, pair_angles, rotate
+from wadi.zoo.paths import NAME as ZOO
+from wadi.zoo.paths import embedded, resolve_teacher
 
 _PREFIX = "base_model.model."
 
@@ -37,8 +37,8 @@ class Adapted(Mapping[str, Tensor]):
     """
 
     def __init__(self, base: LazyTensors, folder: Path) -> None:
-        adapters.read_config(folder)
-        self.base, self.stored = base, LazyTensors([folder / adapters.WEIGHTS])
+        roles.read_config(folder)
+        self.base, self.stored = base, LazyTensors([folder / roles.WEIGHTS])
         names = {key: key.removeprefix(_PREFIX).rpartition(".lorad_") for key in self.stored}
         if strange := sorted(key for key, (layer, _, end) in names.items() if not layer or end not in ("A", "B")):
             raise WadiError(f"Adapter {str(folder)!r} holds {strange[0]!r}. Expected angles alone (lorad_A and lorad_B).")
@@ -142,7 +142,7 @@ def adapter_folder(name: str) -> Path | None:
         if not (path / "student").is_dir():
             raise WadiError(f"Run {name!r} has saved no student yet. Expected a finished or interrupted run.")
         return path / "student"
-    return path if (path / adapters.CONFIG).is_file() else None
+    return path if (path / roles.CONFIG).is_file() else None
 
 
 def _plain(name: str, whose: str) -> LazyTensors:
@@ -154,7 +154,7 @@ def _plain(name: str, whose: str) -> LazyTensors:
         )
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise WadiError(
-            f"{whose} {name!r} is a folder without model_index.json, config.yaml or {adapters.CONFIG}. Expected a pipeline "
+            f"{whose} {name!r} is a folder without model_index.json, config.yaml or {roles.CONFIG}. Expected a pipeline "
             "folder, a run, or an adapter folder."
         )
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith(".safetensors")):

@@ -11,12 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from wadi.adapters import matched
 from wadi.analysis.analyze import common_layers
 from wadi.analysis.change import exchanged
 from wadi.analysis.sources import Live
 from wadi.backbones.weights import LazyTensors
 from wadi.errors import WadiError
+from wadi.roles import matched
 
 TAKES = ("norm", "direction")
 
@@ -25,7 +25,7 @@ def matching(layers: str) -> Callable[[str], bool]:
     """Which layers a regular expression means: it matches their whole names, as ``target_modules`` does.
 
     Raises:
-        WadiError: if it is not a regular expression; on use, if it takes too long (see `wadi.adapters.matched`).
+        WadiError: if it is not a regular expression; on use, if it takes too long (see `wadi.roles.matched`).
     """
     matched(layers, (), "--layers")
     return lambda name: bool(matched(layers, [name], "--layers"))

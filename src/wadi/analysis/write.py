@@ -13,8 +13,8 @@ from wadi.analysis.analyze import Analysis, Layer, groups_table
 from wadi.analysis.angles import EDGES
 from wadi.analysis.spectrum import FRACTIONS
 from wadi.errors import WadiError
-from wadi.figures import table
-from wadi.files import write_whole
+from wadi.io.figures import table
+from wadi.io.files import write_whole
 from wadi.io.markdown import code, text
 from wadi.io.markdown import table as markdown_table
 from wadi.io.regular import read_bytes, read_text

@@ -2,6 +2,6 @@
 
 from wadi.backbones.base import Backbone, Condition
 from wadi.backbones.loading import family, from_pipeline, load_pipeline, register_family
-from wadi.backbones.schedulers import refuse_distilled
+from wadi.diffusion.schedulers import refuse_distilled
 
 __all__ = ["Backbone", "Condition", "family", "from_pipeline", "load_pipeline", "refuse_distilled", "register_family"]

@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from wadi.backbones import autoencoder, schedulers
 from wadi.backbones.remarks import quieten_truncation
+from wadi.diffusion import autoencoder, schedulers
+from wadi.diffusion.process import Process
 from wadi.errors import WadiError
-from wadi.process import Process
 
 RESOLUTION = "_wadi_resolution"  # in the config of a pipeline: where a student of another size than the model's own keeps it
 

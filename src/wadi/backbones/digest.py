@@ -13,8 +13,8 @@ from torch import Tensor
 from wadi.backbones.base import RESOLUTION
 from wadi.backbones.loading import pipeline_index
 from wadi.backbones.stored import components, names_in, pipeline_folder, pipeline_weights, split_variant
-from wadi.digests import digests
-from wadi.files import JUNK
+from wadi.io.digests import digests
+from wadi.io.files import JUNK
 from wadi.io.records import read_json
 from wadi.io.regular import exists
 

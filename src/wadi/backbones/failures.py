@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from wadi.device import out_of_memory
 from wadi.errors import WadiError
 from wadi.io.regular import exists
-from wadi.pretrained import opened, quiet
+from wadi.io.weights import opened, quiet
+from wadi.parallel.device import out_of_memory
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from wadi.backbones.tokenizers import refuse_absent_files, refuse_misfits
 from wadi.errors import WadiError
 from wadi.io.records import read_json
 from wadi.io.regular import exists
-from wadi.pretrained import load_complete, opened, quiet, refuse_whole_weights
+from wadi.io.weights import load_complete, opened, quiet, refuse_whole_weights
 
 MOST_LAYERS = 1000
 LARGEST = 10**10  # of any other whole number in a model's config

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from wadi.backbones.loading import from_pipeline
-from wadi.files import whole_folder
+from wadi.io.files import whole_folder
 from wadi.io.records import read_json
-from wadi.pretrained import quiet
+from wadi.io.weights import quiet
 
 
 def save_pipeline(pipeline: Any, out: Path) -> None:

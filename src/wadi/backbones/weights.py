@@ -11,7 +11,7 @@ from torch import Tensor
 from wadi.backbones.loading import family, pipeline_index
 from wadi.backbones.stored import fetch, split_variant, weights_in
 from wadi.errors import WadiError
-from wadi.pretrained import opened
+from wadi.io.weights import opened
 
 WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before a network's names
 

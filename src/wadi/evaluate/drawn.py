@@ -16,16 +16,16 @@ from typing import Any
 
 from PIL import Image
 
-from wadi.config import flatten
+from wadi.distill.config import flatten
 from wadi.errors import WadiError
 from wadi.evaluate.generators import LIBRARIES, Generator
-from wadi.files import write_whole
-from wadi.generate import draw
+from wadi.io.files import write_whole
+from wadi.io.progress import progress
 from wadi.io.records import Record, convert, read_json, written
 from wadi.io.regular import exists
 from wadi.io.versions import versions
-from wadi.progress import progress
-from wadi.ranks import Ranks
+from wadi.parallel.ranks import Ranks
+from wadi.pipelines.generate import draw
 
 ABOUT, PROMPTS = "pictures.json", "prompts.jsonl"
 

@@ -11,19 +11,20 @@ from typing import Any
 
 import torch
 
-from wadi import adapters, generate
+from wadi import roles
 from wadi.backbones import Backbone, family, from_pipeline, load_pipeline
 from wadi.backbones.base import RESOLUTION
 from wadi.backbones.digest import teacher_digest
 from wadi.backbones.loading import pipeline_index, read_config
-from wadi.backbones.schedulers import make_scheduler
 from wadi.backbones.stored import split_variant
-from wadi.embedded import NAME
+from wadi.diffusion.process import Process
+from wadi.diffusion.schedulers import make_scheduler
 from wadi.errors import WadiError
-from wadi.files import sha256
+from wadi.io.files import sha256
 from wadi.io.versions import versions
-from wadi.process import Process
+from wadi.pipelines import generate
 from wadi.sampling import one_step_scheduler
+from wadi.zoo.paths import NAME
 
 NOT_SETTINGS = ("base_model_name_or_path", "auto_mapping", "peft_version", "revision", "inference_mode", "task_type")
 # Whose versions decide about images, with that of this package.
@@ -38,7 +39,7 @@ class Generator:
         name: of its row in tables.
         about: everything its pictures depend on besides prompts and seeds, as plain JSON values.
         open: loads the pipeline.
-        steps, guidance_scale: those of `wadi.generate.draw`.
+        steps, guidance_scale: those of `wadi.pipelines.generate.draw`.
     """
 
     name: str
@@ -200,7 +201,7 @@ def native_resolution(path: str) -> tuple[int, int] | None:
 
 def config_digest(folder: Path) -> str:
     """A digest of an adapter's settings; where it was saved and what it was trained on are left out."""
-    kept = {name: value for name, value in adapters.read_config(folder).items() if name not in NOT_SETTINGS}
+    kept = {name: value for name, value in roles.read_config(folder).items() if name not in NOT_SETTINGS}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 

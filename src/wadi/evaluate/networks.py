@@ -61,9 +61,9 @@ def feature_network(
 
 def zoo_features(device: str = "cpu") -> Extractor:
     """The 96 penultimate activations of the zoo's classifier, which was trained on the teacher's data: the narrower judge."""
-    from wadi.files import sha256
+    from wadi.io.files import sha256
     from wadi.zoo import classifier_path, load_classifier
-    from wadi.zoo.classifier import FEATURES
+    from wadi.zoo.judge import FEATURES
 
     classifier = load_classifier().to(device)
     digest = sha256(classifier_path() / "model.safetensors")

@@ -18,8 +18,8 @@ from typing import Any
 
 from wadi.errors import WadiError
 from wadi.evaluate.drawn import differences
-from wadi.files import check_writable, write_whole
 from wadi.io import markdown
+from wadi.io.files import check_writable, write_whole
 from wadi.io.records import Count, Finite, Record, read_json
 from wadi.io.records import asdict as asdict_of
 from wadi.io.regular import read_text

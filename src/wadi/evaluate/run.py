@@ -21,10 +21,10 @@ from wadi.evaluate.pictures import content_digest, files_in
 from wadi.evaluate.protocols import SEED_STEP, Protocol
 from wadi.evaluate.result import Result, Row, environment
 from wadi.evaluate.score import Judge, Options, Seen
-from wadi.generate import draw
 from wadi.io.regular import exists
 from wadi.metrics.speed import Subject, measure
-from wadi.ranks import Ranks
+from wadi.parallel.ranks import Ranks
+from wadi.pipelines.generate import draw
 
 
 @dataclass(frozen=True)

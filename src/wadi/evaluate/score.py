@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from wadi.digests import cache_folder
 from wadi.errors import WadiError
 from wadi.evaluate.networks import feature_network, scorer
 from wadi.evaluate.pictures import FITTING, batches
 from wadi.evaluate.result import Number
+from wadi.io.digests import cache_folder
 from wadi.metrics import diversity, frechet
 from wadi.metrics.cache import FeatureCache
 from wadi.metrics.features import Extractor

@@ -18,15 +18,7 @@ from torch import Tensor, nn
 
 from wadi.errors import WadiError
 from wadi.lorad.config import LoRaDConfig
-from wadi.lorad.rotation import (
-    Convolution,
-    Factor,
-    pair_angles,
-    product,
-    recomputed_product,
-    rotate,
-    rotated_weight,
-)
+from wadi.lorad.rotation import Convolution, Factor, pair_angles, product, recomputed_product, rotate, rotated_weight
 
 _HALF = (torch.float16, torch.bfloat16)
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wadi.digests import cache_folder
 from wadi.errors import WadiError
-from wadi.files import write_whole
+from wadi.io.digests import cache_folder
+from wadi.io.files import write_whole
 from wadi.io.regular import regular
 from wadi.io.versions import versions
 from wadi.metrics.checks import Images, as_bytes

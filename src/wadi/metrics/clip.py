@@ -21,9 +21,9 @@ from torch import Tensor
 
 from wadi.errors import WadiError
 from wadi.io.records import Finite, Record, convert, parse_json
+from wadi.io.weights import load_complete
 from wadi.metrics import hub
 from wadi.metrics.checks import Images, as_bytes, rows
-from wadi.pretrained import load_complete
 
 VIT_B_32, VIT_L_14 = "openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's CLIP

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from wadi.errors import WadiError
+from wadi.io.weights import load_complete
 from wadi.metrics import hub
 from wadi.metrics.checks import Images, as_bytes, rows
 from wadi.metrics.resize import check_filter, resize
-from wadi.pretrained import load_complete
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
 INCEPTION_URL = (

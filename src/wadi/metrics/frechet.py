@@ -237,7 +237,7 @@ def write_statistics(path: Path, statistics: Statistics) -> None:
 
     import numpy as np
 
-    from wadi.files import write_whole
+    from wadi.io.files import write_whole
 
     stream = io.BytesIO()
     np.savez(stream, mu=statistics[0].numpy(), sigma=statistics[1].numpy())

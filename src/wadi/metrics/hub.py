@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wadi.digests import cache_folder
 from wadi.errors import WadiError
-from wadi.files import sha256, unwritable, whole_file
+from wadi.io.digests import cache_folder
+from wadi.io.files import sha256, unwritable, whole_file
 from wadi.io.regular import regular
 
 NOT_SETTINGS = ("transformers_version", "dtype", "torch_dtype", "architectures")  # of a config: who saved it, and how

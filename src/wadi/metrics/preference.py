@@ -24,7 +24,18 @@ from torch import Tensor, nn
 from wadi.errors import WadiError
 from wadi.metrics import foreign, hub
 from wadi.metrics.checks import Images, as_bytes, rows
-from wadi.metrics.clip import MEAN, STD, VIT_L_14, Clip, check_pairs, cosines, crop, load_clip, load_tokenizer, tokenizer_digest
+from wadi.metrics.clip import (
+    MEAN,
+    STD,
+    VIT_L_14,
+    Clip,
+    check_pairs,
+    cosines,
+    crop,
+    load_clip,
+    load_tokenizer,
+    tokenizer_digest,
+)
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # whose tokenizer PickScore and HPSv2 share
 PICKSCORE = "yuvalkirstain/PickScore_v1"

@@ -1,8 +1,8 @@
 """The embedded teacher: a complete text-to-image pipeline of 12 M parameters that draws emoji, and how it was made.
 
 ``load_teacher`` gives the ``StableDiffusionPipeline`` shipped in this package, ``load_classifier`` the network that
-judges pictures, ``training_prompts`` what a distillation needs to know of the data: text alone. ``train`` is the recipe
-(docs/zoo.md). Importing this package imports neither torch nor diffusers.
+judges pictures, ``training_prompts`` what a distillation needs to know of the data: text alone. `wadi.zoo.recipe` is how it was
+made (docs/zoo.md). Importing this package imports neither torch nor diffusers.
 """
 
 from __future__ import annotations
@@ -10,22 +10,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wadi.embedded import embedded
 from wadi.zoo.concepts import COLOURS, CONCEPTS, STYLES
+from wadi.zoo.paths import embedded
 from wadi.zoo.prompts import caption, captions, concept_of, eval_prompts, fixed_prompts, training_prompts
-from wadi.zoo.recipe import STAGES, ZooConfig, train
 
 if TYPE_CHECKING:
     import torch
 
-    from wadi.zoo.classifier import Classifier
+    from wadi.zoo.judge import Classifier
 
 __all__ = [
     "COLOURS",
     "CONCEPTS",
-    "STAGES",
     "STYLES",
-    "ZooConfig",
     "caption",
     "captions",
     "classifier_path",
@@ -36,7 +33,6 @@ __all__ = [
     "load_teacher",
     "student_path",
     "teacher_path",
-    "train",
     "training_prompts",
 ]
 
@@ -67,6 +63,6 @@ def load_teacher(dtype: torch.dtype | None = None) -> Any:
 
 def load_classifier() -> Classifier:
     """The classifier: ``.logits(images)``, ``.features(images)`` of images ``(B, 3, 64, 64)`` in [0, 1], ``.concepts``."""
-    from wadi.zoo.classifier import read_classifier
+    from wadi.zoo.judge import read_classifier
 
     return read_classifier(classifier_path())

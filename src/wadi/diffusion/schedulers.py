@@ -1,0 +1,143 @@
+"""Diffusers schedulers for a teacher's many steps and a student's one, from the scheduler that came with the model.
+
+A student's scheduler makes one plain call of its pipeline with ``num_inference_steps=1`` the student's step
+``x0 = (x_t - sigma eps) / alpha`` at ``t*``, with no code of ours. Variance preserving: DDIM whose betas end at ``t*``.
+Rectified flow, ``x0 = x_t - sigma v``: an Euler step from ``sigma = t* / T`` to 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from wadi.diffusion.process import Process
+from wadi.errors import WadiError
+from wadi.io.records import shortened
+
+LONGEST = 100_000  # timesteps; models have 1000
+# Schedulers of models that were made for a few steps: they have no score at other timesteps.
+DISTILLED = ("LCMScheduler", "TCDScheduler", "SCMScheduler", "FlowMatchLCMScheduler", "CMStochasticIterativeScheduler")
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether ``scheduler`` is one of a rectified flow."""
+    return "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("prediction_type") == "flow_prediction")
+
+
+def make_scheduler(config: dict[str, Any]) -> Any:
+    """A scheduler from the config it was saved with.
+
+    Raises:
+        WadiError: if diffusers has no such class, or it does not take these settings.
+    """
+    import diffusers
+
+    name = str(config.get("_class_name"))
+    if not hasattr(diffusers, name):
+        raise WadiError(f"The teacher's scheduler is {name}, which diffusers has not. Expected one of its schedulers.")
+    length = config.get("num_train_timesteps", 1000)
+    if not isinstance(length, int) or not 1 <= length <= LONGEST:
+        raise WadiError(
+            f"The teacher's scheduler has num_train_timesteps: {shortened(length)}. Give a whole number from 1 to {LONGEST:,} "
+            "in scheduler_config.json."
+        )
+    try:
+        return getattr(diffusers, name).from_config(config)
+    except Exception as error:  # each class has its own way to refuse a setting
+        raise WadiError(
+            f"A {name} cannot be built from its config: {type(error).__name__}: {str(error)[:200]}. Compare "
+            "scheduler_config.json with that of the original model."
+        ) from error
+
+
+def sampler(scheduler: Any, image_tokens: int) -> Any:
+    """A fresh deterministic first-order sampler over a model's own schedule: DDIM, or Euler along the flow."""
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+    config = scheduler.config
+    if is_flow(scheduler):
+        return FlowMatchEulerDiscreteScheduler(
+            num_train_timesteps=config.num_train_timesteps, shift=flow_shift(config, image_tokens)
+        )
+    return DDIMScheduler.from_config(config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True)
+
+
+def flow_shift(config: Any, image_tokens: int) -> float:
+    """``s`` of ``sigma -> s sigma / (1 + (s - 1) sigma)``; where it depends on resolution, for ``image_tokens`` tokens.
+
+    The exponential shift by ``mu`` is the same map with ``s = exp(mu)``, and ``mu`` is linear in the number of tokens.
+    """
+    if not config.get("use_dynamic_shifting"):
+        return float(config.get("shift") or config.get("flow_shift") or 1.0)
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    first, last = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    mu = first + (last - first) * (image_tokens - low) / (high - low)
+    return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+
+
+def one_step(scheduler: Any, timestep: int) -> Any:
+    """The scheduler of a student that is asked at ``timestep``, made from its teacher's ``scheduler``.
+
+    Raises:
+        WadiError: if the teacher's schedule has no such timestep.
+    """
+    last = Process.from_scheduler(scheduler).last_timestep
+    if not 1 <= timestep <= last:
+        raise WadiError(
+            f"The student is asked at timestep {timestep}, and its teacher's schedule ends at {last}. Expected the teacher it "
+            "was trained on."
+        )
+    return one_flow_step(scheduler.config, timestep) if is_flow(scheduler) else one_ddim_step(scheduler, timestep)
+
+
+def one_ddim_step(scheduler: Any, timestep: int) -> Any:
+    """DDIM over the teacher's own betas cut off after ``timestep``.
+
+    With trailing spacing its single step starts there, and with ``set_alpha_to_one`` it ends at ``x0``.
+    """
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        num_train_timesteps=timestep + 1,
+        trained_betas=scheduler.betas[: timestep + 1].tolist(),
+        prediction_type=scheduler.config.get("prediction_type", "epsilon"),
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
+        clip_sample=False,
+        steps_offset=1,  # not used by trailing spacing; diffusers warns of any other value
+    )
+
+
+def one_flow_step(config: Any, timestep: int) -> Any:
+    """Euler from ``sigma = timestep / T`` to 0.
+
+    A single step starts at ``sigma = 1`` in this class. To start earlier it takes ``sigma_max`` from its config in the
+    exponential spacing (which has no constructor argument for it, so that diffusers remarks on it when it reads the file).
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    steps = int(config.num_train_timesteps)
+    if timestep == steps:
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps)
+    made: Any = FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps, use_exponential_sigmas=True)
+    made.register_to_config(sigma_min=timestep / steps, sigma_max=timestep / steps)
+    return made
+
+
+def refuse_distilled(pipeline: Any, network: Any) -> None:
+    """Raise `WadiError` if a pipeline says of itself that it is a model for few steps."""
+    scheduler, reason = pipeline.scheduler, None
+    name = type(scheduler).__name__
+    if name in DISTILLED:
+        reason = f"its scheduler is {name}"
+    elif network.config.get("time_cond_proj_dim") is not None:
+        reason = "its network is told the guidance scale (time_cond_proj_dim), as a latent consistency model is"
+    elif scheduler.config.get("trained_betas") is not None and scheduler.config.get("timestep_spacing") == "trailing":
+        reason = "its scheduler's betas are cut for one step, as `wadi export` writes them"
+    elif scheduler.config.get("sigma_max") is not None and scheduler.config.get("sigma_min") == scheduler.config.sigma_max:
+        reason = "its scheduler holds a single sigma, as `wadi export` writes it"
+    if reason:
+        raise WadiError(
+            f"The teacher is itself a distilled model for few steps: {reason}. Expected the multi-step model it was made "
+            "from, which has a score at every timestep: give that as --teacher."
+        )

@@ -1,0 +1,48 @@
+"""Variational Score Distillation: the gradient that moves the student's image towards the teacher's distribution.
+
+    g = sigma_t^2 (eps_real - eps_fake)                                     'sigma2', the paper's
+    g = (x0_fake - x0_real) / mean |x0 - x0_real|                           'dmd', DMD's normalised gradient (eq. 8 there)
+
+``eps_real`` and ``x0_real`` come from the frozen teacher, ``eps_fake`` and ``x0_fake`` from the model of the student's own
+images, all at one noised ``x_t`` of the student's ``x0``. Both are the same direction: ``eps = (x_t - alpha_t x0) / sigma_t``,
+so ``sigma_t^2 (eps_real - eps_fake) = sigma_t alpha_t (x0_fake - x0_real)``.
+Shapes: ``x0``, ``x_t``, predictions ``(B, ...)``; ``t`` ``(B,)``. Everything float32.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from wadi.diffusion.process import Process, per_sample
+
+
+def vsd_gradient(
+    x0: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    real: Tensor,
+    fake: Tensor,
+    process: Process,
+    weighting: Literal["sigma2", "dmd"] = "sigma2",
+) -> Tensor:
+    """``g``, the gradient wanted at each entry of ``x0``; ``(B, ...)``, float32, without graph.
+
+    Args:
+        real, fake: the network's own (guided) predictions at ``x_t`` in the two roles.
+    """
+    with torch.no_grad():
+        if weighting == "sigma2":
+            sigma = per_sample(process.sigma(t), x_t)
+            return sigma**2 * (process.eps(real, x_t, t) - process.eps(fake, x_t, t))
+        x0_real = process.x0(real, x_t, t)
+        scale = (x0.detach() - x0_real).abs().flatten(1).mean(1)
+        # An exact teacher leaves no distance to divide by, and then there is no gradient worth scaling either.
+        return (process.x0(fake, x_t, t) - x0_real) / per_sample(scale.clamp_min(1e-6), x_t)
+
+
+def vsd_loss(x0: Tensor, gradient: Tensor) -> Tensor:
+    """``1/2 mean (x0 - stopgrad(x0 - g))^2``: its gradient at ``x0`` is ``g / numel``. Its value says nothing of quality."""
+    return 0.5 * (x0 - (x0 - gradient).detach()).square().mean()

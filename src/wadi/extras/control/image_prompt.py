@@ -1,0 +1,207 @@
+"""IP-Adapters: an image as part of the prompt, through diffusers' own attention processors (Ye et al. 2023)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from wadi.backbones.failures import first_line
+from wadi.backbones.stored import TRANSFORMERS, copies, names_in
+from wadi.errors import WadiError
+from wadi.io.records import read_json
+from wadi.io.tensors import PICKLES, UNPICKLE, read_tensors
+from wadi.io.weights import listed, load_complete
+
+PUBLISHED = ("models", "sdxl_models")  # folders of the published repository
+LONGEST, SMALLEST, LARGEST_SIDE = 20, 32, 4096  # ratio of sides, pixels a side
+PARTS = ("image_proj", "ip_adapter")
+
+
+def read_weights(file: Path) -> dict[str, dict[str, Tensor]]:
+    """``{"image_proj": {...}, "ip_adapter": {...}}`` of an IP-Adapter's safetensors file.
+
+    Raises:
+        WadiError: if it is not there, holds something else, has NaN or infinite values, or is a FaceID adapter.
+    """
+    tensors, _ = read_tensors(file, "IP-Adapter")
+    parts = {part: {k[len(part) + 1 :]: v for k, v in tensors.items() if k.startswith(part + ".")} for part in PARTS}
+    if not all(parts.values()):
+        first = next(iter(tensors), "nothing")
+        raise WadiError(
+            f"{str(file)!r} is no IP-Adapter: it holds {first!r}, say. Expected tensors named image_proj.* and ip_adapter.*."
+        )
+    face = "perceiver_resampler.proj_in.weight" in parts["image_proj"] or (
+        "proj.2.weight" in parts["image_proj"] and ("norm.weight" in parts["image_proj"])
+    )
+    if face or any(".to_q_lora." in name for name in parts["ip_adapter"]):
+        raise WadiError(
+            f"{str(file)!r} is a FaceID IP-Adapter, which reads the embeddings of a face recognition network (insightface). "
+            f"That is "
+            "not supported: use ip-adapter-plus-face or another IP-Adapter without FaceID in its name."
+        )
+    return parts
+
+
+def width_of(weights: dict[str, dict[str, Tensor]]) -> tuple[str, int]:
+    """What the adapter reads of its image encoder: ``(config entry, width)``, of the projected embedding or hidden states.
+
+    Raises:
+        WadiError: if its image projection is of a kind that is not known.
+    """
+    shapes = {name: tensor.shape for name, tensor in weights["image_proj"].items()}
+    for name, entry, side in (
+        ("proj.weight", "projection_dim", -1), ("proj.0.weight", "hidden_size", 0), ("proj_in.weight", "hidden_size", -1),
+    ):  # fmt: skip
+        if name in shapes and len(shapes[name]) == 2:
+            return entry, int(shapes[name][side])
+    raise WadiError(
+        f"The IP-Adapter's image projection has {listed(list(shapes))}, which is of no kind known here. Use an IP-Adapter, "
+        f"Plus or "
+        "Full adapter."
+    )
+
+
+def refuse_misfit(unet: Any, weights: dict[str, dict[str, Tensor]]) -> None:
+    """Raise `WadiError` unless there is one pair of keys and values for each cross-attention, each of its width."""
+    wanted = [
+        unet.get_submodule(name.removesuffix(".processor")).to_k.weight.shape
+        for name in unet.attn_processors
+        if name.endswith("attn2.processor")
+    ]
+    keys = sorted((k for k in weights["ip_adapter"] if k.endswith("to_k_ip.weight")), key=lambda k: int(k.split(".")[0]))
+    given = [weights["ip_adapter"][key].shape for key in keys]
+    if given != wanted:
+        raise WadiError(
+            f"The IP-Adapter is of another family: it has {len(given)} key projections ({_shape(given)} the first), and this "
+            f"model has {len(wanted)} cross-attentions ({_shape(wanted)}). Expected one that was trained for this model."
+        )
+
+
+def _shape(shapes: list[Any]) -> str:
+    return " x ".join(str(side) for side in shapes[0]) if shapes else "none"
+
+
+def add_image_prompt(pipeline: Any, file: Path, image_encoder: str | Path | None = None) -> Any:
+    """Load an IP-Adapter into ``pipeline``, in place.
+
+    Args:
+        image_encoder: folder of the CLIP vision model; None = see `find_encoder`.
+    Raises:
+        WadiError: if weights or encoder are not there, are incomplete, or belong to another family.
+    """
+    weights = read_weights(file)
+    refuse_misfit(pipeline.unet, weights)
+    entry, width = width_of(weights)
+    if getattr(pipeline, "image_encoder", None) is None or image_encoder is not None:
+        folder = find_encoder(file, entry, width) if image_encoder is None else Path(image_encoder)
+        encoder = load_encoder(folder, pipeline.dtype)
+        pipeline.register_modules(image_encoder=encoder.to(pipeline.device))
+    given = getattr(pipeline.image_encoder.config, entry, None)
+    if given != width:
+        raise WadiError(
+            f"The IP-Adapter {str(file)!r} needs an image encoder with {entry} {width}, and this one has {given}. Give the "
+            f"right "
+            "one by --image_encoder (files named vit-h use models/image_encoder, other SDXL ones sdxl_models/image_encoder)."
+        )
+    if getattr(pipeline, "feature_extractor", None) is None:
+        pipeline.register_modules(feature_extractor=_processor(pipeline.image_encoder.config.image_size))
+    try:
+        pipeline.load_ip_adapter(weights, subfolder="", weight_name=file.name)
+    except Exception as error:  # tensors of the image projection that are missing or of another shape
+        raise WadiError(
+            f"IP-Adapter {str(file)!r} could not be loaded: {first_line(error)}. Download or save it again."
+        ) from error
+    return pipeline
+
+
+def find_encoder(file: Path, entry: str, width: int) -> Path:
+    """Return the folder ``image_encoder`` near an IP-Adapter's file whose config has ``entry`` equal to ``width``.
+
+    Searched are the file's folder, the one above, and ``models`` and ``sdxl_models`` next to the file's folder: the published
+    repository keeps one encoder in each of the two, and files of either folder need either.
+
+    Raises:
+        WadiError: if there is none, or none of this width.
+    """
+    above = file.resolve().parent
+    near = [above / "image_encoder", above.parent / "image_encoder"]
+    near += [above.parent / name / "image_encoder" for name in PUBLISHED]
+    folders = [folder for folder in dict.fromkeys(near) if (folder / "config.json").is_file()]
+    widths: dict[Path, Any] = {}
+    for folder in folders:
+        try:
+            widths[folder] = read_json(folder / "config.json", dict[str, Any]).get(entry)
+        except WadiError:
+            widths[folder] = None
+    for folder, found in widths.items():
+        if found == width:
+            return folder
+    if not folders:
+        raise WadiError(
+            f"There is no folder image_encoder next to {str(file)!r}. Give the CLIP vision model that it needs ({entry} "
+            f"{width}) by "
+            "--image_encoder."
+        )
+    there = ", ".join(f"{str(folder)!r} ({entry} {found})" for folder, found in widths.items())
+    raise WadiError(
+        f"The IP-Adapter {str(file)!r} needs an image encoder with {entry} {width}. Found were {there}. Give the right one by "
+        "--image_encoder."
+    )
+
+
+def load_encoder(folder: Path, dtype: Any) -> Any:
+    """Load a CLIP vision model with all its tensors.
+
+    Raises:
+        WadiError: if it is not there, is a pickle, damaged or incomplete, or has NaN or infinite values.
+    """
+    from transformers import CLIPVisionModelWithProjection
+
+    what = f"Image encoder {str(folder)!r}"
+    if not (folder / "config.json").is_file():
+        raise WadiError(f"{what} does not exist or has no config.json. Give the folder of a CLIP vision model.")
+    names = names_in(folder)
+    found = copies(names, TRANSFORMERS)
+    if not found:
+        pickled = next((name for name in names if name.endswith(PICKLES)), None)
+        raise WadiError(f"{what} has {f'its weights only as {pickled}. {UNPICKLE}' if pickled else 'no .safetensors weights.'}")
+    variant = None if None in found else min(str(name) for name in found)
+    try:
+        return load_complete(
+            CLIPVisionModelWithProjection, str(folder), what, dtype=dtype, use_safetensors=True, variant=variant
+        )
+    except WadiError:
+        raise
+    except Exception as error:  # transformers and safetensors have exception classes of their own
+        raise WadiError(f"{what} could not be loaded: {first_line(error)}. Download or save it again.") from error
+
+
+def readable(picture: Image.Image) -> Image.Image:
+    """An image that CLIP's processor takes: not smaller than a few pixels, not much longer than wide, not huge.
+
+    Raises:
+        WadiError: if one side is more than `LONGEST` times the other: the processor would enlarge it beyond memory.
+    """
+    short, long = sorted(picture.size)
+    if long > LONGEST * short:
+        raise WadiError(
+            f"The image is {picture.width} x {picture.height}. An IP-Adapter takes sides up to 1:{LONGEST}: crop it."
+        )
+    if short < SMALLEST:
+        factor = SMALLEST / short
+        return picture.resize((round(picture.width * factor), round(picture.height * factor)))
+    if long > LARGEST_SIDE:
+        picture = picture.copy()
+        picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+    return picture
+
+
+def _processor(size: int) -> Any:
+    """CLIP's image processor; the one on PIL where there is one, which does without torchvision."""
+    import transformers
+
+    kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    return kind(size={"shortest_edge": size}, crop_size={"height": size, "width": size})

@@ -1,0 +1,158 @@
+"""ControlNets and T2I-Adapters from folders, the Hub and single files: complete, finite, and never from a pickle."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from wadi.backbones.failures import first_line
+from wadi.backbones.stored import DIFFUSERS, copies, names_in, weights_in
+from wadi.errors import WadiError
+from wadi.io.records import read_json
+from wadi.io.tensors import PICKLES, UNPICKLE, read_tensors
+from wadi.io.weights import listed, load_complete, opened, quiet, refuse_missing, refuse_whole_weights
+from wadi.zoo.paths import NAME, embedded
+
+KINDS = ("ControlNetModel", "SD3ControlNetModel", "FluxControlNetModel", "SanaControlNetModel", "T2IAdapter")
+_ORIGINAL = re.compile(r"^control_model\.|^input_hint_block\.|^zero_convs\.")  # names of the ControlNet authors' own code
+
+
+def is_image_prompt(control: object) -> bool:
+    """Whether ``control`` is the safetensors file of an IP-Adapter, by the names of its tensors.
+
+    Raises:
+        WadiError: if it is a safetensors file that cannot be read.
+    """
+    if not isinstance(control, (str, Path)) or not str(control).endswith(".safetensors"):
+        return False
+    with opened(Path(control), "Control") as stored:
+        return any(name.startswith(("image_proj.", "ip_adapter.")) for name in stored.keys())  # noqa: SIM118
+
+
+def load_control(control: str | Path, dtype: Any = None) -> Any:
+    """Load a ControlNet or T2I-Adapter, of the class that its ``config.json`` names.
+
+    Args:
+        control: ``'zoo'``, a folder (also with ``*.fp16.safetensors`` only), a Hub id, or a safetensors file with its
+            ``config.json`` next to it.
+    Raises:
+        WadiError: if it is not there, its config names something else, it is a pickle, tensors are missing, or a value is NaN
+            or infinite.
+    """
+    path = Path(embedded("controlnet")) if str(control) == NAME else Path(control)
+    what = f"Control {str(control)!r}"
+    try:
+        if path.is_file():
+            model = _from_file(path, what)
+        elif path.is_dir():
+            model = _from_folder(path, what)
+        else:
+            _refuse_absent(control)
+            model = _from_hub(str(control), what)
+    except WadiError:
+        raise
+    except Exception as error:  # diffusers, huggingface_hub and safetensors have exception classes of their own
+        raise WadiError(
+            f"{what} could not be loaded: {first_line(error)}. Expected 'zoo', the folder or Hub id of a "
+            f"{' / '.join(KINDS)}, a "
+            f"ControlNet's "
+            ".safetensors file with its config.json next to it, or an IP-Adapter's .safetensors file."
+        ) from error
+    if dtype is None:
+        return model
+    with quiet():  # diffusers remarks on every cast
+        return model.to(dtype)
+
+
+def _refuse_absent(path: str | Path) -> None:
+    if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
+        raise WadiError(
+            f"Control {str(path)!r} does not exist. Expected a folder, a .safetensors file, or a Hub id 'owner/name'."
+        )
+
+
+def _class(config: Any) -> Any:
+    import diffusers
+
+    kind = config.get("_class_name")
+    if kind not in KINDS:
+        raise ValueError(f"its config.json names {kind!r}")
+    return getattr(diffusers, kind)
+
+
+def _from_folder(path: Path, what: str) -> Any:
+    kind = _class(read_json(path / "config.json", dict[str, Any], "ControlNet config"))
+    variant = variant_in(path, what)
+    for file in weights_in(path, variant).files:
+        with opened(file, what) as stored:
+            refuse_whole_weights(what, stored)
+    return _loaded(kind, str(path), what, variant=variant)
+
+
+def _from_hub(name: str, what: str) -> Any:
+    from diffusers import ControlNetModel
+
+    kind = _class(ControlNetModel.load_config(name))
+    try:
+        return _loaded(kind, name, what)
+    except OSError:  # no plain copy of the weights
+        return _loaded(kind, name, what, variant="fp16")
+
+
+def _loaded(kind: Any, source: str, what: str, **options: Any) -> Any:
+    return load_complete(kind, source, what, use_safetensors=True, **options)
+
+
+def variant_in(folder: Path, what: str) -> str | None:
+    """Return the variant of the weights in ``folder`` (``"fp16"``); None = there is a plain copy.
+
+    Raises:
+        WadiError: if there are only pickles, or several variants and no plain copy.
+    """
+    names = names_in(folder)
+    found = copies(names)
+    if None in found:
+        return None
+    if len(found) == 1:
+        return next(iter(found))
+    if found:
+        there = ", ".join(sorted(str(variant) for variant in found))
+        raise WadiError(f"{what} has several variants of its weights: {there}. Keep one of them in the folder.")
+    if pickled := [name for name in names if name.endswith(PICKLES)]:
+        raise WadiError(f"{what} has its weights only as {pickled[0]}. {UNPICKLE}")
+    raise WadiError(f"{what} has no weights: {DIFFUSERS}.safetensors is missing in its folder. Download or save it again.")
+
+
+def _from_file(path: Path, what: str) -> Any:
+    if path.suffix.lower() in PICKLES:
+        raise WadiError(
+            f"{what} is a pickle ({path.suffix}). {UNPICKLE} Or use the folder of a ControlNet in diffusers' format."
+        )
+    with opened(path, what) as stored:
+        refuse_whole_weights(what, stored)
+    tensors, _ = read_tensors(path, "Control")
+    if any(_ORIGINAL.search(name) for name in tensors):
+        raise WadiError(
+            f"{what} has the tensor names of the ControlNet authors' own code. Convert it: "
+            "diffusers.ControlNetModel.from_single_file(FILE).save_pretrained(FOLDER)."
+        )
+    beside = path.parent / "config.json"
+    if not beside.is_file():
+        raise WadiError(
+            f"{what} has no config.json next to it, which says how the ControlNet is built. Put the config.json of a "
+            f"ControlNet in "
+            "diffusers' format for the same model into its folder."
+        )
+    kind = _class(read_json(beside, dict[str, Any], "ControlNet config"))
+    model = kind.from_config(kind.load_config(str(path.parent)))
+    own = model.state_dict()
+    refuse_missing(what, own.keys() - tensors.keys())
+    if unknown := tensors.keys() - own.keys():
+        raise WadiError(
+            f"{what} has {len(unknown)} tensors that its config.json has no place for: {listed(unknown)}. Use its own."
+        )
+    if reshaped := [name for name, value in own.items() if value.shape != tensors[name].shape]:
+        raise WadiError(f"{what} has {len(reshaped)} tensors of another shape than its config.json says: {listed(reshaped)}.")
+    model.load_state_dict(tensors)
+    return model.eval()

@@ -1,0 +1,116 @@
+"""Train the judge on compositions of the sprites, half of them passed through the autoencoder."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wadi.io.progress import progress
+from wadi.zoo.concepts import CONCEPTS, STYLES
+from wadi.zoo.judge import Classifier, channels_last
+from wadi.zoo.recipe.autoencoder import decode, encode
+from wadi.zoo.recipe.compose import compose, random_pose
+from wadi.zoo.recipe.icons import Sprites
+from wadi.zoo.recipe.state import Average, resume_run, save_run, save_tensors
+
+if TYPE_CHECKING:
+    from wadi.zoo.recipe.stages import ZooConfig
+
+LR = 2e-3
+POOL = 4096  # compositions kept ready, half of them through the autoencoder
+FRESH = 8  # compositions added to the pool at every step
+
+
+def save_classifier(folder: Path, classifier: Classifier) -> None:
+    """``model.safetensors`` (fp16) and ``config.json``."""
+    state = {k: v.half() if v.is_floating_point() else v for k, v in classifier.state_dict().items()}
+    save_tensors(folder / "model.safetensors", state)
+    config = {"concepts": classifier.concepts, "features": classifier.project.out_features}
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def labelled(sprites: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """``count`` compositions and their concepts; ``sprites (concepts, styles, 4, S, S)``."""
+    concept = torch.randint(len(CONCEPTS), (count,), generator=generator)
+    style = torch.randint(len(STYLES), (count,), generator=generator)
+    return compose(sprites[concept, style], random_pose(count, generator)), concept
+
+
+@torch.no_grad()
+def through(ae: Any, pictures: Tensor, generator: torch.Generator, noise: float = 0.5) -> Tensor:
+    """Pictures as the autoencoder gives them back, each with its own latent noise of at most ``noise``."""
+    z = encode(ae, pictures)
+    level = noise * torch.rand(len(z), 1, 1, 1, generator=generator)
+    return ((decode(ae, z + level * torch.randn(z.shape, generator=generator)) + 1) / 2).clamp(0, 1)
+
+
+def spoil(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """A random part of the batch blurred, another brightened or darkened, all with a little noise."""
+    chance = torch.rand(len(pictures), 3, 1, 1, 1, generator=generator)
+    blurred = F.interpolate(F.avg_pool2d(pictures, 2), scale_factor=2, mode="bilinear")
+    x = torch.where(chance[:, 0] < 0.3, blurred, pictures)
+    x = x * (0.85 + 0.3 * chance[:, 1])
+    return (x + 0.06 * chance[:, 2] * torch.randn(x.shape, generator=generator)).clamp(0, 1)
+
+
+def train_classifier(config: ZooConfig, ae: Any, sprites: Sprites, out: Path) -> Classifier:
+    """Train for ``config.steps_classifier`` steps, resuming from ``out``."""
+    torch.manual_seed(config.seed)
+    art = sprites.pixels[sprites.of_concepts()]
+    model = channels_last(Classifier(list(CONCEPTS)))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.02)
+    average, path = Average(model, 0.995), out / "classifier.safetensors"
+    step = (resume_run(path, model, optimiser, average) or {"step": 0})["step"]
+    generator = torch.Generator().manual_seed(config.seed + 1 + step)
+    last = config.steps_classifier
+    if step < last:
+        pool, labels = labelled(art, POOL, generator)
+        pool[::2] = torch.cat([through(ae, part, generator) for part in pool[::2].split(64)])
+    with progress("classifier", last, step) as bar:
+        while step < last:
+            for group in optimiser.param_groups:
+                group["lr"] = LR * min(1.0, (step + 1) / 60) * 0.5 * (1 + math.cos(math.pi * step / last))
+            where = (step * FRESH + torch.arange(FRESH)) % len(pool)
+            pictures, labels[where] = labelled(art, FRESH, generator)
+            pictures[::2] = through(ae, pictures[::2], generator)
+            pool[where] = pictures
+            index = torch.randint(len(pool), (96,), generator=generator)
+            loss = F.cross_entropy(model(spoil(pool[index], generator)), labels[index], label_smoothing=0.05)
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            average.update(model)
+            step += 1
+            bar.advance({"loss": loss.item()})
+            if step % 200 == 0 or step == last:
+                save_run(path, model, optimiser, average, step=step)
+    average.copy_to(model)
+    return settle(model, art, generator)
+
+
+@torch.no_grad()
+def settle(model: Classifier, art: Tensor, generator: torch.Generator) -> Classifier:
+    """Measure the batch statistics anew: those kept while training belong to the weights before averaging."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over the batches below
+    model.train()
+    for _ in range(24):
+        model(spoil(labelled(art, 96, generator)[0], generator))
+    return model.eval().requires_grad_(False)
+
+
+def judge_data(classifier: Classifier, ae: Any, sprites: Sprites, count: int = 2048) -> tuple[float, float]:
+    """Top-1 on ``count`` compositions never used in training, as they are and through the autoencoder."""
+    generator = torch.Generator().manual_seed(987654321)
+    pictures, concept = labelled(sprites.pixels[sprites.of_concepts()], count, generator)
+    names = [classifier.concepts[i] for i in concept.tolist()]
+    again = torch.cat([through(ae, part, generator, noise=0.0) for part in pictures.split(64)])
+    return classifier.top1(pictures, names), classifier.top1(again, names)

@@ -1,0 +1,109 @@
+"""Saving and resuming the recipe's stages: tensors in safetensors, the rest as JSON in its header, no pickle."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wadi.errors import WadiError
+from wadi.io.files import write_whole
+from wadi.io.records import parse_json
+from wadi.io.regular import regular
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], note: dict[str, Any] | None = None) -> None:
+    """Write ``tensors`` and the JSON-able ``note`` to one safetensors file, whole or not at all."""
+    from safetensors.torch import save
+
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_whole(path, save(contiguous, metadata={"note": json.dumps(note or {})}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What ``save_tensors`` wrote. Raises WadiError if the file is missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise WadiError(f"{path} does not exist; run the earlier stages of the recipe first")
+    try:
+        with safe_open(regular(path), framework="pt") as file:
+            text = (file.metadata() or {}).get("note", "{}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise WadiError(f"{path} is damaged ({error}); delete it and run the stage again") from None
+    return tensors, parse_json(text, dict[str, Any], f"The note in {str(path)!r}")
+
+
+class Budget:
+    """Training time as a fraction of a budget in minutes; survives interruption through ``elapsed``."""
+
+    def __init__(self, minutes: float, elapsed: float = 0.0) -> None:
+        if not minutes > 0:
+            raise WadiError(f"a training budget of {minutes} minutes was asked for; give a positive number")
+        self.seconds, self.before, self.start = 60 * minutes, elapsed, time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds spent, earlier runs counted in."""
+        return self.before + time.monotonic() - self.start
+
+    @property
+    def fraction(self) -> float:
+        return min(self.elapsed / self.seconds, 1.0)
+
+    def rate(self, warmup: float = 0.01) -> float:
+        """Factor on the learning rate: linear warm-up over ``warmup`` of the budget, then cosine to zero."""
+        u = self.fraction
+        return min(u / warmup, 1.0) * 0.5 * (1 + math.cos(math.pi * u)) if warmup else 1.0
+
+
+class Average:
+    """Exponential moving average of a module's parameters, with the usual short memory at the start."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay, self.steps = decay, 0
+        self.values = {name: p.detach().clone() for name, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        self.steps += 1
+        weight = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
+        parameters = dict(module.named_parameters())
+        torch._foreach_lerp_(list(self.values.values()), [parameters[n].detach() for n in self.values], weight)
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        for name, parameter in module.named_parameters():
+            parameter.copy_(self.values[name])
+
+
+def save_run(path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, average: Average, **note: Any) -> None:
+    """One file with everything a stage needs to go on: weights, average, optimiser moments, ``note``."""
+    tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
+    tensors |= {f"average.{k}": v for k, v in average.values.items()}
+    for index, moments in optimiser.state_dict()["state"].items():
+        tensors |= {f"optimiser.{index}.{k}": torch.as_tensor(v) for k, v in moments.items()}
+    save_tensors(path, tensors, {"average_steps": average.steps, **note})
+
+
+def resume_run(path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, average: Average) -> dict[str, Any] | None:
+    """Load what ``save_run`` wrote into the three; its note, or None where there is nothing to resume."""
+    if not path.is_file():
+        return None
+    tensors, note = load_tensors(path)
+    module.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+    average.values = {k[8:]: v for k, v in tensors.items() if k.startswith("average.")}
+    average.steps = note["average_steps"]
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimiser."):
+            _, index, key = name.split(".")
+            moments.setdefault(int(index), {})[key] = value
+    optimiser.load_state_dict({"state": moments, "param_groups": optimiser.state_dict()["param_groups"]})
+    return note

@@ -1,0 +1,420 @@
+"""What a model family has to pass: one class, parametrised over families by the fixture ``family`` (see `Family`).
+
+A family of your own is checked by subclassing it with a ``family`` fixture: test_new_family.py does.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from wadi import roles
+from wadi.backbones import Condition, from_pipeline
+from wadi.diffusion.process import Prediction
+from wadi.distill.config import DistillConfig, FakeConfig, StudentConfig
+from wadi.distill.loop import Batch, attach_roles, train_step
+from wadi.distill.optimizers import initial_state
+from wadi.errors import WadiError
+from wadi.sampling import many_steps, noise, one_step, predict_guided
+
+PROMPTS = ["red apple", "blue car"]
+SEEDS = [3, 4]
+LONG = " ".join(f"{['red', 'blue', 'green'][i % 3]} {['apple', 'car', 'land'][i * i % 7 % 3]}" for i in range(350))
+EARLY = 700  # a student's timestep before the last
+
+
+@dataclass
+class Family:
+    """A small pipeline of a family and what is known of it apart from its backbone.
+
+    Attributes:
+        pipeline: loaded, in float32; tests work on copies of it.
+        resolution: to test at; None = the model's own.
+        adapted: whether the student's adapter belongs on a layer, by name and module; ``fake`` likewise.
+        last: its last timestep, at which ``sigma`` is 1 in a flow.
+        idle: names of layers whose output the network throws away, so that no gradient reaches their angles.
+    """
+
+    pipeline: Any
+    adapted: Callable[[str, nn.Module], bool]
+    fake: Callable[[str, nn.Module], bool]
+    resolution: tuple[int, int] | None = None
+    last: int = 999
+    idle: tuple[str, ...] = ()
+
+    def backbone(self, dtype: torch.dtype = torch.float32):
+        """Of a copy of the pipeline, for images twice as wide as high: height and width in each other's place show."""
+        own = from_pipeline(self.pipeline, self.resolution)
+        height, width = own.resolution
+        pipeline = copy.copy(self.pipeline)
+        network = copy.deepcopy(own.network).to(dtype)
+        pipeline.register_modules(**{own.component: network})
+        return from_pipeline(pipeline, (height, 2 * width))
+
+
+def generators():
+    return [torch.Generator().manual_seed(seed) for seed in SEEDS]
+
+
+def images_of(backbone, **call):
+    with torch.no_grad():
+        return backbone.pipeline(prompt=PROMPTS, generator=generators(), output_type="pt", **backbone.call | call).images
+
+
+def network_inputs(backbone, dtype=torch.float32):
+    """``x_t``, ``t``, condition: two rows, the second one the null prompt, at two timesteps."""
+    condition = backbone.encode([PROMPTS[0], ""])
+    return noise(backbone.latent_shape, SEEDS).to(dtype), torch.tensor([EARLY, 40]), condition
+
+
+@contextmanager
+def fed(backbone):
+    """Notes every tensor that the network is called with, by the name of its argument; the last call counts."""
+    seen = {}
+    names = inspect.signature(backbone.network.forward)
+
+    def note(module, args, kwargs):
+        for name, value in names.bind(*args, **kwargs).arguments.items():
+            parts = value.items() if isinstance(value, dict) else [("", value)]
+            for key, part in parts:
+                if isinstance(part, torch.Tensor):
+                    seen[f"{name} {key}".strip()] = part.detach().clone()
+
+    handle = backbone.network.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def passes(backbone):
+    """Notes the number of rows of every pass through the network."""
+    seen = []
+
+    def note(module, args, kwargs):
+        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.ndim > 1)
+        seen.append(len(first))
+
+    handle = backbone.network.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def formula_times(backbone, steps):
+    """``(now, then)`` of each step, with ``t`` and ``alpha2`` of DDIM at trailing times or ``sigma`` of the shifted flow.
+
+    Written from the papers and diffusers' documentation, from configs alone.
+    """
+    scheduler = backbone.pipeline.scheduler
+    config, T = scheduler.config, scheduler.config.num_train_timesteps
+    if backbone.process.prediction != "velocity":
+        betas = {
+            "linear": lambda: torch.linspace(config.beta_start, config.beta_end, T, dtype=torch.float64),
+            "scaled_linear": lambda: torch.linspace(config.beta_start**0.5, config.beta_end**0.5, T, dtype=torch.float64) ** 2,
+        }[config.beta_schedule]()
+        alpha2 = (1 - betas).cumprod(0)
+        times = [{"t": t, "alpha2": float(alpha2[t])} for t in (round(T - T * i / steps) - 1 for i in range(steps))]
+        return list(zip(times, [*times[1:], {"alpha2": 1.0}], strict=True))
+    height, width = backbone.latent_shape[1] // backbone.patch, backbone.latent_shape[2] // backbone.patch
+    shift = config.get("flow_shift") or config.get("shift") or 1.0
+    if config.get("use_dynamic_shifting"):  # exp(mu), with mu on the line through (256, 0.5) and (4096, 1.15) tokens
+        shift = math.exp(0.5 + (height * width - 256) * (1.15 - 0.5) / (4096 - 256))
+
+    def shifted(sigma):
+        return shift * sigma / (1 + (shift - 1) * sigma)
+
+    low = shifted(1 / T)  # diffusers' Euler spaces its steps from 1 to the shifted last of T, and shifts them
+    even = [1 - i / steps for i in range(steps)] if backbone.sampler_sigmas(steps) else None
+    sigmas = [shifted(s) for s in even or [1 + (low - 1) * i / (steps - 1) for i in range(steps)]]
+    times = [{"t": T * sigma, "sigma": sigma} for sigma in sigmas]
+    return list(zip(times, [*times[1:], {"sigma": 0.0}], strict=True))
+
+
+def autoencoder_traffic(vae, monkeypatch):
+    """Notes what goes into and comes out of ``vae``: lists of ``images``, ``latents`` (encoded), ``decoded`` (latents)."""
+    seen = {"images": [], "latents": [], "decoded": []}
+    encode, decode = vae.encode, vae.decode
+
+    def encoding(x, **kwargs):
+        encoded = encode(x, **kwargs)
+        first = encoded[0]
+        seen["images"].append(x)
+        seen["latents"].append(first if isinstance(first, torch.Tensor) else first.mode())
+        return encoded
+
+    def decoding(z, **kwargs):
+        seen["decoded"].append(z)
+        return decode(z, **kwargs)
+
+    monkeypatch.setattr(vae, "encode", encoding)
+    monkeypatch.setattr(vae, "decode", decoding)
+    return seen
+
+
+def config(**changes):
+    return DistillConfig(
+        batch=2, student=StudentConfig(rank=3, lr=1e-2), fake=FakeConfig(rank=2, lr=1e-2, null_probability=0.0), **changes
+    )
+
+
+def with_roles(backbone, **changes):
+    """Student and fake attached, their angles random: at zero both are the teacher."""
+    settings = config(**changes)
+    torch.manual_seed(1)
+    attach_roles(backbone, settings)
+    with torch.no_grad():
+        for role in ("student", "fake"):
+            for parameter in roles.parameters(backbone.network, role).values():
+                parameter.normal_(std=0.1)
+    return settings
+
+
+def student_gradients(backbone):
+    """Gradients of all angles of the student, by name, of one student step towards zero."""
+    z, _, condition = network_inputs(backbone)
+    angles = roles.parameters(backbone.network, "student")
+    with roles.active(backbone.network, "student"):
+        one_step(backbone, condition, z, EARLY).square().mean().backward()
+    return {name: parameter.grad for name, parameter in angles.items()}
+
+
+class Conformance:
+    """The contract of `wadi.backbones.base.Backbone`, as laws."""
+
+    def test_the_schedule_and_the_shapes_are_the_pipelines(self, family):
+        backbone = family.backbone()
+        scheduler, process = family.pipeline.scheduler, backbone.process
+        assert process.num_timesteps == scheduler.config.num_train_timesteps
+        assert process.last_timestep == family.last
+        with pytest.raises(WadiError, match=str(family.last + 1)):
+            backbone.one_step_scheduler(family.last + 1)
+        if process.alphas is not None:
+            torch.testing.assert_close(process.alphas.double() ** 2, scheduler.alphas_cumprod.double(), rtol=1e-6, atol=0)
+        x_t, t, condition = network_inputs(backbone)
+        prediction = backbone.predict(x_t, t, condition)
+        assert prediction.shape == x_t.shape == (2, *backbone.latent_shape)
+        assert prediction.dtype == torch.float32
+        assert prediction.std() > 0.01
+
+    @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "velocity"])
+    def test_predictions_convert_both_ways(self, family, kind: Prediction):
+        backbone = family.backbone()
+        process = backbone.process
+        x_t, t, condition = network_inputs(backbone)
+        own = backbone.predict(x_t, t, condition).double()
+        x0, eps = process.split(own, x_t.double(), t)
+        torch.testing.assert_close(process.add_noise(x0, eps, t), x_t.double())
+        other = process.join(x0, eps, t, kind)
+        back_x0, back_eps = process.split(other, x_t.double(), t, kind)
+        torch.testing.assert_close(process.join(back_x0, back_eps, t), own, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("early", [False, True])
+    def test_one_step_is_the_pipelines_own(self, family, early):
+        backbone = family.backbone()
+        timestep = EARLY if early else backbone.process.last_timestep
+        z, condition = noise(backbone.latent_shape, SEEDS), backbone.encode(PROMPTS)
+        attach_roles(backbone, config())
+        with torch.no_grad(), roles.active(backbone.network, "student"):
+            ours = backbone.decode(one_step(backbone, condition, z, timestep))
+        plain = family.backbone()
+        plain.pipeline.scheduler = backbone.one_step_scheduler(timestep)
+        torch.testing.assert_close(ours, images_of(plain, num_inference_steps=1), rtol=0, atol=2e-5)
+
+    def test_a_saved_scheduler_still_makes_the_step(self, family, tmp_path):
+        backbone = family.backbone()
+        for timestep in (EARLY, backbone.process.last_timestep):
+            made = backbone.one_step_scheduler(timestep)
+            made.save_pretrained(tmp_path / str(timestep))
+            read = type(made).from_pretrained(tmp_path / str(timestep))
+            read.set_timesteps(1)
+            assert [round(float(t), 3) for t in read.timesteps] == [timestep]
+            x_t, t, condition = network_inputs(backbone)
+            prediction = backbone.predict(x_t, t, condition)
+            expected = backbone.process.x0(prediction, x_t, torch.full((2,), timestep))
+            stepped = read.step(prediction, read.timesteps[0], x_t).prev_sample
+            torch.testing.assert_close(stepped, expected, rtol=1e-4, atol=1e-5)
+
+    def test_many_steps_with_guidance_are_the_pipelines_own(self, family):
+        backbone = family.backbone()
+        z, condition, null = noise(backbone.latent_shape, SEEDS), backbone.encode(PROMPTS), backbone.encode([""])
+        ours = backbone.decode(many_steps(backbone, condition, null, z, steps=3, guidance_scale=2.0))
+        backbone.pipeline.scheduler = backbone.sampler()
+        call = backbone.guided_call(2.0)
+        torch.testing.assert_close(ours, images_of(backbone, num_inference_steps=3, **call), rtol=0, atol=5e-5)
+        with passes(backbone) as seen:
+            images_of(backbone, num_inference_steps=3, **backbone.guided_call(1.0))
+        assert seen == [len(PROMPTS)] * 3  # a scale of 1 is no guidance: one conditional pass
+
+    def test_many_steps_follow_an_independent_formula(self, family):
+        """DDIM over the schedule's own alphas, or Euler along the flow, with the prediction of two passes mixed."""
+        backbone = family.backbone()
+        z, condition, null = noise(backbone.latent_shape, SEEDS), backbone.encode(PROMPTS), backbone.encode([""])
+        ours = many_steps(backbone, condition, null, z, steps=4, guidance_scale=2.0)
+        x = z
+        for now, then in formula_times(backbone, steps=4):
+            t = torch.full((2,), now["t"])
+            with torch.no_grad():
+                prediction = backbone.guided(backbone.predict(x, t, condition), backbone.predict(x, t, null.expand(2)), 2.0)
+            if "sigma" in now:
+                x = x + (then["sigma"] - now["sigma"]) * prediction
+                continue
+            a, s, b = now["alpha2"] ** 0.5, (1 - now["alpha2"]) ** 0.5, then["alpha2"]
+            x0 = (x - s * prediction) / a if backbone.process.prediction == "epsilon" else a * x - s * prediction
+            x = b**0.5 * x0 + (1 - b) ** 0.5 * (x - a * x0) / s
+        torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-4 * float(x.abs().max()))
+
+    def test_a_deterministic_first_order_pipeline_takes_the_same_steps_by_itself(self, family):
+        """With the scheduler it came with, and nothing handed to it."""
+        backbone = family.backbone()
+        if type(backbone.pipeline.scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
+            pytest.skip(f"{type(backbone.pipeline.scheduler).__name__} takes other steps")
+        z, condition, null = noise(backbone.latent_shape, SEEDS), backbone.encode(PROMPTS), backbone.encode([""])
+        ours = backbone.decode(many_steps(backbone, condition, null, z, steps=3, guidance_scale=1.0))
+        torch.testing.assert_close(ours, images_of(backbone, num_inference_steps=3), rtol=0, atol=5e-5)
+
+    def test_training_feeds_the_network_what_a_plain_call_does(self, family):
+        """Every tensor of one step: embeddings of prompts beyond any limit, masks, sizes, time, guidance, the latents."""
+        backbone = family.backbone()
+        last = backbone.process.last_timestep
+        prompts = [LONG, PROMPTS[0]]
+        with fed(backbone) as ours:
+            backbone.predict(noise(backbone.latent_shape, SEEDS), torch.full((2,), last), backbone.encode(prompts))
+        backbone.pipeline.scheduler = backbone.one_step_scheduler(last)
+        with fed(backbone) as plain, torch.no_grad():
+            backbone.pipeline(prompt=prompts, generator=generators(), num_inference_steps=1, **backbone.call)
+        assert ours.keys() == plain.keys()
+        for name, tensor in plain.items():
+            expected = tensor.float().expand_as(ours[name])
+            torch.testing.assert_close(ours[name].float(), expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+    def test_a_scale_that_no_call_can_do_is_refused(self, family):
+        backbone = family.backbone()
+        for scale in (0.5, float("nan")):
+            with pytest.raises(WadiError, match=str(scale)):
+                backbone.guided_call(scale)
+
+    def test_conditional_and_null_in_one_batch_are_two_passes(self, family):
+        backbone = family.backbone()
+        condition, null = backbone.encode(PROMPTS), backbone.encode([""])
+        x_t, t, _ = network_inputs(backbone)
+        conditional = backbone.predict(x_t, t, condition)
+        unconditional = backbone.predict(x_t, t, null.expand(2))
+        assert (conditional - unconditional).abs().max() > 1e-4
+        together = predict_guided(backbone, x_t, t, condition, null, 3.0)
+        torch.testing.assert_close(together, backbone.guided(conditional, unconditional, 3.0), rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(backbone.guided(conditional, unconditional, 1.0), conditional, rtol=1e-5, atol=1e-6)
+
+    def test_a_prompts_condition_does_not_depend_on_its_neighbours(self, family):
+        backbone = family.backbone()
+        prompts = ["", "red apple", "a blue car in a green land"]
+        together = backbone.encode(prompts)
+        assert len(together) == 3
+        for row, prompt in enumerate(prompts):
+            alone = backbone.encode([prompt])
+            assert alone.tensors.keys() == together.tensors.keys()
+            for name, tensor in alone.tensors.items():
+                torch.testing.assert_close(tensor, together.tensors[name][row : row + 1], rtol=1e-4, atol=1e-5)
+        assert [len(c) for c in (together[:1], Condition.cat([together, together]), together[:1].expand(4))] == [1, 6, 4]
+
+    def test_images_and_latents_have_the_sizes_it_says(self, family):
+        backbone = family.backbone()
+        image = torch.rand(1, 3, *backbone.resolution)
+        latent = backbone.encode_images(image)
+        assert tuple(latent.shape[1:]) == backbone.latent_shape
+        decoded = backbone.decode(latent)
+        assert decoded.shape == image.shape
+        assert decoded.dtype == latent.dtype == torch.float32
+        assert 0 <= decoded.min() <= decoded.max() <= 1
+
+    def test_encoding_images_inverts_decoding(self, family, monkeypatch):
+        """What the autoencoder gives reaches its decoder as it was, whatever lies between: scale, shift, moments."""
+        backbone = family.backbone()
+        seen = autoencoder_traffic(backbone.pipeline.vae, monkeypatch)
+        images = torch.rand(3, 3, *backbone.resolution)
+        latents = backbone.encode_images(images, batch=2)
+        torch.testing.assert_close(torch.cat(seen["images"]), 2 * images - 1)
+        raw = torch.cat(seen["latents"])
+        assert (latents - raw.reshape(latents.shape)).abs().max() > 0.01  # the config says something
+        backbone.decode(latents)
+        torch.testing.assert_close(seen["decoded"][0], raw, rtol=1e-5, atol=1e-5)
+
+    def test_an_autoencoder_that_overflows_in_half_precision_runs_in_single(self, family, monkeypatch):
+        backbone = family.backbone()
+        vae = backbone.pipeline.vae
+        if "force_upcast" not in vae.config:
+            pytest.skip(f"{type(vae).__name__} has no force_upcast")
+        images = torch.rand(1, 3, *backbone.resolution)
+        half = copy.deepcopy(vae).half()
+        half.register_to_config(force_upcast=True)
+        backbone.pipeline.register_modules(vae=copy.deepcopy(half).float())
+        exact = backbone.encode_images(images)
+        backbone.pipeline.register_modules(vae=half)
+        seen = autoencoder_traffic(half, monkeypatch)
+        latents = backbone.encode_images(images)
+        decoded = backbone.decode(latents)
+        assert {tensor.dtype for tensor in [*seen["images"], *seen["latents"], *seen["decoded"]]} == {torch.float32}
+        assert half.dtype == torch.float16
+        assert torch.equal(latents, exact)
+        assert decoded.isfinite().all()
+
+    def test_adapters_land_on_the_documented_layers(self, family):
+        backbone = family.backbone()
+        network = backbone.network
+        leaves = [(n, m) for n, m in network.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+        attach_roles(backbone, config())
+        for role, belongs in (("student", family.adapted), ("fake", family.fake)):
+            found = {name.rsplit(".lorad_", 1)[0] for name in roles.parameters(network, role)}
+            expected = {name for name, module in leaves if belongs(name, module)}
+            assert found == expected
+            assert len(found) > 5
+
+    def test_gradients_reach_every_angle(self, family):
+        backbone = family.backbone()
+        with_roles(backbone)
+        gradients = student_gradients(backbone)
+        dead = {name for name, gradient in gradients.items() if gradient is None or not gradient.any()}
+        assert dead == {name for name in gradients if name.rsplit(".lorad_", 1)[0] in family.idle}
+
+    def test_gradient_checkpointing_changes_no_gradient(self, family):
+        plain, checkpointed = family.backbone(), family.backbone()
+        with_roles(plain)
+        with_roles(checkpointed, gradient_checkpointing=True)
+        recomputed = student_gradients(checkpointed)
+        assert any(getattr(m, "gradient_checkpointing", False) for m in checkpointed.network.modules())
+        for name, gradient in student_gradients(plain).items():
+            torch.testing.assert_close(recomputed[name], gradient, rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_distillation_step_changes_student_and_fake_and_nothing_else(self, family, dtype):
+        backbone = family.backbone(dtype)
+        settings = with_roles(backbone, dtype=str(dtype).removeprefix("torch."))
+        before = {name: tensor.clone() for name, tensor in backbone.network.state_dict().items()}
+        state = initial_state(backbone.network, settings, torch.device("cpu"))
+        z, _, condition = network_inputs(backbone)
+        stats = train_step(backbone, Batch(condition, backbone.encode([""]), z, z[:0]), EARLY, settings, state)
+        assert all(torch.isfinite(torch.tensor(value)) for value in stats.values())
+        assert state.skipped == 0
+        changed = {n for n, tensor in backbone.network.state_dict().items() if not torch.equal(tensor, before[n])}
+        angles = {n for n in before if "lorad_" in n and not any(layer in n for layer in family.idle)}
+        assert changed == angles
+        assert all(before[name].dtype == torch.float32 for name in angles)
+
+    def test_bfloat16_predicts_nearly_the_same(self, family):
+        exact, rounded = family.backbone(), family.backbone(torch.bfloat16)
+        x_t, t, condition = network_inputs(exact)
+        with torch.no_grad():
+            reference, prediction = (b.predict(x_t, t, condition) for b in (exact, rounded))
+        assert prediction.dtype == torch.float32
+        assert (prediction - reference).norm() < 0.05 * reference.norm()

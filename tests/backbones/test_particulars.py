@@ -1,0 +1,142 @@
+"""What is particular to one family and no law of all."""
+
+import io
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import wadi
+from wadi.backbones import from_pipeline, load_pipeline, remarks
+from wadi.diffusion.schedulers import flow_shift, one_step, sampler
+from wadi.errors import WadiError
+
+
+@pytest.mark.parametrize(
+    "absent", [(), ("text_encoder_3",), ("text_encoder",), ("text_encoder_2",), ("text_encoder", "text_encoder_2")]
+)
+def test_sd3_without_some_of_its_text_encoders(folder_of, absent):
+    pipeline = load_pipeline(folder_of("sd3"))
+    whole = from_pipeline(pipeline).encode(["red apple", ""]).tensors
+    for name in absent:
+        pipeline.register_modules(**{name: None, name.replace("text_encoder", "tokenizer"): None})
+    backbone = from_pipeline(pipeline)
+    told = backbone.encode(["red apple", ""]).tensors
+    assert {name: tensor.shape for name, tensor in told.items()} == {name: tensor.shape for name, tensor in whole.items()}
+    places = {  # of each encoder: tokens and channels of the embeddings, channels of the pooled one
+        "text_encoder": (slice(0, 16), slice(0, 16), slice(0, 16)),
+        "text_encoder_2": (slice(0, 16), slice(16, 32), slice(16, 32)),
+        "text_encoder_3": (slice(16, None), slice(None), None),
+    }
+    for name, (tokens, channels, pooled) in places.items():
+        part, original = told["prompt_embeds"][:, tokens, channels], whole["prompt_embeds"][:, tokens, channels]
+        torch.testing.assert_close(part, torch.zeros_like(original) if name in absent else original)
+        if pooled:
+            part, original = told["pooled"][:, pooled], whole["pooled"][:, pooled]
+            torch.testing.assert_close(part, torch.zeros_like(original) if name in absent else original)
+
+
+def test_sdxls_null_prompt_is_zeros_where_its_config_says_so(folder_of):
+    pipeline = load_pipeline(folder_of("sdxl"))
+    told = from_pipeline(pipeline).encode(["red apple", ""]).tensors
+    assert told["prompt_embeds"][0].any()
+    assert not told["prompt_embeds"][1].any()
+    assert not told["pooled"][1].any()
+    assert told["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
+    pipeline.register_to_config(force_zeros_for_empty_prompt=False)
+    assert from_pipeline(pipeline).encode([""]).tensors["prompt_embeds"].any()
+
+
+def test_pixart_is_told_its_size_and_masks_padding(folder_of):
+    backbone = from_pipeline(load_pipeline(folder_of("pixart-alpha")), (32, 16))
+    told = backbone.encode(["red apple", ""]).tensors
+    assert told["size"].tolist() == [[32, 16]] * 2
+    assert told["aspect_ratio"].tolist() == [[2]] * 2
+    assert told["mask"].sum(1).tolist() == [len("▁red▁apple") + 1, 1]
+    condition, x_t, t = backbone.encode(["red apple"]), torch.randn(1, *backbone.latent_shape), torch.tensor([300])
+    before = backbone.predict(x_t, t, condition)
+    condition.tensors["prompt_embeds"][0, 20:] += 1  # padding
+    torch.testing.assert_close(backbone.predict(x_t, t, condition), before)
+    assert backbone.network(x_t, condition.tensors["prompt_embeds"], t, condition_sizes(condition)).sample.shape[1] == 8
+    assert before.shape[1] == 4
+
+
+def condition_sizes(condition):
+    return {"resolution": condition.tensors["size"], "aspect_ratio": condition.tensors["aspect_ratio"]}
+
+
+def test_sanas_prompts_go_behind_its_instruction_and_the_null_prompt_does_not(folder_of):
+    pipeline = load_pipeline(folder_of("sana"))
+    backbone = from_pipeline(pipeline)
+    bare, *_ = pipeline.encode_prompt([""], do_classifier_free_guidance=False, complex_human_instruction=None)
+    null = backbone.encode([""]).tensors["prompt_embeds"]
+    torch.testing.assert_close(null, bare)
+    plain, *_ = pipeline.encode_prompt(["red apple"], do_classifier_free_guidance=False, complex_human_instruction=None)
+    assert not torch.allclose(backbone.encode(["red apple"]).tensors["prompt_embeds"], plain, atol=1e-3)
+    assert backbone.scale == 32
+
+
+def test_flux_tells_the_network_its_guidance(folder_of):
+    backbone = from_pipeline(load_pipeline(folder_of("flux")), (16, 16))
+    seen = {}
+    backbone.network.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    backbone.predict(torch.randn(2, *backbone.latent_shape), torch.tensor([250, 500]), backbone.encode(["red apple", ""]))
+    assert seen["guidance"].tolist() == [3.5, 3.5]
+    assert seen["timestep"].tolist() == [0.25, 0.5]
+    assert seen["hidden_states"].shape == (2, 16, 16)
+    assert backbone.call["guidance_scale"] == 3.5
+
+
+def test_the_shift_by_resolution_is_the_schedulers_own():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    own = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    for tokens, mu in ((256, 0.5), (4096, 1.15), (1024, 0.5 + 0.65 * 768 / 3840)):
+        assert flow_shift(own.config, tokens) == pytest.approx(math.exp(mu))
+        ours = sampler(own, tokens)
+        own.set_timesteps(sigmas=[1.0, 0.6, 0.2], mu=mu)
+        ours.set_timesteps(sigmas=[1.0, 0.6, 0.2])
+        torch.testing.assert_close(ours.sigmas, own.sigmas)
+
+
+def test_a_student_cannot_be_asked_past_its_teachers_schedule(folder_of):
+    scheduler = load_pipeline(folder_of("sd1")).scheduler
+    with pytest.raises(WadiError, match="ends at 999"):
+        one_step(scheduler, 1000)
+
+
+@pytest.mark.parametrize("timestep", [300, 999])
+def test_a_students_schedule_is_the_teachers_up_to_its_timestep(folder_of, timestep):
+    """One step needs its end alone. Image to image and more steps need what lies before."""
+    scheduler = load_pipeline(folder_of("sd1")).scheduler
+    own = one_step(scheduler, timestep).alphas_cumprod
+    torch.testing.assert_close(own, scheduler.alphas_cumprod[: timestep + 1], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("words", ["vae.encode(", "vae.decode(", "latents_std"])
+def test_the_package_has_one_encoder_and_decoder_of_images(words):
+    root = Path(wadi.__file__).parent
+    having = {path.relative_to(root).as_posix() for path in root.rglob("*.py") if words in path.read_text()}
+    assert having == {"backbones/autoencoder.py"}
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "flux", "pixart-alpha"])
+def test_prompts_that_are_too_long_are_remarked_on_once(folder_of, name, monkeypatch):
+    backbone = from_pipeline(load_pipeline(folder_of(name)), (16, 16))
+    handler = next(h for h in logging.getLogger("diffusers").handlers if type(h) is logging.StreamHandler)
+    monkeypatch.setattr(remarks._ONCE, "first", None)
+    stream = io.StringIO()
+    before = handler.setStream(stream)
+    try:
+        for i in range(3):
+            backbone.encode([f"prompt {i} " + "of many words " * 200])
+            backbone.pipeline([f"picture {i} " + "of many words " * 200], num_inference_steps=2, **backbone.call)
+        logging.getLogger("diffusers.somewhere").warning("another remark")
+    finally:
+        handler.setStream(before)
+    text = stream.getvalue()
+    assert text.count("truncated") == 1
+    assert len(text) < 800
+    assert "another remark" in text

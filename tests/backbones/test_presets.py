@@ -1,0 +1,88 @@
+"""Presets and the networks they are for: the layers and numbers of the paper, from configs alone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from wadi.diffusion.process import Process
+from wadi.diffusion.schedulers import is_flow, make_scheduler
+from wadi.distill.config import flatten, from_dict, to_dict
+from wadi.distill.plan import plan
+from wadi.distill.presets import OURS, PAPERS, PRESETS
+
+# Parameters of the public models.
+SIZES = {
+    "sd15": 859_520_964, "sd21-base": 865_910_724, "sd21": 865_910_724, "pixart-alpha-256": 610_856_096,
+    "pixart-alpha-512": 610_856_096, "pixart-sigma": 610_856_096, "sdxl": 2_567_463_684, "sd3": 2_243_171_520,
+    "flux": 11_901_408_320, "sana": 1_604_462_752,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def outlines():
+    made = {}
+
+    def outline(name):
+        if name not in made:
+            made[name] = plan.outline(plan.architecture(name), replace(PRESETS[name], gradient_checkpointing=False))
+        return made[name]
+
+    return outline
+
+
+def test_every_model_preset_has_an_architecture():
+    assert {*PAPERS, *OURS} == set(plan.architectures()) == set(SIZES)
+    for preset in PRESETS.values():
+        assert from_dict(to_dict(preset)) == preset
+        assert "resolution" in flatten(to_dict(preset))
+
+
+@pytest.mark.parametrize("name", [name for name in SIZES if name != "flux"])
+def test_networks_are_the_public_ones(outlines, name):
+    network = outlines(name).network
+    assert sum(p.numel() for n, p in network.named_parameters() if "lorad_" not in n) == SIZES[name]
+    assert all(p.is_meta for p in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "layers", "parameters"),
+    [
+        ("sd15", 64, 182, 20_948_992),
+        ("sd15", 128, 182, 41_897_984),
+        ("sd15", 256, 182, 83_795_968),
+        ("sd15", 512, 182, 167_591_936),
+        ("sd21-base", 256, 214, 94_429_184),
+        ("pixart-alpha-256", 128, 283, 81_219_584),
+    ],
+)
+def test_the_papers_trainable_parameters(outlines, name, rank, layers, parameters):
+    preset = PRESETS[name]
+    if preset.student.rank == rank:
+        backbone = outlines(name)
+    else:
+        changed = replace(preset, gradient_checkpointing=False, student=replace(preset.student, rank=rank))
+        backbone = plan.outline(plan.architecture(name), changed)
+    role = plan.role_of(backbone, "student", rank)
+    assert (len(role.layers), role.parameters) == (layers, parameters)
+    fake = plan.role_of(backbone, "fake", 32)
+    assert set(fake.layers) < set(role.layers)
+
+
+@pytest.mark.parametrize("name", sorted(SIZES))
+def test_a_student_is_asked_where_errors_stay_small(name):
+    """At most 15-fold: what the paper had, and never the 157 that PixArt has at 999."""
+    scheduler = make_scheduler(plan.architecture(name).scheduler)
+    process = Process.from_scheduler(scheduler)
+    timestep = torch.tensor([PRESETS[name].student.timestep or process.last_timestep])
+    divided = process.alpha(timestep) if process.prediction == "epsilon" else torch.ones(1)
+    assert process.sigma(timestep) / divided < 15
+    assert is_flow(scheduler) == (process.prediction == "velocity")
+
+
+def test_pixarts_timestep_is_where_its_own_schedule_has_the_authors_constant():
+    from wadi.convert.authors import ALPHA_SQUARED
+
+    process = Process.from_scheduler(make_scheduler(plan.architecture("pixart-alpha-256").scheduler))
+    squared = process.alpha(torch.arange(1000)) ** 2
+    assert int((squared < ALPHA_SQUARED).nonzero()[0]) == PRESETS["pixart-alpha-256"].student.timestep

@@ -1,0 +1,185 @@
+"""Memory that runs out is one line that says what would fit, and the run then continues with it."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+import tiny
+from runs import assert_same_run, at_steps, state_of
+from wadi.backbones import load_pipeline
+from wadi.cli import main
+from wadi.distill import config, loop
+from wadi.distill.loop import distill
+from wadi.distill.plan import fitting, plan
+from wadi.errors import WadiError
+from wadi.parallel.device import OutOfMemory, out_of_memory, total_memory
+from wadi.pipelines import generate
+
+CPU = torch.device("cpu")
+
+
+def allocate():
+    torch.empty(2**50)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError(), OSError(12, "Cannot allocate"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GB)"),
+    ],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_ways_in_which_libraries_say_it(error):
+    assert out_of_memory(error)
+
+
+def test_the_cpu_says_it_in_its_own_way():
+    with pytest.raises(RuntimeError) as refused:
+        allocate()
+    assert out_of_memory(refused.value)
+    assert not any(
+        map(out_of_memory, (RuntimeError("shape mismatch"), ValueError("out of memory"), FileNotFoundError(2, "no")))
+    )
+
+
+def test_a_driver_that_fails_is_not_taken_for_damaged_files(sd_folder, monkeypatch):
+    from diffusers import DiffusionPipeline
+
+    def fail(*_):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(DiffusionPipeline, "to", fail)
+    with pytest.raises(RuntimeError, match=r"^CUDA error: no kernel"):
+        load_pipeline(sd_folder)
+
+
+def test_a_run_that_ran_out_of_memory_continues_with_less(sd_folder, prompts_path, tmp_path, monkeypatch):
+    """The checkpoint before stays; gradient checkpointing leaves the rest of the run as it would have been, bit for bit."""
+    full = tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=4, checkpoint_every=2)
+    with monkeypatch.context() as patch:
+        at_steps(patch, [2], allocate)
+        with pytest.raises(OutOfMemory, match=r"step 2 of 4, batch 2.*--batch.*--gradient_checkpointing"):
+            distill(full)
+    assert state_of(tmp_path / "run")[1]["step"] == 2
+    distill(dataclasses.replace(full, gradient_checkpointing=True))
+    distill(dataclasses.replace(full, out=str(tmp_path / "straight")))
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_gradient_checkpointing_changes_no_bit(dtype, sd_folder, prompts_path, tmp_path):
+    runs = [
+        distill(tiny.settings(sd_folder, prompts_path, tmp_path / str(on), steps=2, dtype=dtype, gradient_checkpointing=on))
+        for on in (False, True)
+    ]
+    assert_same_run(*runs)
+
+
+def test_only_what_keeps_the_result_may_change(sd_folder, prompts_path):
+    one = tiny.settings(sd_folder, prompts_path, "o")
+    assert config.differences(one, dataclasses.replace(one, gradient_checkpointing=True, batch=1, accumulate=2)) == []
+    assert config.differences(one, dataclasses.replace(one, recompute=True)) == ["recompute: False -> True"]
+
+
+@pytest.fixture(scope="module")
+def planned(sd_folder, prompts_path):
+    """``(config, architecture, bytes)`` of a run with batch 8; ``bytes[batch, checkpointing, recompute]`` are the plan's."""
+    run = tiny.settings(sd_folder, prompts_path, "o", batch=8)
+    found, sizes = plan.architecture_of(run.teacher), {}
+    for batch, recompute in ((1, False), (4, False), (8, False), (1, True), (8, True)):
+        memory = plan.plan(dataclasses.replace(run, batch=batch, recompute=recompute), found).memory
+        sizes |= {(batch, on, recompute): memory["checkpointed" if on else "plain"].total for on in (False, True)}
+    return run, found, sizes
+
+
+@pytest.fixture
+def quick(planned, monkeypatch):
+    """`planned`, where a plan is looked up instead of made."""
+    from types import SimpleNamespace
+
+    run, found, sizes = planned
+
+    def look_up(config, architecture, processes):
+        both = {name: sizes[config.batch, on, config.recompute] for name, on in (("checkpointed", True), ("plain", False))}
+        return SimpleNamespace(memory={name: SimpleNamespace(total=size) for name, size in both.items()})
+
+    monkeypatch.setattr(fitting.plan, "plan", look_up)
+    return run, found, sizes
+
+
+def test_between_two_batches_the_estimate_is_close_and_not_too_low(quick):
+    run, found, sizes = quick
+    line = fitting.Line.of(run, found)
+    for on in (False, True):
+        assert sizes[4, on, False] <= line.bytes_at(4, on) <= 1.1 * sizes[4, on, False]
+        assert (line.bytes_at(1, on), line.bytes_at(8, on)) == (sizes[1, on, False], sizes[8, on, False])
+
+
+def test_the_command_says_what_would_fit(quick, tmp_path, monkeypatch, capsys):
+    run, found, _ = quick
+    line = fitting.Line.of(run, found)
+    room = round((line.bytes_at(4, False) + 1) / fitting.USABLE)
+    monkeypatch.setattr(fitting, "total_memory", lambda device: room)
+    at_steps(monkeypatch, [0], allocate)
+    config.save(dataclasses.replace(run, out=str(tmp_path / "run")), tmp_path / "c.yaml")
+    assert main.main(["distill", "--config", str(tmp_path / "c.yaml")]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{line.bytes_at(8, False) / 2**30:.1f} GiB" in said
+    assert "--batch 4 --accumulate 2" in said
+
+
+def test_each_offer_fits_and_keeps_the_images_per_step(quick):
+    run, found, _ = quick
+    plain, both = fitting.Line.of(run, found), fitting.Line.of(dataclasses.replace(run, recompute=True), found)
+    rooms = {n: round((plain.bytes_at(n, on) + 1) / fitting.USABLE) for n in (1, 2, 4) for on in (False, True)}
+    rooms["recompute"] = round((min(both.bytes_at(1, on) for on in (False, True)) + 1) / fitting.USABLE)
+    seen = set()
+    for room in rooms.values():
+        for offer in fitting.options(run, found, room):
+            given = dict(re.findall(r"--(\w+) (\w+)", offer))
+            seen |= given.keys()
+            assert int(given.get("batch", 8)) * int(given.get("accumulate", 1)) == 8
+            line = both if "recompute" in given else plain
+            size = line.bytes_at(int(given.get("batch", 8)), "gradient_checkpointing" in given)
+            assert size <= fitting.USABLE * room
+            assert f"{size / 2**30:.1f} GiB" in offer
+    assert {"batch", "gradient_checkpointing"} <= seen
+
+
+def test_nothing_fits_and_nothing_is_known(quick, monkeypatch):
+    run = quick[0]
+    monkeypatch.setattr(fitting, "total_memory", lambda device: 1)
+    assert "--resolution" in fitting.advice(run, CPU)
+    assert fitting.advice(dataclasses.replace(run, teacher="/nowhere"), CPU) == ""
+
+
+def test_the_cpus_memory_is_what_this_process_may_use():
+    import resource
+
+    assert 2**28 < total_memory(CPU) < 2**50
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (2**45, hard))
+    try:
+        assert total_memory(CPU) <= 2**45
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def test_generating_says_how_many_images_were_too_many(sd_folder, monkeypatch):
+    pipeline = load_pipeline(sd_folder)
+    monkeypatch.setattr(type(pipeline), "__call__", lambda *a, **b: allocate())
+    with pytest.raises(WadiError, match=r"generating 3 at once.*--batch"):
+        generate.draw(pipeline, ["a"] * 3, [0, 1, 2])
+
+
+def test_another_error_stays_what_it_is(sd_folder, prompts_path, tmp_path, monkeypatch):
+    def fail():
+        raise RuntimeError("a defect")
+
+    at_steps(monkeypatch, [0], fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        loop.distill(tiny.settings(sd_folder, prompts_path, tmp_path / "run"))

@@ -1,0 +1,417 @@
+"""Training a ControlNet for a frozen teacher or student: losses, resuming, refusals; and the command line around it."""
+
+import json
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from families import small_pipelines
+from wadi.backbones import from_pipeline
+from wadi.cli.main import main
+from wadi.errors import Interrupted, WadiError
+from wadi.extras.control import data, training
+from wadi.extras.control.conditions import soft_edges
+from wadi.extras.control.network import controlnet_of, copy_into
+from wadi.extras.control.pipeline import load_control, with_control
+from wadi.extras.control.training import ControlConfig, edge_loss, noisy_timesteps, rate, student_x0, teacher_loss, train
+from wadi.sampling import noise
+
+PROMPTS = ["red apple", "blue car", "green tree"]
+
+
+def small(out, **changes):
+    return ControlConfig(
+        **{"out": str(out), "pictures": 4, "picture_steps": 2, "steps": 4, "batch": 2, "save_every": 2, **changes}
+    )
+
+
+def teacher(folder, name="sd2"):
+    return small_pipelines.make(name, folder)
+
+
+def one_step(folder, name="sd2"):
+    pipeline = small_pipelines.make(name, folder)
+    pipeline.scheduler = from_pipeline(pipeline).one_step_scheduler(800)
+    return pipeline
+
+
+def weights(folder):
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_training_lowers_the_loss_and_leaves_the_network_alone(name, tmp_path):
+    backbone = from_pipeline(teacher(tmp_path, name))
+    network = backbone.network.requires_grad_(False)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    net = controlnet_of(network, backbone.scale, slim=True)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    x0, z = noise(backbone.latent_shape, [1, 2]), noise(backbone.latent_shape, [3, 4])
+    told, image, t = backbone.encode(PROMPTS[:2]), torch.rand(2, 3, 16, 16).round(), torch.tensor([300, 900])
+    losses = []
+    for _ in range(30):
+        loss = teacher_loss(backbone, net, x0, image, told, z, t)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert all(p.grad is None for p in network.parameters())
+
+
+def test_the_student_learns_to_put_edges_where_they_belong(tmp_path):
+    pipeline = one_step(tmp_path)
+    backbone = from_pipeline(pipeline)
+    backbone.network.requires_grad_(False)
+    pipeline.vae.requires_grad_(False)
+    net = controlnet_of(backbone.network, backbone.scale)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    target, x_t = 3 * noise(backbone.latent_shape, [1, 2]), noise(backbone.latent_shape, [3, 4])
+    told, image = backbone.encode(PROMPTS[:2]), torch.rand(2, 3, 16, 16).round()
+    losses = []
+    for _ in range(30):
+        loss = edge_loss(backbone, student_x0(backbone, net, x_t, image, told, 800), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert edge_loss(backbone, target, target) == 0
+    one, other = (soft_edges(backbone.decode(latents)) for latents in (x_t, target))
+    torch.testing.assert_close(edge_loss(backbone, x_t, target), (one - other).abs().mean())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, 2), (signal.SIGTERM, 3), (signal.SIGHUP, 7)])
+def test_a_signal_saves_at_the_step_it_came_in(number, step, tmp_path, monkeypatch):
+    """The code is 128 and the signal's number, in the last step too; the same command continues bit for bit."""
+    pipe = teacher(tmp_path / "t")
+    whole = weights(train(small(tmp_path / "whole", steps=8, save_every=100), pipe, PROMPTS))
+    original = training._Run.loss
+
+    def signalled(self, at):
+        if at == step:
+            os.kill(os.getpid(), number)
+        return original(self, at)
+
+    parts = small(tmp_path / "parts", steps=8, save_every=100)
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Run, "loss", signalled)
+        with pytest.raises(Interrupted, match=f"step {step + 1} of 8") as stopped:
+            train(parts, pipe, PROMPTS)
+    assert stopped.value.signal == number
+    assert not (tmp_path / "parts" / "controlnet").exists()
+    counted = []
+    monkeypatch.setattr(training._Run, "loss", lambda self, at: counted.append(at) or original(self, at))
+    continued = weights(train(parts, pipe, PROMPTS))
+    assert counted == list(range(step + 1, 8))
+    assert all(torch.equal(continued[key], value) for key, value in whole.items())
+
+
+@pytest.mark.parametrize("against_student", [False, True])
+def test_an_interrupted_training_goes_on_to_the_bit(against_student, tmp_path, monkeypatch):
+    pipes = teacher(tmp_path / "t"), (one_step(tmp_path / "s") if against_student else None)
+    changes = {"keep_weight": 0.1} if against_student else {}
+    start = tmp_path / "start"
+    controlnet_of(pipes[0].unet, 2).save_pretrained(start)
+
+    def run(name):
+        return train(
+            small(tmp_path / name, **changes), pipes[0], PROMPTS, pipes[1], load_control(start) if against_student else None
+        )
+
+    whole = weights(run("whole"))
+    original = training._Run.loss
+
+    def stops(self, step):
+        if step == 3:
+            raise KeyboardInterrupt
+        return original(self, step)
+
+    monkeypatch.setattr(training._Run, "loss", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run("parts")
+    monkeypatch.setattr(training._Run, "loss", original)
+    assert not (tmp_path / "parts" / "controlnet").exists()
+    parts = weights(run("parts"))
+    assert all(torch.equal(parts[key], value) for key, value in whole.items())
+    first = weights(start)
+    assert not all(torch.equal(first[key].half(), value) for key, value in whole.items() if key in first)
+
+
+def test_what_was_trained_loads_and_steers(tmp_path):
+    pipeline = teacher(tmp_path)
+    folder = train(small(tmp_path / "run"), pipeline, PROMPTS)
+    assert weights(folder)["conv_in.weight"].dtype == torch.float16
+    assert all(p.grad is None for p in pipeline.unet.parameters()), "no gradient is computed for what is frozen"
+    assert with_control(pipeline, folder).controlnet.config.down_block_types == ["DownBlock2D", "DownBlock2D"]
+
+
+def test_other_settings_and_damage_are_refused(tmp_path):
+    pipeline, out = teacher(tmp_path), tmp_path / "run"
+    train(small(out), pipeline, PROMPTS)
+    train(small(out, save_every=1), pipeline, PROMPTS)  # how often is no setting of the result
+    with pytest.raises(WadiError, match=r"lr 0\.001 \(now 0\.0001\)"):
+        train(small(out, lr=1e-4), pipeline, PROMPTS)
+    with pytest.raises(WadiError, match=r"pictures 4 \(now 5\)"):
+        train(small(out, pictures=5), pipeline, PROMPTS)
+    for file in ("training.safetensors", "pictures.safetensors"):
+        whole = (out / file).read_bytes()
+        (out / file).write_bytes(whole[:100])
+        with pytest.raises(WadiError, match="is damaged"):
+            train(small(out), pipeline, PROMPTS)
+        (out / file).write_bytes(whole)
+    assert train(small(out), pipeline, PROMPTS) == out / "controlnet"
+
+
+def test_other_prompts_of_the_same_number_are_another_training(tmp_path):
+    pipeline, out = teacher(tmp_path), tmp_path / "run"
+    folder = train(small(out), pipeline, PROMPTS)
+    before = weights(folder)
+    with pytest.raises(WadiError, match=r"(?s)other prompts.*(green|blue|red).*violet"):
+        train(small(out), pipeline, ["violet cup", "grey hat", "pink pig"])
+    (out / "pictures.safetensors").unlink()  # new images do not continue the old training either
+    with pytest.raises(WadiError, match="images"):
+        train(small(out), pipeline, ["violet cup", "grey hat", "pink pig"])
+    assert all(torch.equal(value, before[name]) for name, value in weights(folder).items())
+
+
+def test_another_start_is_another_training(tmp_path):
+    pipeline, out = teacher(tmp_path), tmp_path / "run"
+
+    train(small(out), pipeline, PROMPTS, start=_seeded(pipeline, 1))
+    assert train(small(out), pipeline, PROMPTS, start=_seeded(pipeline, 1)) == out / "controlnet"
+    for other in (_seeded(pipeline, 2), None):
+        with pytest.raises(WadiError, match="start"):
+            train(small(out), pipeline, PROMPTS, start=other)
+
+
+def test_another_student_is_another_training(tmp_path):
+    """Also one that differs in a single weight, far from the first values of any tensor."""
+    pipeline, student, out = teacher(tmp_path / "t"), one_step(tmp_path / "s"), tmp_path / "run"
+    train(small(out), pipeline, PROMPTS, student)
+    assert train(small(out), pipeline, PROMPTS, student) == out / "controlnet"
+    with torch.no_grad():
+        student.unet.conv_in.weight.view(-1)[-1] += 1
+    with pytest.raises(WadiError, match="student"):
+        train(small(out), pipeline, PROMPTS, student)
+
+
+def _seeded(pipeline, seed):
+    torch.manual_seed(seed)
+    return controlnet_of(pipeline.unet, 2)
+
+
+def test_a_training_stored_before_these_were_noted_is_continued(tmp_path):
+    """Its note has neither images, start nor timestep."""
+    from safetensors.torch import save_file
+
+    pipeline, out = teacher(tmp_path), tmp_path / "run"
+    train(small(out), pipeline, PROMPTS)
+    state = out / "training.safetensors"
+    tensors, about = data.stored(state, "")
+    note = {name: value for name, value in json.loads(about["note"]).items() if name not in ("images", "start", "timestep")}
+    save_file(tensors, state, {**about, "note": json.dumps(note)})
+    assert train(small(out), pipeline, PROMPTS) == out / "controlnet"
+    note["network"] = "0" * 16
+    save_file(tensors, state, {**about, "note": json.dumps(note)})
+    with pytest.raises(WadiError, match="network '0000000000000000'"):
+        train(small(out), pipeline, PROMPTS)
+
+
+def test_a_controlnet_that_is_not_ours_stays(tmp_path):
+    pipeline, out = teacher(tmp_path), tmp_path / "run"
+    _seeded(pipeline, 3).save_pretrained(out / "controlnet")
+    before = (out / "controlnet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    with pytest.raises(WadiError, match="controlnet"):
+        train(small(out), pipeline, PROMPTS)
+    assert [path.name for path in out.iterdir()] == ["controlnet"], "refused before any work"
+    (out / "controlnet").rename(tmp_path / "mine")
+    train(small(out), pipeline, PROMPTS)
+    shutil.rmtree(out / "controlnet")
+    (tmp_path / "mine").rename(out / "controlnet")  # put in the place of a finished training's result
+    with pytest.raises(WadiError, match="controlnet"):
+        train(small(out), pipeline, PROMPTS)
+    assert (out / "controlnet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+
+
+def test_more_steps_than_the_schedule_has(tmp_path):
+    pipeline = teacher(tmp_path)
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, num_train_timesteps=500)
+    with pytest.raises(WadiError, match="picture_steps is 1000"):
+        train(small(tmp_path / "run", picture_steps=1000), pipeline, PROMPTS)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_loses_nothing(tmp_path, full_disk):
+    pipeline, out = teacher(tmp_path), tmp_path / "run"
+    with full_disk(20_000), pytest.raises(WadiError, match="Cannot write"):
+        train(small(out), pipeline, PROMPTS)
+    assert train(small(out), pipeline, PROMPTS).is_dir()
+
+
+def test_networks_that_are_no_unet_are_refused(tmp_path):
+    with pytest.raises(WadiError, match="Expected a U-Net family"):
+        train(small(tmp_path / "run"), teacher(tmp_path, "pixart-sigma"), PROMPTS)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 0}, {"batch": 0}, {"lr": 0}, {"drop": 1.5}, {"keep_weight": -1}, {"pictures": -3}, {"batch": 10**9},
+        {"lr": float("nan")}, {"lr": float("inf")}, {"drop": float("nan")}, {"edge_weight": float("nan")}, {"seed": -1},
+        {"guidance_scale": float("inf")}, {"guidance_scale": float("nan")}, {"picture_steps": 1001}, {"seed": 2**60},
+    ],
+)  # fmt: skip
+def test_settings_are_checked(changes):
+    ((name, value),) = changes.items()
+    with pytest.raises(WadiError, match=rf"{name} is {value}".replace("+", r"\+")):
+        ControlConfig(**changes)
+
+
+def test_the_rate_rises_and_falls_and_noisy_timesteps_come_more_often():
+    rates = [rate(step, 200) for step in range(200)]
+    assert rates[0] < 0.05 < 0.9 < max(rates)
+    assert rates[-1] < 0.001
+    t = noisy_timesteps(4000, 1000, torch.Generator().manual_seed(0))
+    assert 0 <= t.min() <= t.max() <= 999
+    assert t.float().mean() == pytest.approx(750, abs=15)  # E (1 - u^3) = 3/4
+
+
+def test_weights_are_copied_only_where_they_fit(tmp_path):
+    unet = teacher(tmp_path).unet
+    net = controlnet_of(unet, 2)
+    assert torch.equal(net.mid_block.resnets[0].conv1.weight, unet.mid_block.resnets[0].conv1.weight)
+    assert not any(p.any() for p in net.controlnet_down_blocks.parameters())
+    assert copy_into(controlnet_of(unet, 2, slim=True), unet) < copy_into(net, unet)
+    with pytest.raises(WadiError, match="Expected 1, 2, 4 or 8"):
+        controlnet_of(unet, 16)
+
+
+def test_pictures_have_noise_of_their_own(tmp_path):
+    backbone = from_pipeline(teacher(tmp_path))
+    some = data.draw_pictures(backbone, PROMPTS, 5, 2, 2.0, batch=2)
+    later = data.draw_pictures(backbone, PROMPTS[1:], 6, 2, 2.0)
+    torch.testing.assert_close(some.latents[1:], later.latents, atol=2e-3, rtol=0)
+    assert some.edges.shape == (3, 1, 16, 16)
+    assert some.conditions(torch.tensor([0, 2])).shape == (2, 3, 16, 16)
+    data.save(tmp_path / "p.safetensors", some, "note")
+    found = data.load(tmp_path / "p.safetensors", ("newer", "note"), PROMPTS)
+    with pytest.raises(WadiError, match="newer"):
+        data.load(tmp_path / "p.safetensors", ("newer",), PROMPTS)
+    assert torch.equal(found.edges, some.edges)
+    assert found.prompts == PROMPTS
+    counts = [data.chosen_prompts(PROMPTS, 7, 0).count(p) for p in PROMPTS]
+    assert sorted(counts) == [2, 2, 3]
+
+
+# --- command line -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, sd_folder, prompts_path):
+    out = tmp_path_factory.mktemp("control")
+    files = ["--teacher", str(sd_folder), "--prompts", str(prompts_path), "--out", str(out)]
+    sizes = ["--pictures", "4", "--picture_steps", "2", "--steps", "2", "--batch", "2", "--device", "cpu"]
+    assert main(["control", "train", *files, *sizes]) == 0
+    return out / "controlnet"
+
+
+def test_tune_and_eval_by_command(trained, finished_run, sd_folder, prompts_path, tmp_path, capsys):
+    common = ["--teacher", str(sd_folder), "--prompts", str(prompts_path), "--student", str(finished_run)]
+    tuned = [
+        "--start",
+        str(trained),
+        "--out",
+        str(tmp_path / "tuned"),
+        "--pictures",
+        "2",
+        "--picture_steps",
+        "1",
+        "--steps",
+        "1",
+    ]
+    assert main(["control", "train", *common, *tuned, "--batch", "2", "--device", "cpu"]) == 0
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table: wadi control eval -->\nold\n<!-- /table -->\nafter\n")
+    files = ["--json", str(tmp_path / "scores.json"), "--picture", str(tmp_path / "grid.png"), "--page", str(page)]
+    sizes = ["--sets", "2", "--count", "2", "--steps", "2", "--strengths", "1.0"]
+    capsys.readouterr()
+    code = main(
+        [
+            "control",
+            "eval",
+            *common,
+            "--control",
+            str(trained),
+            "--tuned",
+            str(tmp_path / "tuned" / "controlnet"),
+            *sizes,
+            *files,
+        ]
+    )
+    assert code == 0
+    table = capsys.readouterr().out.strip()
+    assert page.read_text() == f"before\n<!-- table: wadi control eval -->\n{table}\n<!-- /table -->\nafter\n"
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert [len(scores), len(table.splitlines())] == [5, 7]
+    assert all(0 <= score["f1"] <= 1 and score["ms"] > 0 and score["named"] is None for score in scores)
+    assert Image.open(tmp_path / "grid.png").width > 100
+
+
+def test_a_page_without_a_place_is_left_alone(tmp_path):
+    from wadi.cli.control import _replace_table
+
+    (tmp_path / "page.md").write_text("text")
+    with pytest.raises(WadiError, match="no place for the table"):
+        _replace_table(tmp_path / "page.md", "table")
+    assert (tmp_path / "page.md").read_text() == "text"
+
+
+def test_a_condition_by_command(tmp_path, capsys):
+    Image.fromarray(np.kron([[0, 1], [1, 0]], np.ones((16, 16))).astype(np.uint8) * 255).save(tmp_path / "in.png")
+    out = tmp_path / "edges.png"
+    assert main(["control", "condition", str(tmp_path / "in.png"), "--size", "16x16", "--out", str(out)]) == 0
+    assert Image.open(out).size == (16, 16)
+    assert np.asarray(Image.open(out)).max() == 255
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (["nonsense"], "Expected wadi control"),
+        (["condition", "missing.png"], "does not exist"),
+        (["condition", "missing.png", "--size", "12"], "does not exist"),
+        (["train", "--steps", "0"], "steps is 0"),
+        (["train", "--start", "./nowhere"], "does not exist"),
+        (["eval", "--sets", "0"], "--sets"),
+        (["eval", "--count", "1"], "--count"),
+        (["eval", "--strengths", "nan"], "nan"),
+        (["eval", "--strengths", "1", "2.5"], "2.5"),
+        (["eval", "--guidance_scale", "inf"], "guidance_scale"),
+        (["eval", "--json", "/proc/none/x.json"], "/proc/none/x.json"),
+        (["eval", "--picture", "x.jpg"], "x.jpg"),
+        (["eval", "--page", "/nowhere.md"], "/nowhere.md"),
+        (["condition", "missing.png", "--out", "x.jpg"], "x.jpg"),
+        (["train", "--out", "/proc/none"], "/proc/none"),
+        (["train", "--guidance_scale", ".nan"], "guidance_scale"),
+    ],
+)
+def test_bad_command_lines_end_in_one_line(line, says, capsys):
+    """Before anything is loaded or generated."""
+    assert main(["control", *line]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+
+
+def test_usage(capsys):
+    assert main(["control"]) == 2
+    assert main(["control", "--help"]) == 0
+    assert "train" in capsys.readouterr().out

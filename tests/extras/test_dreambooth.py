@@ -1,0 +1,303 @@
+"""DreamBooth: the subject is learned and the class kept, the same again from the same seed, and standard files come out."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from wadi import roles
+from wadi.backbones import from_pipeline, load_pipeline
+from wadi.errors import WadiError
+from wadi.extras.dreambooth import training
+from wadi.extras.dreambooth.data import draw_prior, read_subject, student_timestep
+from wadi.extras.dreambooth.training import DreamboothConfig, match, train
+from wadi.extras.lora import merge
+from wadi.pipelines.generate import load
+
+TARGETS = r"(down_blocks|mid_block|up_blocks)\..*(to_q|to_k|to_v|to_out\.0|ff\.net\.2|conv1|conv2)"
+METHODS = ("lorad", "lora", "full")
+
+
+@pytest.fixture(scope="module")
+def subject_folder(tmp_path_factory):
+    """Two pictures, one of them transparent and of another shape, and a file that is none."""
+    folder = tmp_path_factory.mktemp("subject")
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[4:12, 4:12] = (250, 40, 40)
+    Image.fromarray(pixels).save(folder / "1.png")
+    clear = np.zeros((20, 40, 4), np.uint8)
+    clear[:, 15:25] = (40, 250, 40, 255)
+    Image.fromarray(clear, "RGBA").save(folder / "2.PNG")
+    (folder / "README.md").write_text("whose they are")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_step_folder(sd_v_folder, tmp_path_factory):
+    """An exported one-step pipeline, asked at timestep 700."""
+    from wadi.lorad import LoRaDConfig
+    from wadi.sampling import one_step_scheduler
+
+    pipeline = load_pipeline(sd_v_folder)
+    backbone = from_pipeline(pipeline)
+    roles.attach(backbone.network, "student", LoRaDConfig(r=2, target_modules=TARGETS))
+    roles.fuse(backbone.network, "student")
+    pipeline.scheduler = one_step_scheduler(backbone, 700)
+    folder = tmp_path_factory.mktemp("one-step") / "pipeline"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def settings(method="lorad", **changes):
+    values = {"method": method, "rank": 4, "target_modules": TARGETS, "lr": 1e-2, "steps": 12, "batch": 2, "seed": 3}
+    return DreamboothConfig(**{**values, **changes})
+
+
+def prepared(folder, subject_folder):
+    """``(pipeline, backbone, latents, condition)`` of the subject's pictures and prompt."""
+    pipeline = load_pipeline(folder)
+    backbone = from_pipeline(pipeline)
+    pictures, _ = read_subject(subject_folder, backbone.resolution)
+    return pipeline, backbone, backbone.encode_images(pictures), backbone.encode(["sks apple"])
+
+
+def prior_of(backbone, steps=0):
+    return draw_prior(backbone, ["red apple", "blue car"], 4, 0, steps, 2.0, batch=3)
+
+
+def weights(network):
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+# --- what it learns from ----------------------------------------------------------------------------------------------------
+
+
+def test_pictures_are_cut_to_size_and_transparency_is_white(subject_folder):
+    tensor, pictures = read_subject(subject_folder, (16, 16))
+    assert tensor.shape == (2, 3, 16, 16)
+    assert [picture.size for picture in pictures] == [(16, 16)] * 2
+    assert tensor[0, :, 8, 8].tolist() == pytest.approx([250 / 255, 40 / 255, 40 / 255], abs=1e-6)
+    assert tensor[1, :, 8, 0].tolist() == [1, 1, 1]
+    assert tensor[1, 1, 8, 8] > 0.9 > 0.3 > tensor[1, 0, 8, 8]  # its middle, green
+
+
+def test_the_prior_is_what_the_model_draws_alone(one_step_folder):
+    """Each picture of its own seed and prompt, whatever stands beside it."""
+    backbone = from_pipeline(load_pipeline(one_step_folder))
+    prior = prior_of(backbone)
+    assert student_timestep(backbone) == 700
+    pipeline = load(one_step_folder)
+    for i, prompt in enumerate(["red apple", "blue car", "red apple", "blue car"]):
+        latents = pipeline(
+            prompt, generator=torch.Generator().manual_seed(i), num_inference_steps=1, guidance_scale=0.0, output_type="latent"
+        ).images
+        torch.testing.assert_close(prior.x0[i : i + 1], latents, rtol=1e-4, atol=1e-4)
+
+
+def test_a_student_of_a_flow_tells_its_timestep():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from wadi.diffusion.process import Process
+    from wadi.diffusion.schedulers import one_step
+
+    for timestep in (600, 1000):
+        scheduler = one_step(FlowMatchEulerDiscreteScheduler(), timestep)
+        backbone = type("Backbone", (), {})()
+        backbone.pipeline = type("Pipeline", (), {"scheduler": scheduler})()
+        backbone.process = Process.from_scheduler(scheduler)
+        assert student_timestep(backbone) == timestep
+
+
+# --- what it learns ---------------------------------------------------------------------------------------------------------
+
+
+def test_matching_uses_every_picture_once_and_the_nearest_first():
+    wanted = torch.tensor([[0.0], [10.0], [20.0]])
+    made = torch.tensor([[19.0], [9.0], [11.5]])
+    assert match(made, wanted).tolist() == [2, 1, 0]
+    assert sorted(match(torch.randn(6, 4), torch.randn(6, 4)).tolist()) == list(range(6))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("loss", ["diffusion", "one-step"])
+def test_it_learns_the_subject_and_keeps_the_class(request, subject_folder, method, loss):
+    folder = request.getfixturevalue("one_step_folder" if loss == "one-step" else "sd_v_folder")
+    _, backbone, latents, condition = prepared(folder, subject_folder)
+    prior = prior_of(backbone, steps=0 if loss == "one-step" else 2)
+    lr = {"lorad": 5e-2, "lora": 2e-2, "full": 3e-3}[method]
+    config = settings(method, loss=loss, steps=40, lr=lr)
+    trained = train(backbone, latents, condition, prior, config, quiet=True)
+    assert np.mean(trained.losses[-8:]) < 0.8 * np.mean(trained.losses[:8])
+    if loss == "one-step":  # with the prior, the class's pictures stay nearer to what they were than without
+        kept = _drift(backbone, prior, condition)
+        _, alone, latents, condition = prepared(folder, subject_folder)
+        train(alone, latents, condition, None, config, quiet=True)
+        assert kept < 0.7 * _drift(alone, prior, condition)
+
+
+@torch.no_grad()
+def _drift(backbone, prior, _condition):
+    from wadi.sampling import one_step
+
+    made = one_step(backbone, prior.condition, prior.z, student_timestep(backbone))
+    return float((made - prior.x0).square().mean())
+
+
+def test_the_losses_are_those_of_the_docstring_at_the_students_own_timestep(one_step_folder, subject_folder):
+    """The subject's part, and ``prior_weight`` times the class's, each written again from what the student generates."""
+    _, backbone, latents, condition = prepared(one_step_folder, subject_folder)
+    prior = prior_of(backbone)
+    config = settings(loss="one-step", prior_weight=0.25)
+    with torch.no_grad():
+        for parameter in backbone.network.parameters():
+            parameter.mul_(1.3)  # so that the class's images are no longer those of the prior
+        loss, of_subject = training._loss(backbone, latents, condition, prior, config, torch.Generator().manual_seed(4))
+        generator = torch.Generator().manual_seed(4)
+        rows = torch.randperm(2, generator=generator)
+        z = torch.randn((2, *latents.shape[1:]), generator=generator)
+        chosen = torch.randint(4, (2,), generator=generator)
+
+        def generated(noise, condition):
+            t = torch.full((2,), 700)
+            return backbone.process.x0(backbone.predict(noise, t, condition), noise, t)
+
+        images, wanted = generated(z, condition.expand(2)), latents[rows]
+        apart = torch.cdist(images.flatten(1), wanted.flatten(1))
+        nearest_are_parallel = int(apart.argmin()) in (0, 3)
+        subject = float((images - (wanted if nearest_are_parallel else wanted.flip(0))).square().mean())
+        kept = (generated(prior.z[chosen], prior.condition[chosen]) - prior.x0[chosen]).square().mean()
+    assert float(of_subject) == pytest.approx(subject, rel=1e-4)
+    assert float(loss) == pytest.approx(subject + 0.25 * float(kept), rel=1e-4)
+    assert float(kept) > 0.01 * subject
+
+
+def test_every_image_comes_as_often_as_any_other():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        assert training._draw(4, 8, generator).bincount().tolist() == [2, 2, 2, 2]
+        assert training._draw(4, 3, generator).bincount().max() == 1
+
+
+def test_the_learning_rate_falls_along_a_cosine_to_a_tenth(sd_v_folder, subject_folder, monkeypatch):
+    _, backbone, latents, condition = prepared(sd_v_folder, subject_folder)
+    rates, plain = [], torch.optim.AdamW.step
+
+    def step(self, *arguments):
+        rates.append(self.param_groups[0]["lr"])
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    train(backbone, latents, condition, None, settings(steps=5, lr=0.02), quiet=True)
+    assert rates == pytest.approx([0.02 * (0.55 + 0.45 * np.cos(np.pi * i / 5)) for i in range(5)])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_seed_gives_the_same_weights_to_the_bit(sd_v_folder, subject_folder, method):
+    states = []
+    for _ in range(2):
+        torch.rand(7)  # whatever else was drawn meanwhile
+        _, backbone, latents, condition = prepared(sd_v_folder, subject_folder)
+        train(backbone, latents, condition, prior_of(backbone, 2), settings(method, steps=4), quiet=True)
+        states.append(weights(backbone.network))
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    _, backbone, latents, condition = prepared(sd_v_folder, subject_folder)
+    train(backbone, latents, condition, prior_of(backbone, 2), settings(method, steps=4, seed=4), quiet=True)
+    assert any(not torch.equal(tensor, states[0][name]) for name, tensor in weights(backbone.network).items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_the_adapter_is_trained_and_what_is_saved_is_what_was_trained(sd_v_folder, subject_folder, method, tmp_path):
+    """Saved, loaded into a fresh pipeline and fused: the trained network's own prediction."""
+    pipeline, backbone, latents, condition = prepared(sd_v_folder, subject_folder)
+    plain = weights(backbone.network)
+    config = settings(method)
+    trained = train(backbone, latents, condition, None, config, quiet=True)
+    base = {name.replace(".base_layer", ""): tensor for name, tensor in weights(backbone.network).items()}
+    moved = [name for name in plain if not torch.equal(plain[name], base[name])]
+    assert bool(moved) == (method == "full")
+    assert trained.parameters == sum(p.numel() for p in backbone.network.parameters() if p.requires_grad)
+    x_t, t = torch.randn(1, *backbone.latent_shape), torch.tensor([500])
+    with torch.no_grad():
+        wanted = backbone.predict(x_t, t, condition)
+    training.save(pipeline, backbone, config, tmp_path / "out", {"dreambooth": {}})
+    again = load_pipeline(tmp_path / "out" if method == "full" else sd_v_folder)
+    if method != "full":
+        merge.apply_lora(again, tmp_path / "out")
+    with torch.no_grad():
+        found = from_pipeline(again).predict(x_t, t, condition)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert json.loads((tmp_path / "out" / "wadi.json").read_text()) == {"dreambooth": {}}
+
+
+def test_diffusers_reads_the_lora_and_peft_the_angles(sd_v_folder, subject_folder, tmp_path):
+    for method in ("lora", "lorad"):
+        pipeline, backbone, latents, condition = prepared(sd_v_folder, subject_folder)
+        train(backbone, latents, condition, None, settings(method), quiet=True)
+        x_t, t = torch.randn(1, *backbone.latent_shape), torch.tensor([500])
+        with torch.no_grad():
+            wanted = backbone.predict(x_t, t, condition)
+        training.save(pipeline, backbone, settings(method), tmp_path / method, {})
+        plain = load_pipeline(sd_v_folder)
+        if method == "lora":
+            plain.load_lora_weights(tmp_path / method)
+        else:
+            from peft import PeftModel
+
+            plain.unet = PeftModel.from_pretrained(plain.unet, tmp_path / method)
+        with torch.no_grad():
+            embeds = condition.tensors["prompt_embeds"]
+            found = plain.unet(x_t, t, encoder_hidden_states=embeds, return_dict=False)[0]
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"method": "dora"}, "lorad, lora, full"),
+        ({"loss": "vsd"}, "diffusion, one-step"),
+        ({"rank": 0}, "rank is 0"),
+        ({"steps": 0}, "steps is 0"),
+        ({"batch": -1}, "batch is -1"),
+        ({"lr": 0.0}, "lr is 0"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"prior_weight": -1.0}, "prior_weight is -1"),
+    ],
+)
+def test_settings_out_of_range(changes, told):
+    with pytest.raises(WadiError, match=told):
+        settings(**changes)
+
+
+def test_folders_without_pictures_and_pictures_that_are_none(tmp_path):
+    with pytest.raises(WadiError, match="none"):
+        read_subject(tmp_path / "none", (16, 16))
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(WadiError, match="has no image"):
+        read_subject(tmp_path, (16, 16))
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "whole.png")
+    for name, data in (
+        ("IMG_1.HEIC", b"\0\0\0\x18ftypheic"),
+        ("broken.png", (tmp_path / "whole.png").read_bytes()[:60]),
+        ("text.jpg", b"hello"),
+        ("empty.webp", b""),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(WadiError, match=name):
+            read_subject(tmp_path, (16, 16))
+        (tmp_path / name).unlink()
+    assert len(data.pictures_in(tmp_path)) == 1
+
+
+def test_a_target_that_matches_nothing_and_a_rate_that_blows_up(sd_v_folder, subject_folder):
+    for method in ("lorad", "lora"):
+        _, backbone, latents, condition = prepared(sd_v_folder, subject_folder)
+        with pytest.raises(WadiError, match="target_modules"):
+            train(backbone, latents, condition, None, settings(method, target_modules="nothing"), quiet=True)
+    _, backbone, latents, condition = prepared(sd_v_folder, subject_folder)
+    with pytest.raises(WadiError, match="smaller --lr"):
+        train(backbone, latents * float("inf"), condition, None, settings(), quiet=True)

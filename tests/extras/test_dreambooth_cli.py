@@ -1,0 +1,177 @@
+"""``wadi dreambooth``: one command from a folder of pictures to an adapter, and one line for what cannot be."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from wadi.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def subject_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("subject")
+    for i in range(2):
+        Image.fromarray(np.full((16, 16, 3), 60 + 90 * i, np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def refused(capsys):
+    def run(*argv):
+        capsys.readouterr()  # what the test itself saved
+        code = main(["dreambooth", *map(str, argv)])
+        out, err = capsys.readouterr()
+        assert code == 2, err
+        assert len(err.splitlines()) == 1, err
+        assert err.startswith("wadi: ")
+        assert out == ""
+        return err
+
+    return run
+
+
+def short(subject, out, *more):
+    """A training of two updates as a command line."""
+    shared = ["--subject", subject, "--prompt", "sks apple", "--out", out, "--steps", 2, "--batch", 2, "--device", "cpu"]
+    prior = ["--prior_prompt", "red apple", "blue car", "--prior_count", 3, "--prior_steps", 2]
+    return [str(word) for word in (*shared, *prior, *more)]
+
+
+@pytest.mark.parametrize("method", ["lorad", "lora", "full"])
+def test_teacher_to_student_by_command(sd_folder, finished_run, subject_folder, tmp_path, capsys, method):
+    out = tmp_path / "apple"
+    carry = [] if method == "full" else ["--carry", finished_run]
+    rank = [] if method == "full" else ["--rank", 2]
+    assert main(["dreambooth", *short(subject_folder, out, "--teacher", sd_folder, "--method", method, *carry, *rank)]) == 0
+    said = capsys.readouterr().out
+    about = json.loads((out / "wadi.json").read_text())["dreambooth"]
+    assert (about["prompt"], about["prior_prompt"], about["method"]) == ("sks apple", ["red apple", "blue car"], method)
+    assert f"{about['parameters']:,} numbers trained" in said
+    standard = {"lorad": "adapter_config.json", "lora": "pytorch_lora_weights.safetensors", "full": "model_index.json"}[method]
+    assert (out / standard).is_file()
+    picture = Image.open(out / "picture.png")
+    rows = {"full": 3}.get(method, 4)
+    assert picture.height > rows * 128
+    assert "wadi generate" in said
+
+
+def test_the_student_itself(finished_run, subject_folder, tmp_path, capsys):
+    out = tmp_path / "apple"
+    argv = short(subject_folder, out, "--student", finished_run, "--rank", 2, "--picture", "false")
+    assert main(["dreambooth", *argv]) == 0
+    assert json.loads((out / "wadi.json").read_text())["dreambooth"]["loss"] == "one-step"
+    assert not (out / "picture.png").exists()
+    assert f"--run {finished_run}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--teacher", "T", "--student", "S"], "both"),
+        ([], "neither"),
+        (["--teacher", "T", "--loss", "one-step"], "--student"),
+        (["--teacher", "T", "--method", "full", "--rank", 4], "--rank"),
+        (["--teacher", "T", "--method", "full", "--dtype", "bfloat16"], "float32"),
+        (["--teacher", "T", "--method", "full", "--carry", "zoo"], "--carry"),
+        (["--student", "S", "--carry", "zoo"], "--carry"),
+        (["--teacher", "T", "--prior_steps", 0], "prior_steps"),
+        (["--teacher", "T", "--prior_steps", 1001], "1001"),
+        (["--teacher", "T", "--prior_count", 0], "prior_count"),
+        (["--teacher", "T", "--prior_weight", "nan"], "nan"),
+        (["--teacher", "T", "--lr", "inf"], "inf"),
+        (["--teacher", "T", "--lr", 0], "lr"),
+        (["--teacher", "T", "--rank", 10**6], "1000000"),
+        (["--teacher", "T", "--steps", -3], "-3"),
+        (["--teacher", "T", "--batch", 0], "batch"),
+        (["--teacher", "T", "--seed", -1], "seed"),
+        (["--teacher", "T", "--guidance_scale", "nan"], "nan"),
+        (["--teacher", "T", "--carry", "/nowhere"], "/nowhere"),
+        (["--teacher", "T", "--method", "dora"], "lorad, lora, full"),
+        (["--teacher", "T", "--dtype", "int8"], "float32, bfloat16"),
+    ],
+)
+def test_options_that_contradict(refused, subject_folder, tmp_path, options, told):
+    assert told in refused(*short(subject_folder, tmp_path / "out", *options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be(refused, sd_folder, subject_folder, tmp_path):
+    plain = ["--prompt", "sks apple", "--teacher", sd_folder]
+    weight = ["--subject", subject_folder, "--out", tmp_path / "out", "--prior_weight", 0.5]
+    assert "--prior_prompt" in refused(*plain, *weight)
+    assert "--prior_count" in refused(*plain, *weight[:-2], "--prior_count", 5)
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "mine.txt").write_text("kept")
+    assert "exists" in refused(*plain, "--subject", subject_folder, "--out", taken)
+    assert (taken / "mine.txt").read_text() == "kept"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert str(empty) in refused(*plain, "--subject", empty, "--out", tmp_path / "out")
+    (empty / "notes.txt").write_text("not an image")
+    assert "has no image" in refused(*plain, "--subject", empty, "--out", tmp_path / "out")
+    assert "notes.txt" in refused(*plain, "--subject", empty / "notes.txt", "--out", tmp_path / "out")
+    (empty / "torn.png").write_bytes(b"\x89PNG")
+    assert "torn.png" in refused(*plain, "--subject", empty, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_one_step_model_is_refused_as_the_teacher(refused, sd_folder, subject_folder, tmp_path):
+    from wadi.backbones import from_pipeline, load_pipeline
+
+    pipeline = load_pipeline(sd_folder)
+    pipeline.scheduler = from_pipeline(pipeline).one_step_scheduler(700)
+    pipeline.save_pretrained(tmp_path / "export")
+    assert "distilled" in refused(*short(subject_folder, tmp_path / "out", "--teacher", tmp_path / "export"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_model_is_loaded(refused, subject_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("wadi.backbones.load_pipeline", lambda *_, **__: pytest.fail("a model was loaded"))
+    (tmp_path / "taken").write_text("mine")
+    assert "taken" in refused(*short(subject_folder, tmp_path / "taken" / "out", "--teacher", "zoo"))
+    torn = tmp_path / "subject"
+    torn.mkdir()
+    (torn / "torn.png").write_bytes(b"not an image")
+    assert "torn.png" in refused(*short(torn, tmp_path / "out", "--teacher", "zoo"))
+
+
+def test_more_steps_than_the_schedule_has(refused, sd_folder, subject_folder, tmp_path):
+    from diffusers import DDIMScheduler
+
+    from wadi.backbones import load_pipeline
+
+    pipeline = load_pipeline(sd_folder)
+    pipeline.scheduler = DDIMScheduler(num_train_timesteps=50, clip_sample=False)
+    pipeline.save_pretrained(tmp_path / "short")
+    argv = short(subject_folder, tmp_path / "out", "--teacher", tmp_path / "short")
+    argv[argv.index("--prior_steps") + 1] = "51"
+    said = refused(*argv)
+    assert "--prior_steps is 51" in said
+    assert "50" in said
+
+
+def test_one_image_is_enough(sd_folder, tmp_path):
+    folder = tmp_path / "subject"
+    folder.mkdir()
+    Image.new("RGB", (20, 30), "red").save(folder / "one.jpg")
+    (folder / "notes.txt").write_text("left out")
+    argv = short(folder, tmp_path / "out", "--teacher", sd_folder, "--rank", 2, "--picture", "false")
+    assert main(["dreambooth", *argv]) == 0
+
+
+def test_a_schedule_of_one_step_alone_has_no_diffusion_loss(sd_folder, subject_folder, tmp_path):
+    from diffusers import DDIMScheduler
+
+    from wadi.backbones import from_pipeline, load_pipeline
+    from wadi.errors import WadiError
+    from wadi.extras.dreambooth.training import DreamboothConfig, check
+
+    pipeline = load_pipeline(sd_folder)
+    check(from_pipeline(pipeline), DreamboothConfig(loss="diffusion"))
+    pipeline.scheduler = DDIMScheduler(trained_betas=[0.0] * 999 + [1 - 0.0047], timestep_spacing="trailing")
+    check(from_pipeline(pipeline), DreamboothConfig(loss="one-step"))
+    with pytest.raises(WadiError, match="no noise at timestep"):
+        check(from_pipeline(pipeline), DreamboothConfig(loss="diffusion"))
