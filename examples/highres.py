@@ -21,10 +21,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from report import machine, rewrite, row, small
 from torch import Tensor
 from wadi.zoo.evaluate import SEED_STEP
 
+from report import machine, rewrite, row, small
 from wadi import zoo
 from wadi.extras.high_resolution.resize import enlarged, resize
 from wadi.io import grids

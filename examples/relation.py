@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from report import drawer
 from torch import Tensor
 from wadi.zoo.evaluate import Drawer, latency, mean_and_spread
-from wadi.zoo.relations import (
+
+from relation_scenes import (
     RELATIONS,
     TESTED,
     describe,
@@ -32,7 +32,7 @@ from wadi.zoo.relations import (
     shows_order,
     write_exemplars,
 )
-
+from report import drawer
 from wadi.extras.relation.data import read_exemplars
 from wadi.extras.relation.training import InversionConfig, add_token, invert_relation
 from wadi.io.files import write_whole

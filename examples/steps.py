@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from report import machine, rewrite, row, small
 from torch import Tensor
-from wadi.downstream.img2img import image_tensor, start
 from wadi.zoo.evaluate import SEED_STEP, evaluate, table
 
+from report import machine, rewrite, row, small
 from wadi import zoo
 from wadi.backbones import from_pipeline
+from wadi.extras.image_to_image import image_tensor, start
 from wadi.extras.steps import schedule
 from wadi.io import grids
 from wadi.pipelines import generate

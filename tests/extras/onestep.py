@@ -2,7 +2,7 @@
 
 import torch
 
-from families import small_pipelines
+from backbones import small_pipelines
 from wadi.backbones import from_pipeline
 
 FAMILIES = ["sd1", "sd2", "sdxl", "pixart-sigma", "sd3", "flux", "sana"]

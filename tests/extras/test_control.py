@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from families import small_pipelines
+from backbones import small_pipelines
 from wadi.backbones import from_pipeline
 from wadi.errors import WadiError
 from wadi.extras.control import conditions

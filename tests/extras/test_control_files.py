@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load, save_file
-from test_downstream_control import condition_of, control_for, ip_adapter, loud, pixels, square, student, t2i_adapter
+from test_control import condition_of, control_for, ip_adapter, loud, pixels, square, student, t2i_adapter
 
 from wadi.errors import WadiError
 from wadi.extras.control.network import controlnet_of

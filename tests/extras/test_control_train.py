@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from families import small_pipelines
+from backbones import small_pipelines
 from wadi.backbones import from_pipeline
 from wadi.cli.main import main
 from wadi.errors import Interrupted, WadiError

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tiny
-from families import small_pipelines
+from backbones import small_pipelines
 from wadi import roles
 from wadi.backbones import from_pipeline
 from wadi.errors import WadiError

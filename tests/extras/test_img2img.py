@@ -5,10 +5,10 @@ import pytest
 import torch
 from onestep import FAMILIES, asked, students
 from PIL import Image
-from wadi.downstream.img2img import image_tensor, read_init, start
 
 from wadi.backbones import from_pipeline
 from wadi.errors import WadiError
+from wadi.extras.image_to_image import image_tensor, read_init, start
 from wadi.extras.steps import schedule
 from wadi.pipelines.generate import draw, load
 

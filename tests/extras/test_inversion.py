@@ -22,7 +22,7 @@ from wadi.extras.relation.data import Exemplars
 from wadi.extras.relation.token import check_new, insert, learning, towers
 from wadi.extras.relation.training import InversionConfig, add_token, encode, invert_relation, read_token
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "backbones"))
 import small_pipelines
 
 # Tokens of the small tokenizer are single bytes: the words of one letter are its prepositions.

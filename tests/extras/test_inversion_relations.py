@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from wadi.zoo.relations import (
+
+from relation_scenes import (
     LEARNED,
     RELATIONS,
     TESTED,
@@ -19,7 +20,6 @@ from wadi.zoo.relations import (
     shows_order,
     write_exemplars,
 )
-
 from wadi.errors import WadiError
 from wadi.extras.relation.data import read_exemplars
 from wadi.extras.relation.training import add_token

@@ -13,7 +13,7 @@ from wadi.backbones import load_pipeline
 from wadi.errors import WadiError
 from wadi.extras.lora.merge import apply_lora
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "backbones"))
 import small_pipelines
 
 TO_Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"  # 32 x 32

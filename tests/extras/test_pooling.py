@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from wadi.backbones import from_pipeline, load_pipeline
 from wadi.extras.relation.training import add_token
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "backbones"))
 import small_pipelines
 
 

@@ -9,7 +9,7 @@ from onestep import FAMILIES, asked, students
 from PIL import Image
 
 import tiny
-from families import small_pipelines
+from backbones import small_pipelines
 from wadi.backbones import from_pipeline
 from wadi.errors import WadiError
 from wadi.extras.steps import MOST, schedule

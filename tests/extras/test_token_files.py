@@ -12,7 +12,7 @@ from wadi.errors import WadiError
 from wadi.extras.relation.token import CONVERT, towers
 from wadi.extras.relation.training import add_token
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "backbones"))
 import small_pipelines
 
 
