@@ -21,7 +21,6 @@ import copy
 import dataclasses
 import inspect
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +35,14 @@ from wadi.diffusion import autoencoder
 from wadi.distill.checkpoints import fingerprint
 from wadi.distill.objectives.denoise import denoising_loss
 from wadi.distill.run_folder import stop_on_signals
+from wadi.distill.schedules import cosine, rise
 from wadi.errors import WadiError
 from wadi.extras.control.conditions import soft_edges
 from wadi.extras.control.data import Pictures, chosen_prompts, draw_pictures, load, save, stored
 from wadi.extras.control.fit import refuse_misfit
 from wadi.extras.control.network import controlled, controlnet_of
 from wadi.io.files import whole_folder, write_whole
+from wadi.io.moments import moments_of, restore_moments
 from wadi.io.progress import progress
 from wadi.io.records import parse_json
 from wadi.sampling import check_steps
@@ -132,7 +133,7 @@ def student_timestep(pipeline: Any) -> int:
 
 def rate(step: int, steps: int, warmup: int = 30) -> float:
     """Share of the learning rate at ``step``: a ramp, then a cosine to 0."""
-    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return rise(step + 1, warmup) * cosine(step, steps)
 
 
 def train(config: ControlConfig, teacher: Any, prompts: Sequence[str], student: Any = None, start: Any = None) -> Path:
@@ -325,8 +326,7 @@ class _Run:
         from safetensors.torch import save as to_bytes
 
         tensors = {f"net.{name}": value for name, value in self.controlnet.state_dict().items()}
-        for index, moments in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
+        tensors |= moments_of(self.optimizer, "adam.")
         plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         write_whole(self.path, to_bytes(plain, {"step": str(self.step), "note": self.note}))
 
@@ -346,10 +346,4 @@ class _Run:
             self.controlnet.load_state_dict(weights)
         except (KeyError, ValueError, RuntimeError) as error:
             raise WadiError(f"{str(path)!r} is damaged ({str(error).splitlines()[0]}). Delete it to start anew.") from error
-        state = self.optimizer.state_dict()
-        state["state"] = {}
-        for name, value in tensors.items():
-            if name.startswith("adam."):
-                _, index, moment = name.split(".")
-                state["state"].setdefault(int(index), {})[moment] = value
-        self.optimizer.load_state_dict(state)
+        restore_moments(self.optimizer, tensors, "adam.")

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from wadi import roles
 from wadi.backbones import Backbone, Condition
 from wadi.backbones.saving import write_pipeline
+from wadi.distill.schedules import cosine_to_a_tenth
 from wadi.errors import WadiError
 from wadi.extras.dreambooth.data import Prior, student_timestep
 from wadi.extras.lora import merge
@@ -127,7 +128,7 @@ def train(
     with progress("dreambooth", config.steps, quiet=quiet) as bar:
         for step in range(config.steps):
             for group in optimizer.param_groups:
-                group["lr"] = config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * step / config.steps)))
+                group["lr"] = config.lr * cosine_to_a_tenth(step, config.steps)
             loss, of_subject = _loss(backbone, subject, condition, prior, config, generator)
             loss.backward()
             _refuse_blown_up(nn.utils.clip_grad_norm_(parameters, 1.0), step, config)

@@ -14,8 +14,11 @@ from torch import Tensor
 
 from wadi.errors import WadiError
 from wadi.io.files import write_whole
+from wadi.io.moments import moments_of, restore_moments
 from wadi.io.records import Count, Record, parse_json
 from wadi.io.regular import regular
+
+MOMENTS = {"exp_avg": "m", "exp_avg_sq": "v"}  # Adam's names, and those in the file
 
 
 @dataclass
@@ -55,8 +58,8 @@ def save(out: Path, state: State, job: str, network: str) -> None:
 
     tensors: dict[str, Tensor] = {}
     for i, row in enumerate(state.rows):
-        moments = state.optimiser.state[row]
-        tensors |= {f"{i}.row": row.detach(), f"{i}.m": moments["exp_avg"], f"{i}.v": moments["exp_avg_sq"]}
+        tensors[f"{i}.row"] = row.detach()
+    tensors |= moments_of(state.optimiser, "", MOMENTS)
     note = json.dumps({"step": state.step, "skipped": state.skipped, "stats": state.stats, "job": job, "network": network})
     write_whole(partial_path(out), to_bytes({k: v.cpu().contiguous() for k, v in tensors.items()}, metadata={"note": note}))
 
@@ -92,8 +95,8 @@ def resume(out: Path, state: State, job: str, networks: Sequence[str]) -> None:
     for i, row in enumerate(state.rows):
         with torch.no_grad():
             row.copy_(tensors[f"{i}.row"])
-        moments = {name: tensors[f"{i}.{key}"].to(row.device) for name, key in (("exp_avg", "m"), ("exp_avg_sq", "v"))}
-        state.optimiser.state[row] = {"step": torch.tensor(float(note.step - note.skipped)), **moments}
+        tensors[f"{i}.step"] = torch.tensor(float(note.step - note.skipped))
+    restore_moments(state.optimiser, tensors, "", {**MOMENTS, "step": "step"})
     state.step, state.skipped, state.stats = note.step, note.skipped, note.stats
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wadi.distill.schedules import cosine, rise
 from wadi.io.progress import progress
 from wadi.zoo.concepts import CONCEPTS, STYLES
 from wadi.zoo.judge import Classifier, channels_last
@@ -75,7 +75,7 @@ def train_classifier(config: ZooConfig, ae: Any, sprites: Sprites, out: Path) ->
     with progress("classifier", last, step) as bar:
         while step < last:
             for group in optimiser.param_groups:
-                group["lr"] = LR * min(1.0, (step + 1) / 60) * 0.5 * (1 + math.cos(math.pi * step / last))
+                group["lr"] = LR * rise(step + 1, 60) * cosine(step, last)
             where = (step * FRESH + torch.arange(FRESH)) % len(pool)
             pictures, labels[where] = labelled(art, FRESH, generator)
             pictures[::2] = through(ae, pictures[::2], generator)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wadi.distill.schedules import average_weight, cosine, rise
 from wadi.errors import WadiError
 from wadi.io.files import write_whole
+from wadi.io.moments import moments_of, restore_moments
 from wadi.io.records import parse_json
 from wadi.io.regular import regular
 
@@ -60,7 +61,7 @@ class Budget:
     def rate(self, warmup: float = 0.01) -> float:
         """Factor on the learning rate: linear warm-up over ``warmup`` of the budget, then cosine to zero."""
         u = self.fraction
-        return min(u / warmup, 1.0) * 0.5 * (1 + math.cos(math.pi * u)) if warmup else 1.0
+        return rise(u, warmup) * cosine(u, 1) if warmup else 1.0
 
 
 class Average:
@@ -73,7 +74,7 @@ class Average:
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         self.steps += 1
-        weight = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
+        weight = average_weight(self.steps, self.decay)
         parameters = dict(module.named_parameters())
         torch._foreach_lerp_(list(self.values.values()), [parameters[n].detach() for n in self.values], weight)
 
@@ -87,8 +88,7 @@ def save_run(path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, av
     """One file with everything a stage needs to go on: weights, average, optimiser moments, ``note``."""
     tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in average.values.items()}
-    for index, moments in optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser.{index}.{k}": torch.as_tensor(v) for k, v in moments.items()}
+    tensors |= moments_of(optimiser, "optimiser.")
     save_tensors(path, tensors, {"average_steps": average.steps, **note})
 
 
@@ -100,10 +100,5 @@ def resume_run(path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, 
     module.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
     average.values = {k[8:]: v for k, v in tensors.items() if k.startswith("average.")}
     average.steps = note["average_steps"]
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimiser."):
-            _, index, key = name.split(".")
-            moments.setdefault(int(index), {})[key] = value
-    optimiser.load_state_dict({"state": moments, "param_groups": optimiser.state_dict()["param_groups"]})
+    restore_moments(optimiser, tensors, "optimiser.")
     return note
