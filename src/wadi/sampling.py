@@ -6,7 +6,6 @@ Image ``i`` depends on its own seed alone: noise is drawn per image, on the CPU,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,8 +99,3 @@ def many_steps(
 def decode_in_batches(backbone: Backbone, latents: Tensor, batch: int = 16) -> Tensor:
     """Images in ``[0, 1]`` on the CPU, ``(B, 3, height, width)``."""
     return torch.cat([backbone.decode(part).cpu() for part in latents.split(batch)])
-
-
-def one_step_scheduler(backbone: Backbone, timestep: int) -> Any:
-    """A diffusers scheduler that makes ``num_inference_steps=1`` the student's step, with no code of ours."""
-    return backbone.one_step_scheduler(timestep)

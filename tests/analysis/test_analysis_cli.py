@@ -100,14 +100,14 @@ def weights(pipeline):
 
 def student_of(teacher, folder):
     """A one-step pipeline whose weights differ from the teacher's in norm and direction both."""
-    from wadi.sampling import one_step_scheduler
+    from wadi.diffusion.schedulers import one_step_scheduler
 
     pipeline = load_pipeline(teacher)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in pipeline.unet.parameters():
             parameter.add_(0.2 * parameter.std() * torch.randn_like(parameter) if parameter.numel() > 1 else 0)
-    pipeline.scheduler = one_step_scheduler(from_pipeline(pipeline), 700)
+    pipeline.scheduler = one_step_scheduler(pipeline.scheduler, 700)
     pipeline.save_pretrained(folder / "student")
     return folder / "student"
 

@@ -9,6 +9,7 @@ import torch
 from wadi.backbones import from_pipeline, load_pipeline, refuse_distilled
 from wadi.cli.main import main
 from wadi.diffusion.process import Process
+from wadi.diffusion.schedulers import one_step_scheduler
 from wadi.distill import loop
 from wadi.distill.config import DistillConfig, FakeConfig, StudentConfig
 from wadi.errors import WadiError
@@ -47,13 +48,12 @@ def test_a_scheduler_nobody_can_read(scheduler, settings, told):
 def test_a_distilled_teacher(pipeline, folder_of):
     from diffusers import LCMScheduler
 
-    backbone = from_pipeline(pipeline)
     original = pipeline.scheduler
     refuse_distilled(pipeline, pipeline.unet)
     pipeline.scheduler = LCMScheduler()
     with pytest.raises(WadiError, match="itself a distilled model for few steps: its scheduler is LCMScheduler"):
         refuse_distilled(pipeline, pipeline.unet)
-    pipeline.scheduler = backbone.one_step_scheduler(700)
+    pipeline.scheduler = one_step_scheduler(pipeline.scheduler, 700)
     with pytest.raises(WadiError, match="betas are cut for one step"):
         refuse_distilled(pipeline, pipeline.unet)
     pipeline.scheduler = original
@@ -61,14 +61,14 @@ def test_a_distilled_teacher(pipeline, folder_of):
     with pytest.raises(WadiError, match="told the guidance scale"):
         refuse_distilled(pipeline, pipeline.unet)
     flow = load_pipeline(folder_of("sd3"))
-    flow.scheduler = from_pipeline(flow).one_step_scheduler(800)
+    flow.scheduler = one_step_scheduler(flow.scheduler, 800)
     with pytest.raises(WadiError, match="holds a single sigma"):
         refuse_distilled(flow, flow.transformer)
 
 
 def test_a_distilled_teacher_is_refused_by_the_command(folder_of, tmp_path, prompts_file, capsys):
     pipeline = load_pipeline(folder_of("sd1"))
-    pipeline.scheduler = from_pipeline(pipeline).one_step_scheduler(700)
+    pipeline.scheduler = one_step_scheduler(pipeline.scheduler, 700)
     pipeline.save_pretrained(tmp_path / "student")
     out = tmp_path / "run"
     capsys.readouterr()

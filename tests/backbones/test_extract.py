@@ -224,7 +224,7 @@ def test_a_base_of_another_length_is_refused(folder_of):
     from diffusers import DDIMScheduler
 
     with pytest.raises(WadiError, match="500"):
-        authors.one_step_scheduler(DDIMScheduler(num_train_timesteps=500))
+        authors.released_scheduler(DDIMScheduler(num_train_timesteps=500))
 
 
 def test_what_does_not_fit_the_base_is_one_line(released, folder_of, tmp_path):

@@ -7,8 +7,9 @@ from torch.testing import assert_close
 
 from wadi import roles
 from wadi.backbones import Condition, from_pipeline, load_pipeline
+from wadi.diffusion.schedulers import one_step_scheduler
 from wadi.errors import WadiError
-from wadi.sampling import many_steps, noise, one_step, one_step_scheduler, predict_guided
+from wadi.sampling import many_steps, noise, one_step, predict_guided
 
 PROMPTS = ["red apple", "blue car", ""]
 
@@ -79,7 +80,7 @@ def test_a_step_with_zero_angles_is_one_step_of_the_pipelines_own_scheduler(back
     assert_close(x0, own.step(prediction, timestep, z).pred_original_sample, rtol=1e-4, atol=1e-4)
 
     # a scheduler made for the student: one plain step
-    scheduler = one_step_scheduler(backbone, timestep)
+    scheduler = one_step_scheduler(backbone.pipeline.scheduler, timestep)
     scheduler.set_timesteps(1)
     assert scheduler.timesteps.tolist() == [timestep]
     assert scheduler.init_noise_sigma == 1.0
@@ -89,7 +90,7 @@ def test_a_step_with_zero_angles_is_one_step_of_the_pipelines_own_scheduler(back
 def test_the_students_scheduler_survives_its_file(backbone, tmp_path):
     from diffusers import DDIMScheduler
 
-    one_step_scheduler(backbone, 800).save_pretrained(tmp_path)
+    one_step_scheduler(backbone.pipeline.scheduler, 800).save_pretrained(tmp_path)
     again = DDIMScheduler.from_pretrained(tmp_path)
     again.set_timesteps(1)
     assert again.timesteps.tolist() == [800]
@@ -99,7 +100,7 @@ def test_the_students_scheduler_survives_its_file(backbone, tmp_path):
 @pytest.mark.parametrize("timestep", [-1, 1000])
 def test_a_timestep_that_the_schedule_lacks(backbone, timestep):
     with pytest.raises(WadiError, match=str(timestep)):
-        one_step_scheduler(backbone, timestep)
+        one_step_scheduler(backbone.pipeline.scheduler, timestep)
 
 
 @torch.no_grad()

@@ -9,12 +9,13 @@ from PIL import Image
 
 from backbones import small_pipelines
 from wadi.backbones import from_pipeline
+from wadi.diffusion.schedulers import one_step_scheduler, timestep_of
 from wadi.errors import WadiError
 from wadi.extras.control import conditions
 from wadi.extras.control.agreement import edge_f1, stacked
 from wadi.extras.control.network import controlled, controlnet_of
 from wadi.extras.control.pipeline import control_arguments, with_control
-from wadi.extras.control.training import student_timestep, student_x0
+from wadi.extras.control.training import student_x0
 from wadi.pipelines.generate import draw, load
 from wadi.sampling import noise
 
@@ -30,7 +31,7 @@ def student(name, folder, timestep=800, plain=True):
         if name == "sana":
             pipeline.transformer.register_to_config(timestep_scale=1.0)
     backbone = from_pipeline(pipeline, small_pipelines.RESOLUTIONS.get(name))
-    pipeline.scheduler = backbone.one_step_scheduler(timestep)
+    pipeline.scheduler = one_step_scheduler(pipeline.scheduler, timestep)
     backbone.remember_resolution()
     return pipeline
 
@@ -118,7 +119,7 @@ def test_the_student_is_asked_at_its_timestep(name, tmp_path):
     )
     pixels(under, **control_arguments(under, condition_of(plain)))
     assert asked == [613.0]
-    assert student_timestep(under) == 613
+    assert timestep_of(under.scheduler) == 613
 
 
 @pytest.mark.parametrize("name", UNETS)

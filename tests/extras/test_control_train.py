@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from backbones import small_pipelines
 from wadi.backbones import from_pipeline
 from wadi.cli.main import main
+from wadi.diffusion.schedulers import one_step_scheduler
 from wadi.errors import Interrupted, WadiError
 from wadi.extras.control import data, training
 from wadi.extras.control.conditions import soft_edges
@@ -37,7 +38,7 @@ def teacher(folder, name="sd2"):
 
 def one_step(folder, name="sd2"):
     pipeline = small_pipelines.make(name, folder)
-    pipeline.scheduler = from_pipeline(pipeline).one_step_scheduler(800)
+    pipeline.scheduler = one_step_scheduler(pipeline.scheduler, 800)
     return pipeline
 
 

@@ -9,9 +9,10 @@ from PIL import Image
 
 from wadi import roles
 from wadi.backbones import from_pipeline, load_pipeline
+from wadi.diffusion.schedulers import timestep_of
 from wadi.errors import WadiError
 from wadi.extras.dreambooth import training
-from wadi.extras.dreambooth.data import draw_prior, read_subject, student_timestep
+from wadi.extras.dreambooth.data import draw_prior, read_subject
 from wadi.extras.dreambooth.training import DreamboothConfig, match, train
 from wadi.extras.lora import merge
 from wadi.pipelines.generate import load
@@ -37,14 +38,14 @@ def subject_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one_step_folder(sd_v_folder, tmp_path_factory):
     """An exported one-step pipeline, asked at timestep 700."""
+    from wadi.diffusion.schedulers import one_step_scheduler
     from wadi.lorad import LoRaDConfig
-    from wadi.sampling import one_step_scheduler
 
     pipeline = load_pipeline(sd_v_folder)
     backbone = from_pipeline(pipeline)
     roles.attach(backbone.network, "student", LoRaDConfig(r=2, target_modules=TARGETS))
     roles.fuse(backbone.network, "student")
-    pipeline.scheduler = one_step_scheduler(backbone, 700)
+    pipeline.scheduler = one_step_scheduler(pipeline.scheduler, 700)
     folder = tmp_path_factory.mktemp("one-step") / "pipeline"
     pipeline.save_pretrained(folder)
     return folder
@@ -87,27 +88,13 @@ def test_the_prior_is_what_the_model_draws_alone(one_step_folder):
     """Each picture of its own seed and prompt, whatever stands beside it."""
     backbone = from_pipeline(load_pipeline(one_step_folder))
     prior = prior_of(backbone)
-    assert student_timestep(backbone) == 700
+    assert timestep_of(backbone.pipeline.scheduler) == 700
     pipeline = load(one_step_folder)
     for i, prompt in enumerate(["red apple", "blue car", "red apple", "blue car"]):
         latents = pipeline(
             prompt, generator=torch.Generator().manual_seed(i), num_inference_steps=1, guidance_scale=0.0, output_type="latent"
         ).images
         torch.testing.assert_close(prior.x0[i : i + 1], latents, rtol=1e-4, atol=1e-4)
-
-
-def test_a_student_of_a_flow_tells_its_timestep():
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    from wadi.diffusion.process import Process
-    from wadi.diffusion.schedulers import one_step
-
-    for timestep in (600, 1000):
-        scheduler = one_step(FlowMatchEulerDiscreteScheduler(), timestep)
-        backbone = type("Backbone", (), {})()
-        backbone.pipeline = type("Pipeline", (), {"scheduler": scheduler})()
-        backbone.process = Process.from_scheduler(scheduler)
-        assert student_timestep(backbone) == timestep
 
 
 # --- what it learns ---------------------------------------------------------------------------------------------------------
@@ -141,7 +128,7 @@ def test_it_learns_the_subject_and_keeps_the_class(request, subject_folder, meth
 def _drift(backbone, prior, _condition):
     from wadi.sampling import one_step
 
-    made = one_step(backbone, prior.condition, prior.z, student_timestep(backbone))
+    made = one_step(backbone, prior.condition, prior.z, timestep_of(backbone.pipeline.scheduler))
     return float((made - prior.x0).square().mean())
 
 

@@ -11,6 +11,7 @@ import tiny
 from backbones import small_pipelines
 from wadi import roles
 from wadi.backbones import from_pipeline
+from wadi.diffusion.schedulers import one_step_scheduler
 from wadi.errors import WadiError
 from wadi.extras.high_resolution.dispersion import disperse, dispersion
 from wadi.extras.high_resolution.positions import interpolated_positions, resized_table
@@ -352,7 +353,7 @@ def test_large_pictures_are_decoded_in_tiles(pipeline, monkeypatch):
 def test_transformers_draw_at_other_sizes(name, tmp_path):
     pipeline = small_pipelines.make(name, tmp_path)
     native = (64, 64) if name == "sana" else (16, 16)
-    pipeline.scheduler = from_pipeline(pipeline, native).one_step_scheduler(800)
+    pipeline.scheduler = one_step_scheduler(pipeline.scheduler, 800)
     wanted = (2 * native[0], 3 * native[1])
     resize(pipeline, wanted)
     plain = draw(pipeline, ["red"], [1]).pictures[0]

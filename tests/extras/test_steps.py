@@ -11,6 +11,7 @@ from PIL import Image
 import tiny
 from backbones import small_pipelines
 from wadi.backbones import from_pipeline
+from wadi.diffusion.schedulers import one_step_scheduler
 from wadi.errors import WadiError
 from wadi.extras.steps import MOST, schedule
 from wadi.pipelines.generate import draw
@@ -151,7 +152,7 @@ def test_a_tiny_student_of_every_prediction_type(tmp_path):
     """Predictions are turned into x0 by LCM's own code: it must read them as the process does."""
     for kind in ("epsilon", "v_prediction", "sample"):
         pipeline = small_pipelines.readied(tiny.stable_diffusion(tmp_path / kind, kind))
-        pipeline.scheduler = from_pipeline(pipeline).one_step_scheduler(800)
+        pipeline.scheduler = one_step_scheduler(pipeline.scheduler, 800)
         process, found = from_pipeline(pipeline).process, schedule(pipeline.scheduler, 2)
         found.scheduler.set_timesteps(2)
         z, prediction = torch.randn(2, 1, 4, 8, 8)

@@ -222,10 +222,6 @@ class Backbone(ABC):
         """Sigmas that the pipeline's call hands its scheduler for ``steps`` steps; None = the scheduler chooses its own."""
         return None
 
-    def one_step_scheduler(self, timestep: int) -> Any:
-        """A diffusers scheduler whose single step leads from ``timestep`` to ``x0``."""
-        return schedulers.one_step(self.pipeline.scheduler, timestep)
-
     @property
     def image_tokens(self) -> int:
         """Tokens of one image in the network, on which the shift of some flow models depends."""

@@ -24,7 +24,7 @@ TIMESTEP = 999
 ALPHA_SQUARED = 0.0047
 
 
-def one_step_scheduler(base: Any) -> Any:
+def released_scheduler(base: Any) -> Any:
     """Return DDIM over the betas of the scheduler ``base``, except the last: there ``alpha^2`` becomes 0.0047, at t = 999.
 
     Its single step is ``(z - sqrt(1 - 0.0047) eps) / sqrt(0.0047)``. The last beta is negative where the base's own ``alpha^2``
@@ -83,6 +83,6 @@ def import_authors(file: Path, base: str, out: Path, dtype: torch.dtype = torch.
         for name, tensor in own.items():
             tensor.copy_(weights[name])
     refuse_not_finite(f"{str(file)!r}", own)
-    pipeline.scheduler = one_step_scheduler(pipeline.scheduler)
+    pipeline.scheduler = released_scheduler(pipeline.scheduler)
     save_pipeline(pipeline, out)
     return pipeline

@@ -14,7 +14,6 @@ but rounding.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from wadi import roles
 from wadi.backbones import family
 from wadi.backbones.loading import build_network, pipeline_index, read_config
 from wadi.backbones.weights import LazyTensors, compare, network_weights
+from wadi.diffusion.schedulers import make_scheduler, stored_timestep, timestep_of
 from wadi.errors import WadiError
 from wadi.io.files import check_out, whole_folder
 from wadi.io.weights import refuse_not_finite
@@ -202,18 +202,13 @@ def _fill(
 
 
 def _timestep(teacher: str, student: str) -> int:
-    """Where a student's own scheduler starts its one step, if it is one of `wadi export`; else the teacher's last."""
-    for own, path in ((True, student), (False, teacher)):
-        if Path(path).is_file():
-            continue
-        config: Mapping[str, Any] = read_config(resolve_teacher(path), "scheduler")
-        last = int(config["num_train_timesteps"])
-        if own and not config.get("trained_betas") and config.get("sigma_max") is None:
-            continue
-        if config.get("sigma_max") is not None:
-            return round(config["sigma_max"] * last)
-        flow = "FlowMatch" in str(config.get("_class_name")) or config.get("prediction_type") == "flow_prediction"
-        return last if flow else last - 1
+    """Return the timestep that the student's scheduler holds if `wadi export` wrote it, otherwise the teacher's last."""
+    if not Path(student).is_file():
+        stored = stored_timestep(read_config(resolve_teacher(student), "scheduler"))
+        if stored is not None:
+            return stored
+    if not Path(teacher).is_file():
+        return timestep_of(make_scheduler(read_config(resolve_teacher(teacher), "scheduler")))
     raise WadiError(f"Neither {student!r} nor {teacher!r} has a scheduler. Expected --timestep.")
 
 

@@ -8,6 +8,7 @@ Rectified flow, ``x0 = x_t - sigma v``: an Euler step from ``sigma = t* / T`` to
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from wadi.diffusion.process import Process
@@ -75,8 +76,10 @@ def flow_shift(config: Any, image_tokens: int) -> float:
     return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
 
 
-def one_step(scheduler: Any, timestep: int) -> Any:
-    """The scheduler of a student that is asked at ``timestep``, made from its teacher's ``scheduler``.
+def one_step_scheduler(scheduler: Any, timestep: int) -> Any:
+    """Return the scheduler of a student that generates at ``timestep``, made from its teacher's ``scheduler``.
+
+    Its single step leads from ``timestep`` to ``x0``. See `timestep_of` for the inverse.
 
     Raises:
         WadiError: if the teacher's schedule has no such timestep.
@@ -84,14 +87,34 @@ def one_step(scheduler: Any, timestep: int) -> Any:
     last = Process.from_scheduler(scheduler).last_timestep
     if not 1 <= timestep <= last:
         raise WadiError(
-            f"The student is asked at timestep {timestep}, and its teacher's schedule ends at {last}. Expected the teacher it "
-            "was trained on."
+            f"The student generates at timestep {timestep}, but its teacher's schedule ends at {last}. Give the teacher that "
+            "the student was trained on."
         )
-    return one_flow_step(scheduler.config, timestep) if is_flow(scheduler) else one_ddim_step(scheduler, timestep)
+    return _flow_step(scheduler.config, timestep) if is_flow(scheduler) else _ddim_step(scheduler, timestep)
 
 
-def one_ddim_step(scheduler: Any, timestep: int) -> Any:
-    """DDIM over the teacher's own betas cut off after ``timestep``.
+def timestep_of(scheduler: Any) -> int:
+    """Return ``t*``, at which a pipeline with this ``scheduler`` takes its one step: the inverse of `one_step_scheduler`.
+
+    For any other scheduler this is the last timestep of its schedule, where a single step starts by default.
+    """
+    stored = stored_timestep(scheduler.config)
+    return Process.from_scheduler(scheduler).last_timestep if stored is None else stored
+
+
+def stored_timestep(config: Mapping[str, Any]) -> int | None:
+    """Return the ``t*`` that the config of a student's scheduler holds, or None if the config does not hold one.
+
+    A flow student that generates at the last timestep has the scheduler of a teacher, so the result is None for it too.
+    """
+    total = int(config["num_train_timesteps"])
+    if config.get("sigma_max") is not None:
+        return round(config["sigma_max"] * total)
+    return None if config.get("trained_betas") is None else total - 1
+
+
+def _ddim_step(scheduler: Any, timestep: int) -> Any:
+    """Return DDIM over the teacher's own betas cut off after ``timestep``.
 
     With trailing spacing its single step starts there, and with ``set_alpha_to_one`` it ends at ``x0``.
     """
@@ -108,8 +131,8 @@ def one_ddim_step(scheduler: Any, timestep: int) -> Any:
     )
 
 
-def one_flow_step(config: Any, timestep: int) -> Any:
-    """Euler from ``sigma = timestep / T`` to 0.
+def _flow_step(config: Any, timestep: int) -> Any:
+    """Return Euler from ``sigma = timestep / T`` to 0.
 
     A single step starts at ``sigma = 1`` in this class. To start earlier it takes ``sigma_max`` from its config in the
     exponential spacing (which has no constructor argument for it, so that diffusers remarks on it when it reads the file).

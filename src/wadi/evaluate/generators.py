@@ -18,12 +18,11 @@ from wadi.backbones.digest import teacher_digest
 from wadi.backbones.loading import pipeline_index, read_config
 from wadi.backbones.stored import split_variant
 from wadi.diffusion.process import Process
-from wadi.diffusion.schedulers import make_scheduler
+from wadi.diffusion.schedulers import make_scheduler, one_step_scheduler
 from wadi.errors import WadiError
 from wadi.io.files import sha256
 from wadi.io.versions import versions
 from wadi.pipelines import generate
-from wadi.sampling import one_step_scheduler
 from wadi.zoo.paths import NAME
 
 NOT_SETTINGS = ("base_model_name_or_path", "auto_mapping", "peft_version", "revision", "inference_mode", "task_type")
@@ -117,7 +116,7 @@ class Source:
 
         def forced() -> Any:
             pipeline = self._teacher()
-            pipeline.scheduler = one_step_scheduler(from_pipeline(pipeline), timestep)
+            pipeline.scheduler = one_step_scheduler(pipeline.scheduler, timestep)
             return pipeline
 
         return Generator(f"teacher forced to one step, t = {timestep}", about, forced)

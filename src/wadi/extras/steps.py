@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from wadi.diffusion import schedulers
+from wadi.diffusion.schedulers import is_flow, one_step_scheduler, timestep_of
 from wadi.errors import WadiError
 
 MOST = 50  # steps; more of them is a job for the teacher
@@ -52,7 +52,7 @@ def schedule(scheduler: Any, steps: int = 1, strength: float = 1.0) -> Schedule:
         WadiError: if a number is out of range, or the student's schedule has too few timesteps for it.
     """
     check(steps, strength)
-    return _flow(scheduler, steps, strength) if schedulers.is_flow(scheduler) else _preserving(scheduler, steps, strength)
+    return _flow(scheduler, steps, strength) if is_flow(scheduler) else _preserving(scheduler, steps, strength)
 
 
 def check(steps: int, strength: float = 1.0) -> None:
@@ -69,14 +69,13 @@ def check(steps: int, strength: float = 1.0) -> None:
 def _preserving(scheduler: Any, steps: int, strength: float) -> Schedule:
     from diffusers import LCMScheduler
 
-    last = len(scheduler.alphas_cumprod) - 1
-    first = max(1, round(strength * last))
+    first = max(1, round(strength * timestep_of(scheduler)))
     if steps > first:
         raise WadiError(f"Received {steps} steps to go from timestep {first}. Expected at most {first}: raise the strength.")
     refuse_noiseless(scheduler, [round(first * (1 - i / steps)) for i in range(steps)])
     alpha2 = float(scheduler.alphas_cumprod[first].double())
     if steps == 1:
-        made: Any = schedulers.one_ddim_step(scheduler, first)
+        made: Any = one_step_scheduler(scheduler, first)
     else:
         made = LCMScheduler(
             num_train_timesteps=first + 1,
@@ -107,10 +106,11 @@ def _flow(scheduler: Any, steps: int, strength: float) -> Schedule:
     from diffusers import FlowMatchLCMScheduler
 
     total = int(scheduler.config.num_train_timesteps)
-    first = max(1, round(strength * total * float(scheduler.config.get("sigma_max") or 1.0)))
+    start = timestep_of(scheduler) / total  # sigma of t*
+    first = max(1, round(strength * total * start))
     sigma = first / total
     if steps == 1:
-        made: Any = schedulers.one_flow_step(scheduler.config, first)
+        made: Any = one_step_scheduler(scheduler, first)
         return Schedule(made, {"num_inference_steps": 1}, 1 - sigma, sigma)
     sigmas = [sigma * (1 - i / steps) for i in range(steps)]
     call = {"num_inference_steps": steps, "sigmas": sigmas}

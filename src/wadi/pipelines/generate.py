@@ -20,13 +20,13 @@ from wadi import roles
 from wadi.backbones import family, from_pipeline, load_pipeline
 from wadi.backbones.failures import running
 from wadi.diffusion.finite import finite_decoding
+from wadi.diffusion.schedulers import one_step_scheduler
 from wadi.distill import config
 from wadi.errors import WadiError
 from wadi.io import grids, image_folder
 from wadi.io.bounds import SEEDS
 from wadi.io.progress import progress
 from wadi.parallel.device import explained_when_full
-from wadi.sampling import one_step_scheduler
 from wadi.zoo.paths import embedded, resolve_teacher
 
 WHEN_FULL = (
@@ -66,7 +66,7 @@ def load(
     roles.refuse_adapted(backbone.network)
     roles.load(backbone.network, folder, "student")
     roles.fuse(backbone.network, "student")
-    pipeline.scheduler = one_step_scheduler(backbone, about.timestep)
+    pipeline.scheduler = one_step_scheduler(pipeline.scheduler, about.timestep)
     backbone.remember_resolution()
     return pipeline
 

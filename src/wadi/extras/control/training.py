@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from wadi.backbones import Backbone, Condition, from_pipeline
 from wadi.backbones.digest import loaded_digest, tensors_digest
 from wadi.diffusion import autoencoder
+from wadi.diffusion.schedulers import timestep_of
 from wadi.distill.checkpoints import fingerprint
 from wadi.distill.objectives.denoise import denoising_loss
 from wadi.distill.run_folder import stop_on_signals
@@ -121,13 +122,6 @@ def edge_loss(backbone: Backbone, x0: Tensor, target: Tensor) -> Tensor:
     return (soft_edges(decode(vae, x0)) - wanted).abs().mean()
 
 
-def student_timestep(pipeline: Any) -> int:
-    """Where a one-step pipeline's scheduler starts."""
-    scheduler = copy.deepcopy(pipeline.scheduler)
-    scheduler.set_timesteps(1)
-    return int(scheduler.timesteps[0])
-
-
 # --- the loop ---------------------------------------------------------------------------------------------------------------
 
 
@@ -159,7 +153,7 @@ def train(config: ControlConfig, teacher: Any, prompts: Sequence[str], student: 
         raise _not_ours(place)
     controlnet = start if start is not None else _fresh(config, backbone)
     refuse_misfit(teacher if student is None else student, controlnet)
-    timestep = None if student is None else student_timestep(student)
+    timestep = None if student is None else timestep_of(student.scheduler)
     note = dataclasses.asdict(config) | {"out": "", "save_every": 0, "network": fingerprint(backbone.network)}
     note |= {
         "teacher": loaded_digest(teacher),

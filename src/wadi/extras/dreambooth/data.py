@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from wadi.backbones import Backbone, Condition
+from wadi.diffusion.schedulers import timestep_of
 from wadi.errors import WadiError
 from wadi.io.images import HEIC, SUFFIXES, read_image
 from wadi.io.regular import is_dir, shown, unreadable
@@ -88,13 +89,5 @@ def draw_prior(
         if steps:
             made.append(many_steps(backbone, condition[rows], null, z[rows], steps, guidance_scale))
         else:
-            made.append(one_step(backbone, condition[rows], z[rows], student_timestep(backbone)))
+            made.append(one_step(backbone, condition[rows], z[rows], timestep_of(backbone.pipeline.scheduler)))
     return Prior(z, torch.cat(made), condition)
-
-
-def student_timestep(backbone: Backbone) -> int:
-    """``t*`` of a one-step pipeline, told by its scheduler (see `wadi.diffusion.schedulers`)."""
-    config = backbone.pipeline.scheduler.config
-    if config.get("sigma_max") is not None:
-        return round(config.sigma_max * backbone.process.num_timesteps)
-    return backbone.process.last_timestep

@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from wadi import roles
 from wadi.backbones import Backbone, Condition
 from wadi.backbones.saving import write_pipeline
+from wadi.diffusion.schedulers import timestep_of
 from wadi.distill.schedules import cosine_to_a_tenth
 from wadi.errors import WadiError
-from wadi.extras.dreambooth.data import Prior, student_timestep
+from wadi.extras.dreambooth.data import Prior
 from wadi.extras.lora import merge
 from wadi.extras.steps import refuse_noiseless
 from wadi.io import bounds
@@ -215,7 +216,7 @@ def _one_step_loss(
     backbone: Backbone, x0: Tensor, z: Tensor, condition: Condition, batch: int, _generator: torch.Generator
 ) -> Tensor:
     """``|G(z, c) - x0|^2`` ``(B,)``; of the first ``batch`` rows each goes with the picture that `match` gives it."""
-    made = one_step(backbone, condition, z, student_timestep(backbone))
+    made = one_step(backbone, condition, z, timestep_of(backbone.pipeline.scheduler))
     wanted = torch.cat([x0[:batch][match(made[:batch].detach(), x0[:batch])], x0[batch:]])
     return (made - wanted).square().flatten(1).mean(1)
 
