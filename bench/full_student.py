@@ -22,7 +22,6 @@ from wadi.distill.objectives.regression import regression_loss
 from wadi.distill.warm_start import load_pairs
 from wadi.prompts.prompts import open_prompts
 from wadi.sampling import one_step
-from wadi.zoo.paths import resolve_prompts
 
 
 def main() -> None:
@@ -39,7 +38,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     backbone, pairs = from_pipeline(zoo.load_teacher()), load_pairs(args.pairs, torch.device("cpu"))
-    prompts = open_prompts(resolve_prompts("zoo"), None)
+    prompts = open_prompts("zoo")
     network = backbone.network.requires_grad_(True)
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=0.0)
     start, seen = time.monotonic(), []

@@ -17,14 +17,12 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from wadi.zoo.evaluate import SEED_STEP
 
-from report import machine, rewrite, row, small
+from report import SEED_STEP, machine, rewrite, row, small, tensor
 from wadi import zoo
 from wadi.extras.high_resolution.resize import enlarged, resize
 from wadi.io import grids
@@ -67,11 +65,6 @@ def drawn(pipeline: object, way: Way, prompts: Sequence[str], seeds: Sequence[in
     """Pictures, and milliseconds of each."""
     with way():
         return generate.draw(pipeline, prompts, seeds, batch=batch)
-
-
-def tensor(pictures: Sequence[Image.Image]) -> Tensor:
-    """``(B, 3, H, W)`` in [0, 1]."""
-    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2) / 255
 
 
 def windows(x: Tensor, side: int, step: int) -> Tensor:

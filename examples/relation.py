@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +18,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from wadi.zoo.evaluate import Drawer, latency, mean_and_spread
 
 from relation_scenes import (
     RELATIONS,
@@ -32,7 +30,8 @@ from relation_scenes import (
     shows_order,
     write_exemplars,
 )
-from report import drawer
+from report import Drawer, drawer, latency, rewrite
+from wadi.extras.control.agreement import mean_and_spread
 from wadi.extras.relation.data import read_exemplars
 from wadi.extras.relation.training import InversionConfig, add_token, invert_relation
 from wadi.io.files import write_whole
@@ -172,13 +171,6 @@ def speed_up(rows: Sequence[Row]) -> str:
     return f"One step takes {100 * (1 - fast / slow):.0f} % less time than {STEPS} ({slow / fast:.0f} times as fast)."
 
 
-def put(part: str, told: str) -> None:
-    """Replace what the page says between the marks of ``part``."""
-    page, marked = PAGE.read_text(encoding="utf-8"), f"<!-- {part} -->\n{told}\n<!-- /{part} -->"
-    write_whole(PAGE, re.sub(f"<!-- {part} -->.*<!-- /{part} -->", lambda _: marked, page, flags=re.DOTALL).encode())
-    print(marked)
-
-
 def show(drawers: dict[str, Drawer]) -> Image.Image:
     """Four prompts of each relation: exemplars above, then teacher and student with the token and without."""
     columns = [(relation, i) for relation in RELATIONS for i in (1, 4, 6, 8)]
@@ -218,11 +210,11 @@ def main() -> None:
     rows.append(exemplars())
     machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
     figures = {"machine": machine, "rows": [asdict(row) for row in rows]}
-    put("measured", f"{table(rows)}\n\n{speed_up(rows)}")
+    rewrite(PAGE, "measured", f"{table(rows)}\n\n{speed_up(rows)}")
     if options.ablate:
         ablated = ablate(options.run, options.sets)
         figures["ablated"] = [{"name": row.name} | {key: getattr(row, key) for key in ABLATED} for row in ablated]
-        put("ablated", table(ablated, ABLATED))
+        rewrite(PAGE, "ablated", table(ablated, ABLATED))
     elif FIGURES.is_file():
         figures["ablated"] = json.loads(FIGURES.read_text()).get("ablated", [])
     write_whole(FIGURES, (json.dumps(figures, indent=1) + "\n").encode())

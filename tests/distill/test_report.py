@@ -89,7 +89,7 @@ def test_results_of_eval_are_tables(run):
     (run / "eval" / "other.json").write_text("[1, 2")
     page = write_report(run).read_text()
     for text in (
-        "Measured", "Frechet distance (lite0)", "5.901 ± 0.11", "<td>0.25</td>", "student &lt;one&gt;", "latency p50, ms",
+        "Measured", "Frechet distance, lite0", "5.901 ± 0.11", "<td>0.25</td>", "student &lt;one&gt;", "latency p50, ms",
         "9,000", "zoo, protocol hash abcdef012345", "other.json is not a result",
     ):  # fmt: skip
         assert text in page

@@ -366,15 +366,6 @@ def test_tune_and_eval_by_command(trained, finished_run, sd_folder, prompts_path
     assert Image.open(tmp_path / "grid.png").width > 100
 
 
-def test_a_page_without_a_place_is_left_alone(tmp_path):
-    from wadi.cli.control import _replace_table
-
-    (tmp_path / "page.md").write_text("text")
-    with pytest.raises(WadiError, match="no place for the table"):
-        _replace_table(tmp_path / "page.md", "table")
-    assert (tmp_path / "page.md").read_text() == "text"
-
-
 def test_a_condition_by_command(tmp_path, capsys):
     Image.fromarray(np.kron([[0, 1], [1, 0]], np.ones((16, 16))).astype(np.uint8) * 255).save(tmp_path / "in.png")
     out = tmp_path / "edges.png"

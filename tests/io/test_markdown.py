@@ -2,9 +2,10 @@
 
 import pytest
 
+from wadi.errors import WadiError
 from wadi.extras.control.agreement import Score
 from wadi.extras.control.agreement import table as control_table
-from wadi.io.markdown import code, table, text
+from wadi.io.markdown import code, split_at_markers, table, text, write_between_markers
 
 HOSTILE = "a | b\n| c | <img src=x onerror=alert(1)> [x](javascript:y) `z` **w** \\\\|"
 
@@ -45,3 +46,25 @@ def test_tables_of_the_commands_keep_their_columns():
     lines = control_table([score], HOSTILE).splitlines()
     assert len(lines) == 3
     assert len({len(cells(line)) for line in lines}) == 1
+
+
+PAGE = "before\n<!-- a -->\nold\n<!-- /a -->\nafter\n"
+
+
+def test_a_table_replaces_only_what_is_between_its_markers(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    write_between_markers(page, "<!-- a -->", "<!-- /a -->", "new")
+    assert page.read_text() == PAGE.replace("old", "new")
+    assert split_at_markers(page, "<!-- a -->", "<!-- /a -->") == ("before\n", "\nafter\n")
+
+
+@pytest.mark.parametrize("content", ["text", "<!-- /a --> <!-- b -->", "<!-- a -->", "<!-- /a --> before <!-- a -->", None])
+def test_a_page_without_both_markers_is_an_error_and_stays_as_it_is(tmp_path, content):
+    page = tmp_path / "page.md"
+    if content is not None:
+        page.write_text(content)
+    with pytest.raises(WadiError) as caught:
+        write_between_markers(page, "<!-- a -->", "<!-- /a -->", "new")
+    assert all(word in str(caught.value) for word in ("page.md", "<!-- a -->", "<!-- /a -->"))
+    assert (page.read_text() if page.exists() else None) == content

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from wadi.errors import WadiError
 from wadi.prompts.prompts import PromptOrder, Prompts, open_prompts, read_prompts
+from wadi.zoo import training_prompts
 
 
 def test_lines_are_stripped_and_empty_ones_left_out(tmp_path):
@@ -95,3 +96,23 @@ def test_epochs_and_seeds_shuffle_differently():
     assert first != second
     assert first != other
     assert first != list(range(50))
+
+
+def test_zoo_gives_its_training_captions_and_their_digest_never_changes():
+    """The digest is in run folders, checkpoints and embedding caches: another one would end the runs that they belong to."""
+    prompts = open_prompts("zoo")
+    assert list(prompts) == training_prompts()
+    assert (len(prompts), prompts.digest) == (4664, "37c0a58ccc63224d")
+
+
+def test_zoo_has_no_fields():
+    with pytest.raises(WadiError) as caught:
+        open_prompts("zoo", field="caption")
+    assert "'caption'" in str(caught.value)
+    assert "zoo" in str(caught.value)
+
+
+def test_zoo_is_never_a_file_or_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "zoo").write_text("something else")
+    assert len(open_prompts("zoo")) == 4664

@@ -43,7 +43,7 @@ def test_every_stage_from_tarballs_to_card(tmp_path, monkeypatch):
     settings = {"out": str(tmp_path / "zoo"), "tarballs": str(tarballs), "pool": 64, "first_fill": 1, "batch_teacher": 4}
     weights = train(ZooConfig(**settings, **TINY))
     assert weights == stages.weights_folder(ZooConfig(**settings))
-    assert {"README.md", "quality.json", "prompts.txt", "teacher", "classifier"} <= {p.name for p in weights.iterdir()}
+    assert {"README.md", "quality.json", "teacher", "classifier"} <= {p.name for p in weights.iterdir()}
     last = _last_line(tmp_path / "zoo" / "teacher.jsonl")
     train(ZooConfig(**settings, **TINY | {"stage": "teacher", "minutes_teacher": last["minutes"] + 0.01}))
     assert _last_line(tmp_path / "zoo" / "teacher.jsonl")["step"] > last["step"]

@@ -12,10 +12,9 @@ from wadi.analysis import plots
 from wadi.analysis.analyze import Analysis, Layer, groups_table
 from wadi.analysis.angles import EDGES
 from wadi.analysis.spectrum import FRACTIONS
-from wadi.errors import WadiError
 from wadi.io.figures import table
 from wadi.io.files import write_whole
-from wadi.io.markdown import code, text
+from wadi.io.markdown import code, split_at_markers, text, write_between_markers
 from wadi.io.markdown import table as markdown_table
 from wadi.io.regular import read_bytes, read_text
 
@@ -173,28 +172,14 @@ def left_out(found: Analysis) -> list[str]:
 BEGIN, END = "<!-- wadi analyze: begin -->", "<!-- wadi analyze: end -->"
 
 
-def around(page: Path) -> tuple[str, str]:
-    """What stands before and after the markers of a Markdown file.
-
-    Raises:
-        WadiError: if it has no such markers.
-    """
-    content = read_text(page) if page.is_file() else ""
-    before, begin, rest = content.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise WadiError(f"{str(page)!r} has no lines {BEGIN!r} and {END!r}. Expected a Markdown file with both.")
-    return before, after
-
-
 def write_page(page: Path, folder: Path, command: str) -> None:
     """Put the tables of an analysis in ``folder`` between the markers of a page, its figures into ``images/`` beside that.
 
     Raises:
         WadiError: if the file has no such markers, or cannot be written.
     """
-    before, after = around(page)
-    told = re.sub(r"\]\(([\w-]+\.png)\)", r"](images/analysis-\1)", read_text(folder / "analysis.md"))
+    split_at_markers(page, BEGIN, END)  # before the images are written
+    tables = re.sub(r"\]\(([\w-]+\.png)\)", r"](images/analysis-\1)", read_text(folder / "analysis.md"))
     for picture in sorted(folder.glob("*.png")):
         write_whole(page.parent / "images" / f"analysis-{picture.name}", read_bytes(picture))
-    write_whole(page, f"{before}{BEGIN}\n{code(command)}\n\n{told}{END}{after}".encode())
+    write_between_markers(page, BEGIN, END, f"{code(command)}\n\n{tables.removesuffix(chr(10))}")

@@ -44,13 +44,14 @@ def analyze(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callabl
     from wadi.analysis import write
     from wadi.analysis.analyze import analyze as compare
     from wadi.io.files import refuse_foreign, whole_folder
+    from wadi.io.markdown import split_at_markers
     from wadi.io.regular import read_text
     from wadi.parallel.device import find_device
 
     out = Path(args.out)
     refuse_foreign(out, write.KNOWN)
     if args.page is not None:
-        write.around(Path(args.page))  # complain before all the work
+        split_at_markers(Path(args.page), write.BEGIN, write.END)  # complain before all the work
     if args.swap_eval and args.teacher != ZOO and args.prompts is None:
         raise WadiError("--swap_eval draws pictures of prompts. Expected --prompts FILE (zoo alone has prompts of its own).")
     generators = _generators(args) if args.swap_eval else None
@@ -236,15 +237,16 @@ LOWER = ("fid", "kid", "fd", "kd")  # is better
 def _write_hybrids(found: Hybrids, folder: Path) -> None:
     """Figures 1c and 1d, the scores as a result file, and their tables at the end of ``analysis.md``."""
     from wadi.analysis import plots
-    from wadi.evaluate.result import LABELS, table
+    from wadi.evaluate.result import table
     from wadi.io import grids
     from wadi.io.images import read_image
+    from wadi.io.metric_names import metric_label
     from wadi.pipelines.generate import enlargement
 
     found.result.save(folder / "swap.json")
     whole, partial = found.result.rows[: found.whole], found.result.rows[found.whole :]
     titles = {
-        name: f"{LABELS.get(name, name)}\n({'lower' if name.split()[0].split('-')[0] in LOWER else 'higher'} is better)"
+        name: f"{metric_label(name)}\n({'lower' if name.split()[0].split('-')[0] in LOWER else 'higher'} is better)"
         for name in whole[0].metrics
     }
     plots.bars(_scores(whole), titles, folder)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from wadi.errors import WadiError
 from wadi.io.bounds import COUNT, GUIDANCE, ROUNDS, SCALE, STEPS, Whole
-from wadi.io.regular import read_text
+from wadi.io.markdown import split_at_markers, write_between_markers
 
 if TYPE_CHECKING:
     from wadi.extras.control.agreement import Judge, Trial, Way
@@ -85,7 +85,7 @@ def _train(argv: Sequence[str], parse: Callable[..., Any], parser: Any) -> int:
     from wadi.io.files import check_writable
     from wadi.parallel.device import find_device, keep_freed_memory
     from wadi.prompts.prompts import read_prompts
-    from wadi.zoo.paths import resolve_prompts, resolve_teacher
+    from wadi.zoo.paths import resolve_teacher
 
     check_writable(config.out, folder=True)
     keep_freed_memory()
@@ -93,7 +93,7 @@ def _train(argv: Sequence[str], parse: Callable[..., Any], parser: Any) -> int:
     start = None if options["start"] is None else load_control(options["start"]).to(device).float()
     teacher = load_pipeline(resolve_teacher(options["teacher"]), device=device)
     student = None if options["student"] is None else _student(options["student"], device)
-    prompts = read_prompts(resolve_prompts(options["prompts"]))
+    prompts = read_prompts(options["prompts"])
     print(train(config, teacher, prompts, student, start))
     return 0
 
@@ -148,7 +148,7 @@ def _eval(argv: Sequence[str], parse: Callable[..., Any], parser: Any) -> int:
     if args.json is not None:
         write_whole(Path(args.json), (json.dumps(agreement.as_json(scores), indent=1) + "\n").encode())
     if args.page is not None:
-        _replace_table(Path(args.page), text)
+        write_between_markers(Path(args.page), BEGIN, END, text)
     if args.picture is not None:
         _picture(ways, trials[0], Path(args.picture))
     return 0
@@ -167,7 +167,7 @@ def _check_outputs(args: Any) -> None:
     if args.picture is not None:
         check_writable(args.picture, (".png",))
     if args.page is not None:
-        _split_page(Path(args.page))
+        split_at_markers(Path(args.page), BEGIN, END)
         check_writable(args.page)
 
 
@@ -202,10 +202,9 @@ def _trials(args: Any, teacher: Any, guided: dict[str, Any]) -> list[Trial]:
     from wadi.extras.control.agreement import Trial, way
     from wadi.extras.control.data import chosen_prompts
     from wadi.prompts.prompts import read_prompts
-    from wadi.zoo.paths import resolve_prompts
 
     draw = way(teacher, args.steps, guided)
-    every = read_prompts(resolve_prompts(args.prompts))
+    every = read_prompts(args.prompts)
     trials = []
     for number in range(args.sets):
         prompts = chosen_prompts(every, args.count, TRIAL_SEED + number)
@@ -237,23 +236,3 @@ def _picture(ways: dict[str, Way], trial: Trial, path: Path) -> None:
 
 
 BEGIN, END = "<!-- table: wadi control eval -->", "<!-- /table -->"
-
-
-def _split_page(page: Path) -> tuple[str, str]:
-    """The text of a page before and after its table.
-
-    Raises:
-        WadiError: if it has no place for one.
-    """
-    old = read_text(page, what="Page") if page.is_file() else ""
-    before, _, rest = old.partition(BEGIN)
-    if BEGIN not in old or END not in rest:
-        raise WadiError(f"{str(page)!r} has no place for the table. Expected the lines {BEGIN!r} and {END!r} in it.")
-    return before, rest.partition(END)[2]
-
-
-def _replace_table(page: Path, text: str) -> None:
-    from wadi.io.files import write_whole
-
-    before, after = _split_page(page)
-    write_whole(page, f"{before}{BEGIN}\n{text}\n{END}{after}".encode())

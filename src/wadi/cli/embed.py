@@ -31,11 +31,11 @@ def run(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[s
     from wadi.errors import WadiError
     from wadi.parallel.device import find_device
     from wadi.prompts.prompts import open_prompts
-    from wadi.zoo.paths import resolve_prompts, resolve_teacher
+    from wadi.zoo.paths import resolve_teacher
 
     if args.dtype not in ("float32", "bfloat16", "float16"):
         raise WadiError(f"--dtype is {args.dtype!r}. Expected float32, bfloat16 or float16.")
-    prompts = open_prompts(resolve_prompts(args.prompts), args.prompts_field, args.limit)
+    prompts = open_prompts(args.prompts, args.prompts_field, args.limit)
     pipeline = load_pipeline(resolve_teacher(args.teacher), getattr(torch, args.dtype), find_device(args.device))
     backbone = from_pipeline(pipeline, tuple(args.resolution) if args.resolution else None)
     out = embed(backbone, prompts, Path(args.out), args.batch, args.shard_rows)

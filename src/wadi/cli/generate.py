@@ -285,13 +285,12 @@ def factor_of(text: str | None) -> Factor | None:
 def prompts_of(args: Any) -> list[str]:
     """The prompt, or those of the file."""
     from wadi.prompts.prompts import read_prompts
-    from wadi.zoo.paths import resolve_prompts
 
     if (args.prompt is None) == (args.prompts is None):
         raise WadiError(
             "Expected either a prompt or --prompts FILE, and received " + ("neither." if args.prompt is None else "both.")
         )
-    return [args.prompt] if args.prompt is not None else read_prompts(resolve_prompts(args.prompts))
+    return [args.prompt] if args.prompt is not None else read_prompts(args.prompts)
 
 
 # --- the pipeline -----------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from wadi.io.progress import progress
 from wadi.prompts import cache
 from wadi.prompts.cache import Embeddings
 from wadi.prompts.prompts import Prompts, open_prompts
+from wadi.zoo.paths import NAME as ZOO
 
 SHARD_ROWS = 1024  # 240 MB of Stable Diffusion's embeddings in float32
 
@@ -64,7 +65,7 @@ def open_source(source: str, field: str | None) -> Prompts | Embeddings:
     Raises:
         WadiError: if there is none, or it cannot be read.
     """
-    if not cache.is_cache(source):
+    if source == ZOO or not cache.is_cache(source):
         return open_prompts(source, field)
     if field is not None:
         raise WadiError(f"prompts_field is {field!r}, and {source!r} is an embedding cache. Leave out --prompts_field.")

@@ -47,7 +47,7 @@ from wadi.parallel.ranks import Ranks, make_accelerator, shard_frozen
 from wadi.prompts.cache import Embeddings
 from wadi.prompts.prompts import PromptOrder
 from wadi.sampling import check_steps, one_step, predict_guided, student_timestep
-from wadi.zoo.paths import lasting, resolve_prompts, resolve_teacher
+from wadi.zoo.paths import lasting, resolve_teacher
 
 WHEN_FULL = (
     "What was saved is untouched. Set a lower --batch with a higher --accumulate, or --gradient_checkpointing true: both leave "
@@ -72,7 +72,7 @@ def distill(config: DistillConfig) -> Path:
     ranks = Ranks()
     run = Run(config, ranks)
     console.quiet = ranks.index > 0
-    prompts = open_source(resolve_prompts(config.prompts), config.prompts_field)
+    prompts = open_source(config.prompts, config.prompts_field)
     if ranks.count > 1:
         device = accelerator.device
     if device.type == "cpu":

@@ -12,6 +12,7 @@ from wadi.distill.run_folder import read_stats
 from wadi.errors import WadiError
 from wadi.io.figures import canvas, look, plain_labels, styled, svg
 from wadi.io.files import write_whole
+from wadi.io.metric_names import SPEED_LABELS, metric_label
 from wadi.io.records import Record, asdict, read_json
 from wadi.io.regular import read_bytes, read_text
 
@@ -162,31 +163,15 @@ def _result(path: Path) -> str:
         return f"<p>{html.escape(path.name)} is not a result of wadi eval and was left out ({html.escape(str(error))}).</p>"
     metrics = list(dict.fromkeys(name for row in found.rows for name in row.metrics))
     measured = [asdict(row.speed or Timing()) for row in found.rows]
-    speeds = [name for name, _ in SPEED if any(speed[name] is not None for speed in measured)]
+    speeds = [name for name in SPEED_LABELS if any(speed[name] is not None for speed in measured)]
     cells = [
         [*(_number(row.metrics.get(name)) for name in metrics), *(_speed(speed[name]) for name in speeds)]
         for row, speed in zip(found.rows, measured, strict=True)
     ]
     told = f"{found.protocol.get('protocol') or 'pictures'}, protocol hash {found.protocol_hash[:12]}"
-    head = ["", "images", *(_title(name) for name in metrics), *(dict(SPEED)[name] for name in speeds)]
+    head = ["", "images", *map(metric_label, metrics), *(SPEED_LABELS[name] for name in speeds)]
     body = [[row.name, row.images, *values] for row, values in zip(found.rows, cells, strict=True)]
     return f"<h3>{html.escape(path.stem)}: {html.escape(told)}</h3>{_html_table([head, *body])}"
-
-
-METRICS = {
-    "fid": "FID", "kid": "KID", "fd": "Frechet distance (default features)", "kd": "kernel distance (default features)",
-    "fd-zoo": "Frechet distance (zoo's classifier)", "top1": "concept named (top-1)", "clip": "CLIP score",
-    "diversity": "same-prompt diversity",
-}  # fmt: skip
-SPEED = (
-    ("images_per_second", "images per second"), ("latency_p50_ms", "latency p50, ms"), ("latency_p95_ms", "latency p95, ms"),
-    ("peak_memory_mib", "peak memory, MiB"), ("parameters", "parameters"), ("evaluations", "network evaluations"),
-)  # fmt: skip
-
-
-def _title(metric: str) -> str:
-    name, _, network = metric.partition(" ")  # 'fd NETWORK' names its features
-    return f"{METRICS[name].partition(' (')[0]} ({network})" if network and name in METRICS else METRICS.get(name, metric)
 
 
 def _number(number: Number | None) -> str:

@@ -20,9 +20,9 @@ from wadi.errors import WadiError
 from wadi.evaluate.drawn import differences
 from wadi.io import markdown
 from wadi.io.files import check_writable, write_whole
+from wadi.io.metric_names import SPEED_LABELS, metric_label
 from wadi.io.records import Count, Finite, Record, read_json
 from wadi.io.records import asdict as asdict_of
-from wadi.io.regular import read_text
 from wadi.io.versions import versions
 
 FORMAT = 1
@@ -165,14 +165,9 @@ def compare(first: str | Path, second: str | Path) -> str:
     return table([replace(row, speed=None) for row in (*one.rows, *two.rows)])
 
 
-LABELS = {
-    "fid": "FID", "kid": "KID", "fd": "Frechet distance", "kd": "kernel distance", "clip": "CLIP score",
-    "top1": "concept named (top-1)", "diversity": "same-prompt diversity", "fd-zoo": "Frechet distance, zoo-classifier",
-}  # fmt: skip
-SPEED = {
-    "images_per_second": ("images per second", "{:.1f}"), "latency_p50_ms": ("latency p50, ms", "{:.0f}"),
-    "latency_p95_ms": ("latency p95, ms", "{:.0f}"), "peak_memory_mib": ("peak memory, MiB", "{:.0f}"),
-    "parameters": ("parameters", "{:,}"), "evaluations": ("network evaluations per image", "{:g}"),
+SPEED_FORMATS = {
+    "images_per_second": "{:.1f}", "latency_p50_ms": "{:.0f}", "latency_p95_ms": "{:.0f}", "peak_memory_mib": "{:.0f}",
+    "parameters": "{:,}", "evaluations": "{:g}",
 }  # fmt: skip
 
 
@@ -181,18 +176,12 @@ def table(rows: Sequence[Row]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row.metrics))
     cells = [[told(row.metrics[name]) if name in row.metrics else "" for name in names] for row in rows]
     counted = [[str(row.images), *line] for row, line in zip(rows, cells, strict=True)]
-    quality = _markdown(["images", *map(label, names)], rows, counted)
+    quality = _markdown(["images", *map(metric_label, names)], rows, counted)
     timed = [row for row in rows if row.speed is not None]
     if not timed:
         return quality
-    quick = [[_quick(row, name) for name in SPEED] for row in timed]
-    return f"{quality}\n\n{_markdown([title for title, _ in SPEED.values()], timed, quick)}"
-
-
-def label(name: str) -> str:
-    """A metric's heading: a distance on other features is named after their network."""
-    kind, _, network = name.partition(" ")
-    return LABELS.get(kind, kind) + (f", {network}" if network else "")
+    quick = [[_speed(row, name) for name in SPEED_LABELS] for row in timed]
+    return f"{quality}\n\n{_markdown(list(SPEED_LABELS.values()), timed, quick)}"
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Row], cells: Sequence[Sequence[str]]) -> str:
@@ -201,9 +190,9 @@ def _markdown(head: Sequence[str], rows: Sequence[Row], cells: Sequence[Sequence
     )
 
 
-def _quick(row: Row, name: str) -> str:
+def _speed(row: Row, name: str) -> str:
     value = (row.speed or {}).get(name)
-    return "" if value is None else SPEED[name][1].format(value)
+    return "" if value is None else SPEED_FORMATS[name].format(value)
 
 
 BEGIN, END = "<!-- wadi eval: begin -->", "<!-- wadi eval: end -->"
@@ -218,30 +207,25 @@ def write_table(path: Path, result: Result) -> None:
     place = result.environment
     libraries = ", ".join(f"{name} {number}" for name, number in place.get("versions", {}).items() if number)
     machine = f"{place.get('machine')}, {place.get('threads')} thread(s) of torch, {place.get('device')}"
-    block = (
-        f"{BEGIN}\n{table(result.rows)}\n\nEvery row: {markdown.code(result.command)}\n\n"
-        f"Protocol `{result.hash}`. {machine}; {libraries}.\n{END}"
+    content = (
+        f"{table(result.rows)}\n\nEvery row: {markdown.code(result.command)}\n\n"
+        f"Protocol `{result.hash}`. {machine}; {libraries}."
     )
-    around = check_table(path)
-    write_whole(path, (block + "\n" if around is None else around[0] + block + around[1]).encode())
+    if path.exists():
+        markdown.write_between_markers(path, BEGIN, END, content)
+    else:
+        write_whole(path, f"{BEGIN}\n{content}\n{END}\n".encode())
 
 
-def check_table(path: Path) -> tuple[str, str] | None:
-    """What stands before and after the markers of a Markdown file; None if there is no file yet.
+def check_table(path: Path) -> None:
+    """Check, before the work whose table goes there, that `write_table` can write ``path``.
 
     Raises:
-        WadiError: if the file has no such markers, cannot be read, or its folder cannot be written.
+        WadiError: if the file exists without the markers, cannot be read, or its folder cannot be written.
     """
     check_writable(path)
-    if not path.exists():
-        return None
-    before, begin, rest = read_text(path, what="Table").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise WadiError(
-            f"{str(path)!r} has no lines {BEGIN!r} and {END!r}. Add them where the table belongs, or name a new file."
-        )
-    return before, after
+    if path.exists():
+        markdown.split_at_markers(path, BEGIN, END)
 
 
 def told(number: Number) -> str:

@@ -1,9 +1,14 @@
-"""Write Markdown: whatever a name contains, it stays text in its cell."""
+"""Write Markdown tables, and put them between the markers of a page. Any name stays text within its cell."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
+
+from wadi.errors import WadiError
+from wadi.io.files import write_whole
+from wadi.io.regular import read_text
 
 _SPECIAL = re.compile(r"([|`*\[\]\\])")
 
@@ -25,3 +30,27 @@ def code(value: object) -> str:
     longest = max((len(run) for run in re.findall("`+", one_line)), default=0)
     fence, space = "`" * (longest + 1), " " if longest else ""
     return f"{fence}{space}{one_line}{space}{fence}"
+
+
+def split_at_markers(page: Path, begin: str, end: str) -> tuple[str, str]:
+    """Return the text of a Markdown file before the marker ``begin`` and after the marker ``end``.
+
+    Raises:
+        WadiError: if the file does not exist, cannot be read, or lacks one of the markers.
+    """
+    content = read_text(page, what="Markdown page") if page.is_file() else ""
+    before, found_begin, rest = content.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise WadiError(f"{str(page)!r} has no place for the table. Add the lines {begin!r} and {end!r} where it belongs.")
+    return before, after
+
+
+def write_between_markers(page: Path, begin: str, end: str, content: str) -> None:
+    """Replace what is between two markers of a Markdown file. The markers stay; ``content`` gets lines of its own.
+
+    Raises:
+        WadiError: as `split_at_markers`, or if the file cannot be written.
+    """
+    before, after = split_at_markers(page, begin, end)
+    write_whole(page, f"{before}{begin}\n{content}\n{end}{after}".encode())

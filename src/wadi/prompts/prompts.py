@@ -58,7 +58,7 @@ class Prompts(Sequence[str]):
 
 
 def open_prompts(source: str | Path, field: str | None = None, limit: int | None = None) -> Prompts:
-    """The prompts of a file, a glob pattern or a data set, stripped; see `wadi.prompts.sources` for what is read.
+    """The prompts of a file, a glob pattern, a data set or 'zoo', stripped; see `wadi.prompts.sources` for what is read.
 
     Rows without a prompt are left out. Of a row with a list of captions the first is used. Both are counted, and a line on
     stderr says how many. Duplicates stay: a prompt that is there twice is used twice as often.

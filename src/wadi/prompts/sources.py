@@ -17,6 +17,8 @@ from urllib.parse import parse_qsl, urlsplit
 from wadi.errors import WadiError
 from wadi.io.records import JSON_BYTES, decoded, is_json, parse_json, read_json
 from wadi.io.regular import open_regular, regular
+from wadi.zoo.paths import NAME as ZOO
+from wadi.zoo.prompts import training_prompts
 
 Text = str | list[Any] | None  # of a row: a prompt, several captions of one image, or none
 Rows = Iterator[tuple[str, Text]]
@@ -41,7 +43,7 @@ def files_of(source: str) -> list[Path]:
 
 
 def rows_of(source: str, field: str | None) -> Rows:
-    """Rows of a file, of all files that a pattern names, or of a data set (``hf://NAME?split=train``).
+    """Rows of a file, of all files that a pattern names, of a data set (``hf://NAME?split=train``), or of the zoo's captions.
 
     Raises:
         WadiError: if one cannot be read, is not what its name says, or lacks ``field``.
@@ -49,10 +51,24 @@ def rows_of(source: str, field: str | None) -> Rows:
     if source.startswith(HUB):
         yield from dataset_rows(source, field)
         return
+    if source == ZOO:
+        yield from zoo_rows(field)
+        return
     for path in files_of(source):
         if remedy := UNREADABLE.get(path.suffix.lower()):
             raise WadiError(f"Prompts file {str(path)!r} {remedy}")
         yield from READERS.get(path.suffix.lower(), text_rows)(path, field)
+
+
+def zoo_rows(field: str | None) -> Rows:
+    """The captions that the embedded teacher was trained on.
+
+    Raises:
+        WadiError: if a ``field`` is given: captions have none.
+    """
+    if field is not None:
+        raise WadiError(f"prompts_field is {field!r}, and the captions of {ZOO!r} have no fields. Leave out --prompts_field.")
+    yield from ((f"caption {number} of {ZOO!r}", caption) for number, caption in enumerate(training_prompts(), 1))
 
 
 def lines_of(path: Path) -> Iterator[tuple[str, str]]:

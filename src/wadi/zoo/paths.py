@@ -11,7 +11,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def embedded(part: str) -> Path:
-    """Path of ``part``: 'teacher' (pipeline folder), 'student' (adapter folder), 'classifier', or 'prompts.txt'.
+    """Path of ``part``: 'teacher' (pipeline folder), 'student' (adapter folder), 'classifier' or 'controlnet'.
 
     Raises:
         WadiError: if this installation lacks it.
@@ -34,8 +34,3 @@ def lasting(teacher: str) -> str:
     """The same teacher as a name that holds from any folder: of a folder its absolute path, of all else itself."""
     place, mark, variant = teacher.partition("?variant=")
     return f"{Path(place).resolve()}{mark}{variant}" if place and Path(place).is_dir() and place != NAME else teacher
-
-
-def resolve_prompts(name: str) -> str:
-    """Where prompts come from; 'zoo' is the embedded teacher's captions."""
-    return str(embedded("prompts.txt")) if name == NAME else name

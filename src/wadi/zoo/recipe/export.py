@@ -11,7 +11,7 @@ from typing import Any
 from wadi.backbones.saving import write_pipeline
 from wadi.io.files import whole_folder, write_whole
 from wadi.zoo.concepts import COLOURS, CONCEPTS, STYLES
-from wadi.zoo.prompts import eval_prompts, training_prompts
+from wadi.zoo.prompts import eval_prompts
 from wadi.zoo.recipe.icons import Sprites
 
 CARD = Path(__file__).parent / "card.md"
@@ -79,8 +79,7 @@ def measure_weights(folder: Path, sprites: Sprites) -> dict[str, float]:
 
 
 def write_card(folder: Path, quality: dict[str, float]) -> None:
-    """``quality.json``, ``prompts.txt`` and the card ``README.md`` of the weights in ``folder``."""
+    """``quality.json`` and the card ``README.md`` of the weights in ``folder``."""
     write_whole(folder / "quality.json", (json.dumps(quality, indent=1, sort_keys=True) + "\n").encode())
     q = quality | {"concepts": len(CONCEPTS), "styles": ", ".join(STYLES), "colours": ", ".join(COLOURS)}
-    write_whole(folder / "prompts.txt", ("\n".join(training_prompts()) + "\n").encode())
     write_whole(folder / "README.md", CARD.read_text().format(machine=platform.machine(), **q).encode())
