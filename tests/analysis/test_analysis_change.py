@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from wadi.analysis import analyze, spectrum
-from wadi.analysis.change import compare_rows, exchanged
+from wadi.analysis.change import compare_rows, exchange_rows
 from wadi.analysis.spectrum import FRACTIONS, exact, rank_at, sketched
 from wadi.lorad.rotation import rotate
 
@@ -40,7 +40,7 @@ def test_a_layers_point_is_mean_and_deviation_over_its_rows():
     S = W.clone()
     S[0] *= 1.1
     S[1] = turned(W, 0.2)[1]
-    layer = analyze.measure("x", W, S)
+    layer = analyze.measure_layer("x", W, S)
     norms, directions = torch.tensor([0.1, 0, 0, 0]).double(), torch.tensor([0, 1 - math.cos(0.2), 0, 0]).double()
     assert layer.norm_mean == pytest.approx(float(norms.mean()), rel=1e-6)
     assert layer.norm_std == pytest.approx(float(norms.std(correction=0)), rel=1e-6)
@@ -50,7 +50,7 @@ def test_a_layers_point_is_mean_and_deviation_over_its_rows():
 
 def test_small_turns_are_not_lost_to_rounding():
     W = weight(3, 4)
-    layer = analyze.measure("x", W, turned(W, 1e-9))
+    layer = analyze.measure_layer("x", W, turned(W, 1e-9))
     assert layer.direction_mean == pytest.approx(5e-19, rel=1e-6)
 
 
@@ -76,27 +76,27 @@ def test_rows_of_zero_norm_are_left_out_and_counted():
     )  # the one that died, two turned
     assert not rows.residual[:3].any()
     assert rows.residual.isfinite().all()
-    nothing = analyze.measure("x", torch.zeros(3, 4), torch.ones(3, 4))
+    nothing = analyze.measure_layer("x", torch.zeros(3, 4), torch.ones(3, 4))
     assert (nothing.norm_mean, nothing.direction_mean, nothing.energy, nothing.undefined) == (None, None, None, 3)
 
 
 def test_hybrids_have_the_norms_of_one_and_the_directions_of_the_other():
     W, S = weight(5, 4, 3, 3), 3 * weight(5, 4, 3, 3, seed=1)
-    norms, directions = exchanged(W, S, "norm"), exchanged(W, S, "direction")
+    norms, directions = exchange_rows(W, S, "norm"), exchange_rows(W, S, "direction")
     of = compare_rows
     assert max(of(W, norms).norm.max(), of(S, norms).direction.max()) < 1e-12
     assert max(of(S, directions).norm.max(), of(W, directions).direction.max()) < 1e-12
     assert of(W, norms).direction.min() > 0.1
     assert of(W, directions).norm.min() > 0.1
-    assert exchanged(W.half(), S.half(), "norm").dtype == torch.float16
+    assert exchange_rows(W.half(), S.half(), "norm").dtype == torch.float16
 
 
 def test_hybrids_keep_the_students_row_where_a_direction_is_wanting():
     W, S = weight(3, 4), weight(3, 4, seed=1)
     W[0], S[1] = 0, 0
-    assert torch.equal(exchanged(W, S, "direction")[0], S[0])
-    assert torch.equal(exchanged(W, S, "direction")[1], torch.zeros(4).double())
-    assert not exchanged(W, S, "norm")[:2].any()
+    assert torch.equal(exchange_rows(W, S, "direction")[0], S[0])
+    assert torch.equal(exchange_rows(W, S, "direction")[1], torch.zeros(4).double())
+    assert not exchange_rows(W, S, "norm")[:2].any()
 
 
 # --- ranks ------------------------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_the_residual_of_a_layer_is_where_its_rank_is_read():
     W = basis[:20].clone()
     S = W.clone()
     S[0], S[1] = math.cos(0.5) * basis[0] + math.sin(0.5) * basis[30], math.cos(0.2) * basis[1] + math.sin(0.2) * basis[31]
-    layer = analyze.measure("up_blocks.1.resnets.0.conv1", W.float(), 2 * S.float())
+    layer = analyze.measure_layer("up_blocks.1.resnets.0.conv1", W.float(), 2 * S.float())
     energies = [2 * (1 - math.cos(0.5)), 2 * (1 - math.cos(0.2))]  # 20 rows: 1 and 2 singular values at 5 and 10 percent
     assert layer.energy[FRACTIONS.index(0.06)] == pytest.approx(energies[0] / sum(energies), rel=1e-5)
     assert layer.energy[FRACTIONS.index(0.1)] == pytest.approx(1.0, rel=1e-6)
@@ -143,7 +143,7 @@ def test_thirty_percent_is_never_more_than_that():
 @pytest.mark.parametrize(("dtype", "changed"), [(torch.float16, 1.0), (torch.float32, 1.1), (torch.bfloat16, 1.1)])
 def test_rounding_is_no_residual(dtype, changed):
     W = weight(32, 64).to(dtype)
-    layer = analyze.measure("x", W, (changed * W.double()).to(dtype))
+    layer = analyze.measure_layer("x", W, (changed * W.double()).to(dtype))
     assert layer.energy is None
     assert layer.energy_30 is None
     assert layer.direction_mean < torch.finfo(dtype).eps ** 2
@@ -185,7 +185,7 @@ def test_the_sketch_keeps_its_bound(name, shape):
 def test_a_large_layer_is_sketched_and_its_curve_ends_where_nothing_is_known():
     W = weight(80, 90)
     S = W + weight(80, 3, seed=1) @ weight(3, 90, seed=2) * 0.05
-    whole, part = analyze.measure("x", W, S), analyze.measure("x", W, S, exact_up_to=60)
+    whole, part = analyze.measure_layer("x", W, S), analyze.measure_layer("x", W, S, exact_up_to=60)
     assert whole.exact
     assert not part.exact
     assert whole.energy_missing == 0 < part.energy_missing

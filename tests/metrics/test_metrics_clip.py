@@ -10,8 +10,8 @@ from metric_toys import OpenClip, pictures, shaken
 from PIL import Image
 
 import tiny
-from wadi.errors import WadiError
-from wadi.metrics.clip import MEAN, STD, clip_score, cosines, crop, load_clip, pad, similarities
+from naming import error_naming
+from wadi.metrics.clip import MEAN, STD, cosines, crop, load_clip, pad, similarities
 
 PROMPTS = ["red apple", "blue car", "a very long prompt that has more letters than tokens fit"]
 
@@ -39,7 +39,6 @@ def test_is_the_cosine_of_what_the_model_itself_calls_its_embeddings(folder):
     expected = (out.logits_per_image / clip.model.logit_scale.exp()).diagonal()
     found = similarities(images, PROMPTS, clip)
     assert torch.allclose(found.float(), expected, atol=1e-5)
-    assert clip_score(images, PROMPTS, clip) == pytest.approx(float(expected.mean()), abs=1e-5)
 
 
 def test_each_pair_stands_for_itself(folder):
@@ -68,7 +67,7 @@ def test_the_models_own_normalisation_counts(folder, tmp_path):
     assert (other.mean, other.std) == (tuple(mean), tuple(std))
     assert other.digest == plain.digest
     assert other.protocol() != plain.protocol() | {"network": other.name}
-    assert not torch.allclose(other.images(pictures(1, 16, 16)), plain.images(pictures(1, 16, 16)), atol=1e-3)
+    assert not torch.allclose(other.embed_images(pictures(1, 16, 16)), plain.embed_images(pictures(1, 16, 16)), atol=1e-3)
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 40), (33, 50), (70, 31), (16, 16), (9, 20)])
@@ -91,15 +90,15 @@ def test_padding_keeps_the_whole_picture_and_its_middle():
     assert torch.equal(pad(pictures(1, 16, 16)[0], 16), pictures(1, 16, 16)[0] / 255)
 
 
-def test_bad_input_is_told(folder):
+def test_bad_input_is_named(folder):
     clip = load_clip(folder)
-    with pytest.raises(WadiError, match="3 images and 2 prompts"):
+    with error_naming("3 images", "2 prompts"):
         similarities(pictures(3, 16, 16), PROMPTS[:2], clip)
-    with pytest.raises(WadiError, match="0 images"):
-        clip_score([], [], clip)
-    with pytest.raises(WadiError, match="not finite"):
+    with error_naming("0 images"):
+        similarities([], [], clip)
+    with error_naming("NaN"):
         cosines(torch.full((2, 3), torch.nan), torch.ones(2, 3))
-    with pytest.raises(WadiError, match=r"nobody/nothing.*a CLIP of transformers"):
+    with error_naming("nobody/nothing", "CLIP"):
         load_clip("nobody/nothing")
 
 
@@ -120,9 +119,9 @@ def test_an_openclip_model_is_the_same_under_transformers_names(folder):
         texts = ours.text_projection(ours.text_model(tokens).pooler_output)
         assert torch.allclose(images, theirs.visual(pixels), atol=1e-4)
         assert torch.allclose(texts, theirs.encode_text(tokens), atol=1e-4)
-    with pytest.raises(WadiError, match=r"'visual.trunk.stem' *.*open_clip"):
+    with error_naming("'visual.trunk.stem'", "open_clip"):
         foreign.openclip({"visual.trunk.stem": torch.ones(1)})
-    with pytest.raises(WadiError, match="ls_1"):
+    with error_naming("ls_1"):
         foreign.openclip({"visual.transformer.resblocks.0.ls_1.weight": torch.ones(1)})
 
 
@@ -149,5 +148,5 @@ def test_absurd_normalisations_are_named(folder, tmp_path, mean):
 
     shutil.copytree(folder, tmp_path / "clip")
     (tmp_path / "clip" / "preprocessor_config.json").write_text(f'{{"image_mean": {mean}}}')
-    with pytest.raises(WadiError, match="image_mean"):
+    with error_naming("image_mean"):
         load_clip(tmp_path / "clip")

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wadi.errors import WadiError
+from naming import error_naming
 from wadi.metrics.resize import FILTERS, resize
 
 
@@ -59,7 +59,7 @@ def test_only_clean_filters_see_all_pixels():
         assert (abs(mean - 255 / 4) < 2) == filter.startswith("clean"), (filter, mean)
 
 
-def test_legacy_filters_differ_in_where_pixels_lie():
+def test_legacy_filters_differ_in_the_position_of_pixels():
     ramp = torch.tensor([0.0, 100.0, 200.0, 300.0]).div(2).expand(3, 4, 4)
     assert resize(ramp, 8, "legacy-tf")[0, 0].tolist() == [0, 25, 50, 75, 100, 125, 150, 150]
     assert resize(ramp, 8, "legacy-torch")[0, 0].tolist() == [0, 12.5, 37.5, 62.5, 87.5, 112.5, 137.5, 150]
@@ -67,6 +67,6 @@ def test_legacy_filters_differ_in_where_pixels_lie():
     assert resize(ramp, 2, "legacy-torch")[0, 0].tolist() == [25, 125]
 
 
-def test_an_unknown_filter_is_told():
-    with pytest.raises(WadiError, match=r"'bicubic'. Expected one of clean, "):
+def test_an_unknown_filter_is_named():
+    with error_naming("'bicubic'", *FILTERS):
         resize(picture(4, 4), 8, "bicubic")

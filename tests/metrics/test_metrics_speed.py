@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from wadi.errors import WadiError
-from wadi.metrics.speed import Subject, counted, measure, parameters, percentile
+from naming import error_naming
+from wadi.metrics.speed import TimedPipeline, count_passes, measure_speed, parameter_count, percentile
 
 
 def subject(steps, guided=False, seconds=0.0, log=None, name=""):
@@ -23,11 +23,11 @@ def subject(steps, guided=False, seconds=0.0, log=None, name=""):
         for _ in range(steps):
             network(torch.zeros(2 * count if guided else count, 4))
 
-    return Subject(call, network, (nn.Linear(2, 2),))
+    return TimedPipeline(call, network, (nn.Linear(2, 2),))
 
 
 def test_evaluations_are_rows_through_the_network_per_image():
-    found = measure({"student": subject(1), "teacher": subject(25, guided=True)}, repeats=1, batch=4)
+    found = measure_speed({"student": subject(1), "teacher": subject(25, guided=True)}, repeats=1, batch=4)
     assert [speed.evaluations for speed in found] == [1, 50]
     assert [speed.parameters for speed in found] == [20 + 6, 20 + 6]
     assert [speed.name for speed in found] == ["student", "teacher"]
@@ -35,12 +35,12 @@ def test_evaluations_are_rows_through_the_network_per_image():
 
 def test_subjects_take_turns():
     log = []
-    measure({"a": subject(1, log=log, name="a"), "b": subject(1, log=log, name="b")}, repeats=3, batch=2)
+    measure_speed({"a": subject(1, log=log, name="a"), "b": subject(1, log=log, name="b")}, repeats=3, batch=2)
     assert log[-12:] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)] * 3
 
 
 def test_times_are_those_of_the_clock():
-    slow, fast = measure({"slow": subject(1, seconds=0.02), "fast": subject(1, seconds=0.002)}, repeats=5, batch=2)
+    slow, fast = measure_speed({"slow": subject(1, seconds=0.02), "fast": subject(1, seconds=0.002)}, repeats=5, batch=2)
     assert 20 <= slow.latency_p50_ms <= slow.latency_p95_ms
     assert 20 < slow.images_per_second <= 50
     assert fast.latency_p50_ms < slow.latency_p50_ms
@@ -55,12 +55,12 @@ def test_percentiles_are_values_that_were_measured():
 
 def test_shared_parameters_count_once():
     shared = nn.Linear(3, 3)
-    assert parameters([shared, nn.Sequential(shared, nn.Linear(3, 1))]) == 12 + 4
+    assert parameter_count([shared, nn.Sequential(shared, nn.Linear(3, 1))]) == 12 + 4
 
 
 def test_counting_ends_with_its_block_and_reads_keywords():
     network = nn.Bilinear(2, 2, 1)
-    with counted(network) as count:
+    with count_passes(network) as count:
         network(input1=torch.zeros(3, 2), input2=torch.zeros(3, 2))
     network(torch.zeros(5, 2), torch.zeros(5, 2))
     assert (count.calls, count.rows) == (1, 3)
@@ -69,13 +69,13 @@ def test_counting_ends_with_its_block_and_reads_keywords():
 PEAKS = """
 import json, sys
 import torch
-from wadi.metrics.speed import Subject, measure
+from wadi.metrics.speed import TimedPipeline, measure_speed
 network = torch.nn.Linear(4, 4)
 subjects = {
-    "small": Subject(lambda count: network(torch.ones(count, 4)), network),
-    "large": Subject(lambda count: torch.ones(50 * 2**20).sum(), network),
+    "small": TimedPipeline(lambda count: network(torch.ones(count, 4)), network),
+    "large": TimedPipeline(lambda count: torch.ones(50 * 2**20).sum(), network),
 }
-found = measure({name: subjects[name] for name in sys.argv[1:]}, 1, 1)
+found = measure_speed({name: subjects[name] for name in sys.argv[1:]}, 1, 1)
 print(json.dumps({speed.name: speed.peak_memory_mib for speed in found}))
 """
 
@@ -93,8 +93,8 @@ def test_peak_memory_is_each_subjects_own(order):
     assert found["large"] - found["small"] > 150
 
 
-def test_nothing_to_measure_is_told():
-    with pytest.raises(WadiError, match="0 pipelines"):
-        measure({})
-    with pytest.raises(WadiError, match="0 repeats"):
-        measure({"a": subject(1)}, repeats=0)
+def test_nothing_to_measure_is_an_error():
+    with error_naming("0 pipelines"):
+        measure_speed({})
+    with error_naming("0 repeats"):
+        measure_speed({"a": subject(1)}, repeats=0)

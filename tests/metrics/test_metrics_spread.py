@@ -7,13 +7,12 @@ import statistics
 import pytest
 import torch
 
-from wadi.errors import WadiError
-from wadi.metrics import diversity as variety
-from wadi.metrics import frechet
-from wadi.metrics.diversity import diversity, pairwise, per_group
+from naming import error_naming
+from wadi.metrics import diversity, frechet
+from wadi.metrics.diversity import diversity_of_each_prompt, diversity_spread, image_distances, same_prompt_diversity
 from wadi.metrics.kernel import kernel_distance
 from wadi.metrics.neighbours import halves, membership, recall_spread
-from wadi.metrics.spread import nearest_prompts, of_influence
+from wadi.metrics.spread import nearest_prompts, spread_from_influence
 
 TOLERANCE = (0.7, 1.45)  # estimate / scatter: 60 sets tell the scatter to 9 %, 8 estimates differ by about as much
 SETS, ESTIMATED = 60, 8
@@ -37,11 +36,11 @@ def measured(fake, reference, gaussian, nearest):
     kernel = kernel_distance(fake, reference, 20, min(len(fake), len(reference)) // 2, nearest=nearest)
     means = {"precision": of.precision.double(), "density": of.density, "score": fake[:, 0]}
     return {
-        "frechet": (frechet.frechet_distance(fake, gaussian), lambda: frechet.spread(fake, gaussian, nearest)),
+        "frechet": (frechet.frechet_distance(fake, gaussian), lambda: frechet.frechet_spread(fake, gaussian, nearest)),
         "kernel": (kernel.value, lambda: kernel.spread),
         "recall": (float(of.recall.double().mean()), lambda: recall_spread(reference, fake, 3)),
-        "coverage": (float(of.coverage.double().mean()), lambda: of_influence(of.coverage_influence, nearest)),
-        **{name: (float(rows.mean()), lambda rows=rows: of_influence(rows, nearest)) for name, rows in means.items()},
+        "coverage": (float(of.coverage.double().mean()), lambda: spread_from_influence(of.coverage_influence, nearest)),
+        **{name: (float(rows.mean()), lambda rows=rows: spread_from_influence(rows, nearest)) for name, rows in means.items()},
     }
 
 
@@ -67,7 +66,7 @@ def test_the_spread_is_the_scatter_of_sets_from_other_seeds(count, dim, referenc
 def test_similar_prompts_take_the_scatter_between_prompts_away():
     """The same images: four fifths of the variance of a score are the prompts', which new seeds do not change."""
     fake = images(400, 16, 0.8, 0.0, 5)[:, 0]
-    plain, paired = of_influence(fake), of_influence(fake, torch.arange(400) ^ 1)
+    plain, paired = spread_from_influence(fake), spread_from_influence(fake, torch.arange(400) ^ 1)
     assert paired / plain == pytest.approx(math.sqrt(0.2 + 0.8 * 0.01), rel=0.15)
 
 
@@ -75,16 +74,16 @@ def test_similar_prompts_take_the_scatter_between_prompts_away():
 def test_the_spread_of_diversity_is_the_scatter_over_seeds(size):
     groups = [i for i in range(12) for _ in range(size)]
     sets = [normal(12, size, 16, seed=i) * (1 + torch.arange(12) % 4)[:, None, None] for i in range(150)]
-    values = [diversity(of.flatten(0, 1), groups) for of in sets]
-    spreads = [variety.spread(of.flatten(0, 1), groups) for of in sets[:20]]
+    values = [same_prompt_diversity(of.flatten(0, 1), groups) for of in sets]
+    spreads = [diversity_spread(of.flatten(0, 1), groups) for of in sets[:20]]
     assert TOLERANCE[0] < statistics.fmean(spreads) / statistics.stdev(values) < TOLERANCE[1]
 
 
 def test_few_images_of_a_prompt_give_the_scatter_between_prompts():
     groups = [i for i in range(40) for _ in range(2)]
     rows = normal(80, 8)
-    assert variety.spread(rows, groups) == pytest.approx(float(per_group(rows, groups).std()) / math.sqrt(40))
-    assert math.isnan(variety.spread(rows[:2], [0, 0]))
+    assert diversity_spread(rows, groups) == pytest.approx(float(diversity_of_each_prompt(rows, groups).std()) / math.sqrt(40))
+    assert math.isnan(diversity_spread(rows[:2], [0, 0]))
 
 
 def test_the_variance_of_a_mean_distance_is_unbiased():
@@ -93,7 +92,7 @@ def test_the_variance_of_a_mean_distance_is_unbiased():
     d = torch.cdist(x, x)
     apart = [d[i, j] * d[k, m] for i, j, k, m in itertools.permutations(range(6), 4)]
     whole = float(torch.nn.functional.pdist(x).mean()) ** 2 - float(torch.stack(apart).mean())
-    assert variety._variance_of_mean_distance(d) == pytest.approx(whole)
+    assert diversity._variance_of_mean_distance(d) == pytest.approx(whole)
 
 
 @pytest.mark.parametrize(("count", "dim"), [(30, 8), (12, 20)], ids=["covariance of full rank", "fewer images than dimensions"])
@@ -129,16 +128,16 @@ def test_a_frechet_distance_accepts_a_reference_that_is_factorised_once():
     fake, real = normal(40, 8), normal(60, 8, seed=1)
     once = frechet.gaussian(real)
     assert frechet.frechet_distance(fake, once) == frechet.frechet_distance(fake, real)
-    assert frechet.spread(fake, once) == frechet.spread(fake, real)
+    assert frechet.frechet_spread(fake, once) == frechet.spread(fake, real)
 
 
 def test_the_correction_of_a_sample_is_that_of_all_images(monkeypatch):
     """Pairs of images add a quarter of what half as many add."""
     fake, real = normal(1024, 24) * 1.02, normal(600, 24, seed=1)
-    whole = frechet.spread(fake, real)
+    whole = frechet.frechet_spread(fake, real)
     monkeypatch.setattr(frechet, "SAMPLE", 512)
-    assert frechet.spread(fake, real) == pytest.approx(whole, rel=0.05)
-    assert whole < 0.95 * of_influence(frechet.influence(fake, real))
+    assert frechet.frechet_spread(fake, real) == pytest.approx(whole, rel=0.05)
+    assert whole < 0.95 * spread_from_influence(frechet.influence(fake, real))
 
 
 def test_halves_are_halves_and_others_in_each_division():
@@ -163,12 +162,12 @@ def test_an_image_is_never_its_own_neighbour():
     assert all(prompts[i] == prompts[j] for i, j in enumerate(near.tolist()))
 
 
-def test_what_has_no_spread_is_refused():
-    with pytest.raises(WadiError, match="1 images"):
-        of_influence(torch.zeros(1))
-    with pytest.raises(WadiError, match="not finite"):
-        of_influence(torch.tensor([0.0, torch.nan]))
-    with pytest.raises(WadiError, match="1 prompts"):
+def test_what_has_no_spread_is_an_error():
+    with error_naming("1 images"):
+        spread_from_influence(torch.zeros(1))
+    with error_naming("NaN"):
+        spread_from_influence(torch.tensor([0.0, torch.nan]))
+    with error_naming("1 prompts"):
         nearest_prompts(["x"])
     assert recall_spread(normal(20, 2), normal(7, 2), 3) is None
 
@@ -181,9 +180,9 @@ def test_diversity_is_the_mean_over_pairs_of_each_prompt():
         members = [row for row, g in zip(rows.tolist(), groups, strict=True) if g == group]
         distances = [math.dist(p, q) for p, q in itertools.combinations(members, 2)]
         expected.append(sum(distances) / len(distances))
-    assert per_group(rows, groups).tolist() == pytest.approx(expected)
-    assert diversity(rows, groups) == pytest.approx(sum(expected) / 3)
-    assert diversity(rows[:1].expand(4, 3), [0, 0, 1, 1]) == 0
+    assert diversity_of_each_prompt(rows, groups).tolist() == pytest.approx(expected)
+    assert same_prompt_diversity(rows, groups) == pytest.approx(sum(expected) / 3)
+    assert same_prompt_diversity(rows[:1].expand(4, 3), [0, 0, 1, 1]) == 0
 
 
 def test_diversity_by_a_distance_of_images():
@@ -192,16 +191,16 @@ def test_diversity_by_a_distance_of_images():
     def mean_difference(a, b):
         return (a.float() - b.float()).abs().mean((1, 2, 3))
 
-    found = pairwise(images, ["x", "y", "y", "x"], mean_difference)
+    found = image_distances(images, ["x", "y", "y", "x"], mean_difference)
     expected = [(images[i].float() - images[j].float()).abs().mean() for i, j in ((0, 3), (1, 2))]
     assert found.tolist() == pytest.approx([float(e) for e in expected])
 
 
-def test_prompts_with_one_image_are_told():
-    with pytest.raises(WadiError, match=r"1 of 2 prompts have a single image, 'b'"):
-        diversity(normal(3, 2), ["a", "a", "b"])
-    with pytest.raises(WadiError, match="3 images and 2 prompts"):
-        diversity(normal(3, 2), ["a", "a"])
+def test_prompts_with_one_image_are_named():
+    with error_naming("1 of 2 prompts", "'b'"):
+        same_prompt_diversity(normal(3, 2), ["a", "a", "b"])
+    with error_naming("3 images", "2 prompts"):
+        same_prompt_diversity(normal(3, 2), ["a", "a"])
 
 
 def test_rare_words_decide_which_prompt_is_nearest():

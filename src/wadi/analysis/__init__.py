@@ -1,5 +1,5 @@
-"""What distillation changed in the weights: norm against direction, layer by layer, and hybrids that tell which of it matters.
+"""Analysis of the weights that distillation changed: norm against direction by layer, and hybrids of teacher and student.
 
-`wadi.analysis.analyze.analyze` measures two networks, `wadi.analysis.plots` draws what it found, `wadi.analysis.swap` puts the
-teacher's norms or directions back into a student.
+`analyze.py` compares two networks, `plots.py` and `write.py` turn the result into figures and files, and `swap.py` puts the
+teacher's norms or directions back into a student. Start with `analyze.py`.
 """

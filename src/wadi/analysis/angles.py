@@ -1,7 +1,8 @@
-"""The angles of a LoRaD adapter: how large they are, and of what rank.
+"""The angles of a LoRaD adapter: their size and their rank.
 
-``Theta = A B`` of shape ``(out, pairs)``, with ``A`` ``(out, r)`` and ``B`` ``(r, pairs)``, has at most ``r`` singular values
-that are not zero: those of ``R_A R_B^T``, a matrix of ``r x r``, where ``A = Q_A R_A`` and ``B^T = Q_B R_B``.
+``Theta = A B`` has the shape ``(out, pairs)``, with ``A`` ``(out, r)`` and ``B`` ``(r, pairs)``. So at most ``r`` of its
+singular values are not zero. These are the singular values of ``R_A R_B^T``, a matrix of ``r x r``, where ``A = Q_A R_A`` and
+``B^T = Q_B R_B``.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ EDGES = tuple(-math.pi + i * 2 * math.pi / BINS for i in range(BINS + 1))
 
 @dataclass(frozen=True)
 class Angles:
-    """One layer's angles, in radians.
+    """The angles of one layer, in radians.
 
     Attributes:
         rank: columns of ``A``.
         full: the largest rank that ``Theta`` can have.
         rms, largest: root mean square and largest absolute value.
-        beyond: share of angles outside ``[-pi, pi]``; they count modulo 2 pi and are in the outermost bins of `counts`.
-        effective_rank: ``exp`` of the entropy of the singular values taken as shares of their sum (Roy and Vetterli 2007).
-        rank_99: the smallest rank that holds 99 % of ``|Theta|^2``.
-        counts: angles per bin between `EDGES`.
+        beyond: share of angles outside ``[-pi, pi]``; `counts` has them in the outermost bins.
+        effective_rank: ``exp`` of the entropy of the singular values as shares of their sum (Roy and Vetterli 2007).
+        rank_99: the smallest rank that contains 99 % of ``|Theta|^2``.
+        counts: number of angles in each bin between `EDGES`.
     """
 
     rank: int
@@ -41,14 +42,16 @@ class Angles:
 
 
 def singular_values(A: Tensor, B: Tensor) -> Tensor:
-    """Singular values of ``A B``, descending, float64, ``min(out, r, pairs)`` of them; ``A B`` itself is never decomposed."""
+    """Return the singular values of ``A B``, descending, float64, ``min(out, r, pairs)`` of them, without decomposing ``A B``
+    itself.
+    """
     R_A = torch.linalg.qr(A.double(), mode="r").R
     R_B = torch.linalg.qr(B.double().T, mode="r").R
     return torch.linalg.svdvals(R_A @ R_B.T)
 
 
 def effective_rank(sigma: Tensor) -> float:
-    """``exp(- sum p ln p)``, ``p = sigma / sum sigma``: ``n`` for n equal values, 0 if all are zero."""
+    """Return ``exp(- sum p ln p)`` with ``p = sigma / sum sigma``: ``n`` for n equal values, 0 if all are zero."""
     if not sigma.any():
         return 0.0
     p = sigma / sigma.sum()
@@ -57,7 +60,7 @@ def effective_rank(sigma: Tensor) -> float:
 
 @torch.no_grad()
 def describe(A: Tensor, B: Tensor, theta: Tensor) -> Angles:
-    """`Angles` of the factors ``A`` and ``B`` whose product is ``theta`` ``(out, pairs)``."""
+    """Return the `Angles` of the factors ``A`` and ``B``, whose product is ``theta`` ``(out, pairs)``."""
     sigma = singular_values(A, B)
     energy = sigma.square().cumsum(0)
     inside = theta.flatten().double().clamp(-math.pi, math.pi).cpu()

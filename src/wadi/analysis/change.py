@@ -1,15 +1,15 @@
-"""Norm and direction of weight vectors, before and after.
+"""Change of the norms and directions of weight vectors.
 
-A weight vector is one row of a layer: one output neuron of a ``Linear``, one filter of a convolution, whose kernel
+A weight vector is one row of a layer: one output neuron of a ``Linear``, or one filter of a convolution, whose kernel
 ``(out, in, kh, kw)`` is read as the matrix ``(out, in kh kw)``. With rows ``w`` of the teacher and ``s`` of the student,
 
     norm change       abs(|s| - |w|) / |w|
     direction change  1 - cos(w, s) = |s/|s| - w/|w||^2 / 2
     residual          E, with the row s/|s| - w/|w|
 
-so the direction changes of a layer add up to half the squared Frobenius norm of ``E``. Computed in float64 whatever the weights
-are stored in; the right-hand form keeps small changes, which ``1 - cos`` would lose. A row of zero norm has no direction: it is
-left out and counted.
+so the direction changes of a layer add up to half the squared Frobenius norm of ``E``. All is computed in float64. The
+right-hand form of the direction change keeps small values, which ``1 - cos`` would lose. A row of zero norm has no direction;
+it is left out and counted.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 22  # numbers taken to float64 at a time: a large layer is gone through in parts
+BLOCK = 1 << 22  # numbers converted to float64 at a time
 
 
 class Rows(NamedTuple):
-    """What happened to the rows of a layer.
+    """The change of the rows of a layer.
 
     Attributes:
         norm: norm changes of the rows that had a norm, ``(n,)`` float64.
         direction: direction changes of the rows that have a direction before and after, ``(m,)`` float64.
         residual: ``E`` ``(out, fan_in)`` float32; zero in rows without a direction.
-        undefined: rows without a direction before or after.
+        undefined: number of rows without a direction before or after.
     """
 
     norm: Tensor
@@ -40,7 +40,10 @@ class Rows(NamedTuple):
 
 @torch.no_grad()
 def compare_rows(W: Tensor, S: Tensor, device: torch.device | str = "cpu") -> Rows:
-    """Rows of ``S`` (student) against those of ``W`` (teacher), both ``(out, ...)`` of one shape and any floating dtype."""
+    """Compare the rows of the student's ``S`` with the teacher's ``W``.
+
+    Both are ``(out, ...)`` in one shape and any floating dtype.
+    """
     W, S = W.flatten(1), S.flatten(1)
     rows, fan_in = W.shape
     residual = torch.empty(rows, fan_in, dtype=torch.float32, device=device)
@@ -60,18 +63,19 @@ def compare_rows(W: Tensor, S: Tensor, device: torch.device | str = "cpu") -> Ro
 
 
 def _unit(rows: Tensor, norms: Tensor) -> Tensor:
+    """Return rows of norm 1; rows of zero norm stay zero."""
     return rows / torch.where(norms > 0, norms, 1.0)[:, None]
 
 
 @torch.no_grad()
-def exchanged(W: Tensor, S: Tensor, take: str) -> Tensor:
-    """The student's ``S`` with the teacher's norms (``take='norm'``) or directions (``'direction'``) put back, row by row.
+def exchange_rows(W: Tensor, S: Tensor, take: str) -> Tensor:
+    """Return the student's ``S`` with the teacher's norms or directions put back, row by row.
 
-    ``s |w|/|s|`` or ``w |s|/|w|``, computed in float64, in the shape and dtype of ``S``. Where that asks for the direction of a
-    row of zero norm the student's row stays.
+    That is ``s |w|/|s|`` (``take='norm'``) or ``w |s|/|w|`` (``take='direction'``), computed in float64 and returned in the
+    shape and dtype of ``S``. A row that would need the direction of a row of zero norm stays the student's.
     """
     w, s = W.flatten(1).double(), S.flatten(1).double()
     norm_w, norm_s = w.norm(dim=1, keepdim=True), s.norm(dim=1, keepdim=True)
-    rows, has, wanted = (s, norm_s, norm_w) if take == "norm" else (w, norm_w, norm_s)
-    hybrid = torch.where(has > 0, rows * (wanted / torch.where(has > 0, has, 1.0)), s)
+    rows, current, target = (s, norm_s, norm_w) if take == "norm" else (w, norm_w, norm_s)
+    hybrid = torch.where(current > 0, rows * (target / torch.where(current > 0, current, 1.0)), s)
     return hybrid.view(S.shape).to(S.dtype)

@@ -1,10 +1,10 @@
-"""What kind of layer a name names, and where along the network it stands: U-Nets and transformers, in diffusers' names."""
+"""Kinds of layers, and their position along the network, by their names in the U-Nets and transformers of diffusers."""
 
 from __future__ import annotations
 
 import re
 
-# (kind, pattern searched in the name): the first that is found counts.
+# (kind, pattern to search in the name): the first match counts.
 _RULES = (
     ("feed-forward", r"\.(ff|ff_context|mlp)\.|(^|\.)single_transformer_blocks\.\d+\.proj_(mlp|out)$"),
     ("cross-attention", r"\.attn2\."),
@@ -30,27 +30,33 @@ _PLACES = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up", "transf
 
 
 def kind(name: str, dimensions: int = 2) -> str:
-    """One of `KINDS` for a layer's name, without ``.weight``; ``dimensions`` of its weight: more than 2 is a convolution."""
-    for found, pattern in _RULES:
+    """Return one of `KINDS` for the name of a layer (without ``.weight``).
+
+    Args:
+        dimensions: of its weight; more than 2 means a convolution.
+    """
+    for layer_kind, pattern in _RULES:
         if re.search(pattern, name):
-            return found
+            return layer_kind
     return "convolution" if dimensions > 2 else "other"
 
 
 def block(name: str) -> str:
-    """``down 0``, ``mid``, ``up 2`` of a U-Net, ``block 7`` or ``single 7`` of a transformer, or ``outside`` the blocks."""
-    found = _BLOCK.match(name)
-    if not found:
+    """Return the block of a layer: ``down 0``, ``mid``, ``up 2`` in a U-Net, ``block 7`` or ``single 7`` in a transformer, else
+    ``outside``.
+    """
+    match = _BLOCK.match(name)
+    if not match:
         return "outside"
-    place = found[1] or found[3]
-    return f"{_PLACES.get(place, 'single')} {found[2]}" if found[2] else _PLACES[place]
+    place = match[1] or match[3]
+    return f"{_PLACES.get(place, 'single')} {match[2]}" if match[2] else _PLACES[place]
 
 
 _ORDER = ("outside", "down", "mid", "up", "block", "single")
 
 
 def depth(name: str) -> tuple[int, int, list[tuple[int, int, str]]]:
-    """A key that sorts layers from input to output as far as names tell; layers outside the blocks come first."""
+    """Return a key that sorts layers from input to output. Layers outside the blocks come first."""
     place, _, number = block(name).partition(" ")
     natural = [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
     return _ORDER.index(place), int(number or 0), natural

@@ -1,4 +1,4 @@
-"""Networks to compare, whatever form they are in, as mappings from names to tensors that are read when asked for."""
+"""Open the networks to be compared, in any form, as mappings from names to tensors that are read on access."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from wadi.zoo.paths import embedded, resolve_teacher
 _PREFIX = "base_model.model."
 
 
-class Turned(NamedTuple):
-    """A layer as a LoRaD adapter leaves it."""
+class RotatedLayer(NamedTuple):
+    """A layer and its rotation by a LoRaD adapter."""
 
     W: Tensor  # the teacher's, float32
     R: Tensor  # rotated, float32
@@ -29,8 +29,8 @@ class Turned(NamedTuple):
     theta: Tensor  # (out, fan_in // 2)
 
 
-class Adapted(Mapping[str, Tensor]):
-    """A network under a LoRaD adapter: each weight is rotated when it is asked for, in float32, and not kept.
+class AdaptedNetwork(Mapping[str, Tensor]):
+    """A network with a LoRaD adapter. Each weight is rotated on access, in float32, and not kept.
 
     Raises:
         WadiError: on construction, if the adapter is damaged, of another kind, or does not fit ``base``.
@@ -40,8 +40,8 @@ class Adapted(Mapping[str, Tensor]):
         roles.read_config(folder)
         self.base, self.stored = base, LazyTensors([folder / roles.WEIGHTS])
         names = {key: key.removeprefix(_PREFIX).rpartition(".lorad_") for key in self.stored}
-        if strange := sorted(key for key, (layer, _, end) in names.items() if not layer or end not in ("A", "B")):
-            raise WadiError(f"Adapter {str(folder)!r} holds {strange[0]!r}. Expected angles alone (lorad_A and lorad_B).")
+        if unknown := sorted(key for key, (layer, _, end) in names.items() if not layer or end not in ("A", "B")):
+            raise WadiError(f"Adapter {str(folder)!r} contains {unknown[0]!r}. Only angles (lorad_A, lorad_B) can be read.")
         self._keys = {(layer, end): key for key, (layer, _, end) in names.items()}
         for layer in {layer for layer, _ in self._keys}:
             self._check(layer, folder)
@@ -52,28 +52,28 @@ class Adapted(Mapping[str, Tensor]):
         A, B = (self.stored.shape(self._keys[layer, end]) if (layer, end) in self._keys else None for end in "AB")
         pairs = torch.Size(shape[1:]).numel() // 2 if shape else 0
         if not shape or not A or not B or (A[0], B[1], A[1]) != (shape[0], pairs, B[0]):
-            found = f"a weight of shape {tuple(shape)}" if shape else "no such layer"
+            in_teacher = f"a weight of shape {tuple(shape)}" if shape else "no such layer"
             raise WadiError(
-                f"Adapter {str(folder)!r} does not fit the teacher at {layer!r}: A {A} and B {B}, and the teacher has {found}. "
-                "Expected the teacher it was trained on."
+                f"Adapter {str(folder)!r} does not fit the teacher at {layer!r}: A {A} and B {B}, but the teacher has "
+                f"{in_teacher}. Give the teacher that it was trained on."
             )
 
-    def turned(self, name: str) -> Turned | None:
-        """The layer of weight ``name`` and its angles, None where the adapter has none."""
+    def rotated_layer(self, name: str) -> RotatedLayer | None:
+        """Return the layer of the weight ``name`` and its angles, or None where the adapter has none."""
         layer = name.removesuffix(".weight")
         if (layer, "A") not in self._keys or not name.endswith(".weight"):
             return None
         A, B = (self.stored[self._keys[layer, end]] for end in "AB")
         factor, W = Factor(A, B, 1.0), self.base[name].float()
         theta = pair_angles([factor])
-        return Turned(W, rotate(W, theta), factor, theta)
+        return RotatedLayer(W, rotate(W, theta), factor, theta)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, without reading it."""
+        """Return the shape of a tensor without reading it."""
         return self.base.shape(name)
 
     def __getitem__(self, name: str) -> Tensor:
-        layer = self.turned(name)
+        layer = self.rotated_layer(name)
         return self.base[name] if layer is None else layer.R
 
     def __iter__(self) -> Iterator[str]:
@@ -83,8 +83,8 @@ class Adapted(Mapping[str, Tensor]):
         return len(self.base)
 
 
-class Live(Mapping[str, Tensor]):
-    """A network in memory; its tensors are the live ones."""
+class LoadedNetwork(Mapping[str, Tensor]):
+    """A network in memory. Its tensors are the network's own, so writing to them changes it."""
 
     def __init__(self, network: nn.Module) -> None:
         self.tensors = network.state_dict()
@@ -99,15 +99,15 @@ class Live(Mapping[str, Tensor]):
         return len(self.tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
+        """Return the shape of a tensor."""
         return tuple(self.tensors[name].shape)
 
 
-Network = LazyTensors | Adapted | Live
+Network = LazyTensors | AdaptedNetwork | LoadedNetwork
 
 
 def open_teacher(name: str) -> LazyTensors:
-    """The network of a pipeline folder, a Hub id, a safetensors file, or 'zoo'.
+    """Open the network of a pipeline folder, a Hub id, a safetensors file, or 'zoo'.
 
     Raises:
         WadiError: if it is none of these, or cannot be read.
@@ -115,24 +115,25 @@ def open_teacher(name: str) -> LazyTensors:
     path = Path(name)
     if path.is_dir() and adapter_folder(name) is not None:
         raise WadiError(
-            f"Teacher {name!r} is a run or an adapter. Expected a pipeline folder or Hub id, a .safetensors state dict, or zoo."
+            f"Teacher {name!r} is a run or an adapter. Give a pipeline folder or Hub id, a .safetensors state dict, or zoo."
         )
-    return _plain(resolve_teacher(name), "Teacher")
+    return _open_weights(resolve_teacher(name), "Teacher")
 
 
 def open_student(name: str, teacher: LazyTensors) -> Network:
-    """A student in any form: as `open_teacher`, or a run or an adapter folder, which is applied to ``teacher``; 'zoo' is the
-    embedded student.
+    """Open a student: anything that `open_teacher` opens, or a run or adapter folder, which is applied to ``teacher``.
+
+    'zoo' is the embedded student.
 
     Raises:
         WadiError: if it is none of these, cannot be read, or is an adapter that does not fit ``teacher``.
     """
     folder = adapter_folder(name)
-    return _plain(name, "Student") if folder is None else Adapted(teacher, folder)
+    return _open_weights(name, "Student") if folder is None else AdaptedNetwork(teacher, folder)
 
 
 def adapter_folder(name: str) -> Path | None:
-    """Where the adapter of a student lies that is a run, an adapter folder or 'zoo'; None for anything else.
+    """Return the adapter's folder of a run, an adapter folder or 'zoo', and None for anything else.
 
     Raises:
         WadiError: if it is a run without a student.
@@ -140,25 +141,24 @@ def adapter_folder(name: str) -> Path | None:
     path = embedded("student") if name == ZOO else Path(name)
     if (path / "config.yaml").is_file() and not (path / "model_index.json").is_file():
         if not (path / "student").is_dir():
-            raise WadiError(f"Run {name!r} has saved no student yet. Expected a finished or interrupted run.")
+            raise WadiError(f"Run {name!r} has not saved a student yet. Give a finished or interrupted run.")
         return path / "student"
     return path if (path / roles.CONFIG).is_file() else None
 
 
-def _plain(name: str, whose: str) -> LazyTensors:
+def _open_weights(name: str, whose: str) -> LazyTensors:
+    """Open the network of a pipeline or a safetensors file. ``whose`` starts the error messages."""
     path = Path(split_variant(name)[0])
     if path.is_file() and path.suffix != ".safetensors":
         raise WadiError(
-            f"{whose} {name!r} is a file of another kind. Expected .safetensors: load it with the library that wrote it and "
-            "save it as that (pickled weights are not opened here, since they can run code)."
+            f"{whose} {name!r} is not a .safetensors file. Load it with the library that wrote it and save it as .safetensors. "
+            "(Pickled weights are never opened: they can run code.)"
         )
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise WadiError(
-            f"{whose} {name!r} is a folder without model_index.json, config.yaml or {roles.CONFIG}. Expected a pipeline "
-            "folder, a run, or an adapter folder."
+            f"{whose} {name!r} is a folder without model_index.json, config.yaml or {roles.CONFIG}. Give a pipeline folder, a "
+            "run, or an adapter folder."
         )
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith(".safetensors")):
-        raise WadiError(
-            f"{whose} {name!r} does not exist. Expected a folder, a .safetensors file, a Hub id 'owner/name' or zoo."
-        )
+        raise WadiError(f"{whose} {name!r} does not exist. Give a folder, a .safetensors file, a Hub id 'owner/name' or zoo.")
     return network_weights(name)

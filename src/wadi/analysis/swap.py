@@ -1,7 +1,7 @@
-"""Hybrids of student and teacher: the student with the teacher's norms, or directions, put back.
+"""Hybrids of student and teacher: the student with the teacher's norms, or the teacher's directions, put back.
 
-If the student draws as before with the teacher's norms and no longer draws with its directions, then what it learned is in the
-directions. Only weights of layers are exchanged (matrices and kernels); biases and norms stay the student's.
+If the student generates as before with the teacher's norms, and no longer does with its directions, then the directions
+contain what it learned. Only weights of layers (matrices and kernels) are exchanged; biases and norms stay the student's.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from wadi.analysis.analyze import common_layers
-from wadi.analysis.change import exchanged
-from wadi.analysis.sources import Live
+from wadi.analysis.change import exchange_rows
+from wadi.analysis.sources import LoadedNetwork
 from wadi.backbones.weights import LazyTensors
 from wadi.errors import WadiError
 from wadi.roles import matched
@@ -22,10 +22,10 @@ TAKES = ("norm", "direction")
 
 
 def matching(layers: str) -> Callable[[str], bool]:
-    """Which layers a regular expression means: it matches their whole names, as ``target_modules`` does.
+    """Return a function that says whether a regular expression matches the whole name of a layer, as ``target_modules`` does.
 
     Raises:
-        WadiError: if it is not a regular expression; on use, if it takes too long (see `wadi.roles.matched`).
+        WadiError: if it is not a regular expression, or later if it takes too long (see `wadi.roles.matched`).
     """
     matched(layers, (), "--layers")
     return lambda name: bool(matched(layers, [name], "--layers"))
@@ -33,7 +33,7 @@ def matching(layers: str) -> Callable[[str], bool]:
 
 @torch.no_grad()
 def put_back(student: nn.Module, teacher: LazyTensors, take: str, chosen: Callable[[str], bool]) -> list[str]:
-    """Put the teacher's norms or directions back into ``student``, in place; the teacher's weights are read one at a time.
+    """Put the teacher's norms or directions back into ``student``, in place. The teacher's weights are read one at a time.
 
     Args:
         take: 'norm' or 'direction'.
@@ -41,18 +41,18 @@ def put_back(student: nn.Module, teacher: LazyTensors, take: str, chosen: Callab
     Returns:
         Names of the layers that were changed.
     Raises:
-        WadiError: if the two are of different families, nothing is chosen, or ``take`` is neither.
+        WadiError: if the two are of different families, no layer is chosen, or ``take`` is neither.
     """
     if take not in TAKES:
-        raise WadiError(f"--take is {take!r}. Expected {' or '.join(TAKES)}.")
-    own = Live(student)
-    names = common_layers(teacher, own, "The teacher", "the student")
-    wanted = [name for name in names if chosen(name.removesuffix(".weight"))]
-    if not wanted:
+        raise WadiError(f"--take is {take!r}. It must be {' or '.join(TAKES)}.")
+    weights = LoadedNetwork(student)
+    names = common_layers(teacher, weights, "The teacher", "the student")
+    exchanged = [name for name in names if chosen(name.removesuffix(".weight"))]
+    if not exchanged:
         raise WadiError(
-            f"None of {len(names)} layers is chosen (first: {names[0].removesuffix('.weight')!r}). Expected a regular "
-            "expression that matches whole names of layers: 'up_blocks.*', say."
+            f"--layers matches none of {len(names)} layers (first: {names[0].removesuffix('.weight')!r}). Give a regular "
+            "expression that matches whole names, such as 'up_blocks.*'."
         )
-    for name in wanted:
-        own[name].copy_(exchanged(teacher[name], own[name], take))
-    return [name.removesuffix(".weight") for name in wanted]
+    for name in exchanged:
+        weights[name].copy_(exchange_rows(teacher[name], weights[name], take))
+    return [name.removesuffix(".weight") for name in exchanged]

@@ -22,7 +22,7 @@ from wadi.evaluate.protocols import SEED_STEP, Protocol
 from wadi.evaluate.result import Result, Row, environment
 from wadi.evaluate.score import Judge, Options, Seen
 from wadi.io.regular import exists
-from wadi.metrics.speed import Subject, measure
+from wadi.metrics.speed import TimedPipeline, measure_speed
 from wadi.parallel.ranks import Ranks
 from wadi.pipelines.generate import draw
 
@@ -253,21 +253,21 @@ def time_generators(
         same_family(first, other)
     asked = [prompts[i % len(prompts)] for i in range(batch)]
 
-    def subject(generator: Generator) -> Subject:
+    def subject(generator: Generator) -> TimedPipeline:
         pipeline = pipelines[generator.key]
 
         def call(count: int) -> None:
             draw(pipeline, asked[:count], range(count), generator.steps, generator.guidance_scale, batch=count)
 
         modules = tuple(part for part in pipeline.components.values() if isinstance(part, torch.nn.Module))
-        return Subject(call, from_pipeline(pipeline).network, modules)
+        return TimedPipeline(call, from_pipeline(pipeline).network, modules)
 
     subjects = {generator.key: subject(generator) for generator in generators}
     found = []
-    for generator, speed in zip(generators, measure(subjects, repeats, batch, device), strict=True):
+    for generator, speed in zip(generators, measure_speed(subjects, repeats, batch, device), strict=True):
         timed = subjects[generator.key]
 
-        def call(timed: Subject = timed) -> None:
+        def call(timed: TimedPipeline = timed) -> None:
             timed.call(batch)
 
         # Each by itself: all of them lie in this process at once.

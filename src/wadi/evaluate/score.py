@@ -22,12 +22,13 @@ from wadi.evaluate.networks import feature_network, scorer
 from wadi.evaluate.pictures import FITTING, batches
 from wadi.evaluate.result import Number
 from wadi.io.digests import cache_folder
-from wadi.metrics import diversity, frechet
+from wadi.metrics import frechet
 from wadi.metrics.cache import FeatureCache
+from wadi.metrics.diversity import diversity_spread, same_prompt_diversity
 from wadi.metrics.features import Extractor
 from wadi.metrics.kernel import kernel_distance
 from wadi.metrics.neighbours import membership, recall_spread
-from wadi.metrics.spread import Z, nearest_prompts, of_influence
+from wadi.metrics.spread import Z, nearest_prompts, spread_from_influence
 
 # Raised when a definition changes, here or in a resize filter: older numbers are then not comparable, nor features reused.
 MEASURE = 2
@@ -250,7 +251,7 @@ class Judge:
         kept = self._gaussians.get(network)
         if kept is None or kept[0] is not real:  # factorised once for all rows
             kept = self._gaussians[network] = (real, frechet.gaussian(real))
-        std = frechet.spread(fake, kept[1], nearest, self.options.seed) if self.options.spread else None
+        std = frechet.frechet_spread(fake, kept[1], nearest, self.options.seed) if self.options.spread else None
         return {self.title(name): self._number(frechet.frechet_distance(fake, kept[1]), std)}
 
     def settings(self, count: int, reference: int | None, size: int | None, prompts: bool = False) -> dict[str, Any]:
@@ -286,8 +287,8 @@ class Judge:
     def _variety(self, varied: tuple[Tensor, Sequence[str]] | None) -> Number:
         if varied is None:
             raise WadiError("Metric 'diversity' needs several pictures of a prompt. Expected --prompts, with some that repeat.")
-        std = diversity.spread(*varied) if self.options.spread else None
-        return self._number(diversity.diversity(*varied), std)
+        std = diversity_spread(*varied) if self.options.spread else None
+        return self._number(same_prompt_diversity(*varied), std)
 
     def _named(self, features: Tensor, labels: Sequence[str] | None) -> Tensor:
         if labels is None or len(labels) != len(features):
@@ -301,7 +302,7 @@ class Judge:
 
     def _of(self, influence: Tensor | None, nearest: Tensor | None) -> float | None:
         several = influence is not None and len(influence) > 1 and self.options.spread
-        return of_influence(influence, nearest) if several and influence is not None else None
+        return spread_from_influence(influence, nearest) if several and influence is not None else None
 
     def _number(self, value: float, std: float | None) -> Number:
         if std is None or math.isnan(std) or not self.options.spread:

@@ -1,6 +1,6 @@
-"""Numbers about sets of images: pure functions on features and pixels, float64 where it matters.
+"""Metrics of images: functions on features and pixels that know nothing of pipelines, runs or protocols.
 
-`features` and `clip` turn images into features, `resize` says how they are resized before, `cache` remembers the result;
-`frechet`, `kernel`, `neighbours`, `diversity`, `clip` and `preference` turn these into numbers, `spread` into their spread,
-and `speed` times what drew the images. Importing this package imports none of them.
+`features` and `clip` turn images into features, `resize` resizes them before, `cache` remembers the result. `frechet`,
+`kernel`, `neighbours`, `diversity`, `clip` and `preference` turn features into metrics, `spread` says how much a metric varies
+with the seeds, and `speed` times pipelines. Start with `frechet.py`. Importing this package imports none of its modules.
 """

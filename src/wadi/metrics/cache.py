@@ -1,8 +1,8 @@
-"""Features remembered by content: the same picture through the same network is not computed twice, whatever its name.
+"""A cache of features, by the content of images: no network sees the same image twice, whatever its file is called.
 
-A folder per network, filter (`Extractor.protocol`), kind of device and versions of libraries, in it shards of ``keys (n, 32)``
-(SHA-256 of an image's size and bytes) and ``features (n, dim)``. Each shard is written whole under a name of its own, so
-processes that fill one cache at once do not disturb each other.
+There is a folder for each network, filter (`Extractor.protocol`), kind of device and set of library versions. It contains
+shards with ``keys (n, 32)`` (SHA-256 of an image's size and bytes) and ``features (n, dim)``. Each shard is written completely
+under a name of its own, so several processes can fill one cache at once.
 """
 
 from __future__ import annotations
@@ -25,23 +25,24 @@ from wadi.metrics.checks import Images, as_bytes
 from wadi.metrics.features import Extractor
 
 SHARD = 4096  # images per file
-LIBRARIES = ("torch", "transformers", "pillow", "numpy")  # by whose version features may differ in the last digits
+LIBRARIES = ("torch", "transformers", "pillow", "numpy")  # other versions may change the last digits of features
 
 
-def key(picture: Tensor) -> bytes:
-    """SHA-256 of a uint8 picture ``(3, h, w)``: of its size and its bytes."""
-    shape = str(tuple(picture.shape)).encode()
-    return hashlib.sha256(shape + picture.cpu().contiguous().numpy().tobytes()).digest()
+def image_key(image: Tensor) -> bytes:
+    """Return the SHA-256 of a uint8 image ``(3, h, w)``: of its size and its bytes."""
+    shape = str(tuple(image.shape)).encode()
+    return hashlib.sha256(shape + image.cpu().contiguous().numpy().tobytes()).digest()
 
 
 class FeatureCache:
-    """An extractor that remembers: call it with images as the extractor itself.
+    """An extractor with a memory. Call it with images, as you would call the extractor.
 
-    What is new is kept in memory until ``flush`` or the end of a ``with`` block, and at every ``shard`` images; an interrupted
-    run loses at most the last shard. ``hits`` and ``misses`` count images.
+    New features stay in memory until `flush`, the end of a ``with`` block, or ``shard`` new images. An interrupted run loses at
+    most the last shard. ``hits`` and ``misses`` count images.
 
     Args:
         folder: of all caches; None = ``features`` in the user's cache folder.
+        shard: images in a file.
     Raises:
         WadiError: if a shard cannot be read or the folder cannot be written.
     """
@@ -59,17 +60,17 @@ class FeatureCache:
             self._open(file)
 
     def __call__(self, images: Images) -> Tensor:
-        pictures = as_bytes(images)
-        keys = [key(picture) for picture in pictures]
-        absent = {k: p for k, p in zip(keys, pictures, strict=True) if k not in self._stored and k not in self._fresh}
+        images = as_bytes(images)
+        keys = [image_key(image) for image in images]
+        absent = {k: p for k, p in zip(keys, images, strict=True) if k not in self._stored and k not in self._fresh}
         if absent:
             self._fresh.update(zip(absent, self.extractor(list(absent.values())), strict=True))
         self.misses += len(absent)
         self.hits += len(keys) - len(absent)
-        found = torch.stack([self._row(k) for k in keys]) if keys else torch.empty(0, self.extractor.dim)
+        features = torch.stack([self._row(k) for k in keys]) if keys else torch.empty(0, self.extractor.dim)
         if len(self._fresh) >= self.shard:
             self.flush()
-        return found
+        return features
 
     def _row(self, k: bytes) -> Tensor:
         if k in self._fresh:
@@ -78,7 +79,7 @@ class FeatureCache:
         return opened.get_slice("features")[row : row + 1][0]
 
     def _open(self, file: Path) -> None:
-        """Take a shard's keys; its features stay on disk until asked for."""
+        """Read the keys of a shard. Its features stay on disk until they are needed."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -86,18 +87,18 @@ class FeatureCache:
             keys, shape = opened.get_tensor("keys"), opened.get_slice("features").get_shape()
         except (OSError, SafetensorError) as error:
             raise WadiError(
-                f"Cached features {str(file)!r} cannot be read ({str(error).splitlines()[0]}). Expected a file that this "
-                "package wrote: delete it, and its features are computed anew."
+                f"Cached features {str(file)!r} cannot be read ({str(error).splitlines()[0]}). Delete the file: its features "
+                "are then computed again."
             ) from error
         if keys.shape != (len(keys), 32) or shape != [len(keys), self.extractor.dim]:
             raise WadiError(
                 f"Cached features {str(file)!r} have keys of shape {tuple(keys.shape)} and features of {tuple(shape)}. "
-                f"Expected (n, 32) and (n, {self.extractor.dim}): delete the file."
+                f"They must have (n, 32) and (n, {self.extractor.dim}): delete the file."
             )
         self._stored.update((k.numpy().tobytes(), (opened, row)) for row, k in enumerate(keys))
 
     def flush(self) -> None:
-        """Write what is new."""
+        """Write the new features to a shard."""
         if not self._fresh:
             return
         from safetensors.torch import save

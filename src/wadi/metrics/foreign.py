@@ -1,6 +1,6 @@
-"""Names of tensors in others' checkpoints, turned into those of transformers: the weights load without the packages' own code.
+"""Rename the tensors of published checkpoints to transformers' names, so that they load without the authors' own packages.
 
-Each function is pure, from a flat state dict to another; the tests run both kinds of network on random weights.
+Each function is pure: from one flat state dict to another. The tests run both kinds of network on random weights.
 """
 
 from __future__ import annotations
@@ -49,27 +49,27 @@ _BLIP_VISION = (
 
 
 def openclip(state: Mapping[str, Tensor]) -> State:
-    """An open_clip model of the ViT kind as a ``CLIPModel``.
+    """Return an open_clip model with a ViT as the state dict of a ``CLIPModel``.
 
-    The fused ``attn.in_proj`` is cut into q, k and v; the two projections, which open_clip multiplies from the right, are
-    transposed. The causal mask ``attn_mask`` is no weight.
+    The fused ``attn.in_proj`` is cut into q, k and v. The two projections are transposed, because open_clip multiplies by them
+    from the right. The causal mask ``attn_mask`` is left out.
 
     Raises:
         WadiError: on a tensor that such a model does not have.
     """
-    found: State = {}
+    renamed: State = {}
     for name, tensor in state.items():
         name = name.removeprefix("module.")
         if name in _OPENCLIP:
-            found[_OPENCLIP[name]] = tensor
+            renamed[_OPENCLIP[name]] = tensor
         elif name in _TRANSPOSED:
-            found[_TRANSPOSED[name]] = tensor.T.contiguous()
+            renamed[_TRANSPOSED[name]] = tensor.T.contiguous()
         elif block := re.fullmatch(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)", name):
             tower = "vision_model" if block[1] else "text_model"
-            found |= _openclip_block(f"{tower}.encoder.layers.{block[2]}", block[3], block[4], tensor, name)
+            renamed |= _openclip_block(f"{tower}.encoder.layers.{block[2]}", block[3], block[4], tensor, name)
         elif name != "attn_mask":
             raise _unknown(name, "an open_clip model of the ViT kind")
-    return found
+    return renamed
 
 
 def _openclip_block(layer: str, part: str, kind: str, tensor: Tensor, name: str) -> State:
@@ -83,7 +83,7 @@ def _openclip_block(layer: str, part: str, kind: str, tensor: Tensor, name: str)
 
 
 def image_reward(state: Mapping[str, Tensor]) -> tuple[State, State, State]:
-    """ImageReward's checkpoint as ``(BlipVisionModel, BlipTextModel, head)``, the last with names ``layers.N``.
+    """Return ImageReward's checkpoint as state dicts of a ``BlipVisionModel``, a ``BlipTextModel`` and the head (``layers.N``).
 
     BLIP's two projections, which ImageReward does not use, and the table of positions are left out.
 
@@ -115,4 +115,4 @@ def _blip_vision(name: str) -> str:
 
 
 def _unknown(name: str, what: str) -> WadiError:
-    return WadiError(f"The checkpoint holds a tensor {name!r}. Expected those of {what}.")
+    return WadiError(f"The checkpoint contains a tensor {name!r}, which {what} does not have. Give the published weights.")

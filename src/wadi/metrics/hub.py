@@ -1,4 +1,4 @@
-"""Weights that others publish: where they are looked for, how they are read, and their digests. Nothing is ever unpickled."""
+"""Published weights: where they are, how they are read, and their digests. Nothing is ever unpickled."""
 
 from __future__ import annotations
 
@@ -18,25 +18,27 @@ from wadi.io.digests import cache_folder
 from wadi.io.files import sha256, unwritable, whole_file
 from wadi.io.regular import regular
 
-NOT_SETTINGS = ("transformers_version", "dtype", "torch_dtype", "architectures")  # of a config: who saved it, and how
+NOT_SETTINGS = ("transformers_version", "dtype", "torch_dtype", "architectures")  # who saved a config
 
 
 def weights_file(path: str | Path | None, name: str, url: str, download: bool = False) -> Path:
-    """A file of published weights: ``path``, or ``name`` in `cache_folder`, fetched there first if ``download`` allows it.
+    """Return the file of published weights: ``path``, or ``name`` in `cache_folder`.
 
+    Args:
+        download: whether to download the file to the cache folder if it is missing.
     Raises:
-        WadiError: if it is in neither place, saying where it can be fetched and where to put it; or if fetching fails.
+        WadiError: if the file is missing (the message has its URL and its place), or the download fails.
     """
     if path is not None:
         if not Path(path).is_file():
-            raise WadiError(f"Weights {str(path)!r} do not exist. Expected the file {name}, published at {url}")
+            raise WadiError(f"Weights {str(path)!r} do not exist. Give the file {name}, published at {url}")
         return Path(path)
-    kept = cache_folder() / name
-    if not kept.is_file():
+    cached = cache_folder() / name
+    if not cached.is_file():
         if not download:
-            raise WadiError(f"The weights {name} are not on this machine. Fetch them from {url} and put them at {kept}")
-        _fetch(url, kept)
-    return kept
+            raise WadiError(f"The weights {name} are not on this machine. Download them from {url} to {cached}")
+        _fetch(url, cached)
+    return cached
 
 
 def _fetch(url: str, to: Path) -> None:
@@ -44,27 +46,29 @@ def _fetch(url: str, to: Path) -> None:
         with urllib.request.urlopen(url, timeout=60) as stream, whole_file(to) as partial:
             shutil.copyfileobj(stream, partial)
     except urllib.error.URLError as error:
-        raise WadiError(f"Cannot fetch {url} ({error.reason}). Fetch it by other means and put it at {to}") from error
+        raise WadiError(f"Cannot download {url} ({error.reason}). Download it in another way to {to}") from error
     except OSError as error:
         raise unwritable(to, error) from error
 
 
 def hub_file(repository: str, name: str) -> Path:
-    """A single file of a Hub repository, from the local cache or fetched.
+    """Return a single file of a Hub repository, from the local cache or downloaded.
 
     Raises:
-        WadiError: if it is not cached and cannot be fetched.
+        WadiError: if it is not cached and cannot be downloaded.
     """
     from huggingface_hub import hf_hub_download
 
-    return Path(pretrained(lambda where: hf_hub_download(where, name), repository, f"the file {name} of it"))
+    return Path(pretrained(lambda where: hf_hub_download(where, name), repository, f"a repository with the file {name}"))
 
 
-def pretrained(load: Callable[[str], Any], name: str | Path, expected: str) -> Any:
-    """``load(name)`` of a folder or Hub id, its failures told in one line.
+def pretrained(load: Callable[[str], Any], name: str | Path, what: str) -> Any:
+    """Return ``load(name)`` for a folder or Hub id, and turn its errors into one line.
 
+    Args:
+        what: a phrase for what ``name`` must be, for the message.
     Raises:
-        WadiError: if it is not on this machine and cannot be fetched, or is something else.
+        WadiError: if it is not on this machine and cannot be downloaded, or is something else.
     """
     try:
         return load(str(name))
@@ -73,80 +77,84 @@ def pretrained(load: Callable[[str], Any], name: str | Path, expected: str) -> A
     except (OSError, ValueError, KeyError) as error:  # what transformers and the Hub client raise for absent or foreign files
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WadiError(
-            f"{str(name)!r} cannot be loaded: {why} Expected {expected}: a folder with it, or the id of a Hub repository that "
-            "is cached here or can be reached."
+            f"{str(name)!r} cannot be loaded: {why} Give {what}: a folder, or the id of a Hub repository that is cached here "
+            "or can be reached."
         ) from error
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A flat state dict in float32 from ``.safetensors``, or from a ``.pt`` or ``.pth`` that holds tensors alone.
+    """Read a flat state dict in float32 from ``.safetensors``, or from a ``.pt`` or ``.pth`` file with nothing but tensors.
 
     Raises:
-        WadiError: if it cannot be read as such, or holds anything but tensors.
+        WadiError: if the file cannot be read, or contains anything but tensors.
     """
     regular(path, what="Weights")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            found: Any = load_file(regular(path))
+            state: Any = load_file(regular(path))
         else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's restricted reader and safetensors each have several classes of their own
         raise WadiError(
-            f"Weights {str(path)!r} cannot be read: {str(error).splitlines()[0]} Expected a state dict of tensors, as "
-            ".safetensors or as torch.save writes it."
+            f"Weights {str(path)!r} cannot be read: {str(error).splitlines()[0]} Give a state dict of tensors, as .safetensors "
+            "or as torch.save writes it."
         ) from error
-    if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
-        found = found["state_dict"]
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise WadiError(f"Weights {str(path)!r} hold something other than tensors by name. Expected a state dict.")
-    return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WadiError(f"Weights {str(path)!r} contain more than named tensors. Give a state dict.")
+    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
 
 def load_into(module: torch.nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Give a module exactly these tensors.
+    """Load exactly these tensors into a module.
 
+    Args:
+        what: a name of the weights, for the message.
     Raises:
-        WadiError: if one is missing, unknown or of another shape.
+        WadiError: if a tensor is missing, unknown, or of another shape.
     """
-    own = module.state_dict()
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    reshaped = sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
-    told = [
+    expected = module.state_dict()
+    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    reshaped = sorted(name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape)
+    problems = [
         f"{len(names)} {kind} (first: {names[0]})"
         for names, kind in ((missing, "missing"), (unknown, "unknown"), (reshaped, "of another shape"))
         if names
     ]
-    if told:
-        raise WadiError(f"{what} is of another architecture: tensors {', '.join(told)}. Expected the published weights.")
+    if problems:
+        raise WadiError(f"{what} has another architecture: tensors {', '.join(problems)}. Give the published weights.")
     module.load_state_dict(state)
 
 
 def digest(weights: torch.nn.Module | Path) -> str:
-    """SHA-256 of a file's bytes, or of a module's tensors in the order of their names and of its config's settings.
+    """Return the SHA-256 of a file, or of a module's tensors in the order of their names and of the settings in its config.
 
-    Two models of transformers with the same tensors differ if one has other heads, activations or epsilons.
+    The settings count because two models of transformers with the same tensors can have different heads, activations or
+    epsilons.
     """
     if isinstance(weights, Path):
         return sha256(weights)
-    found = hashlib.sha256(_settings(weights))
+    hasher = hashlib.sha256(_settings(weights))
     for name, tensor in sorted(weights.state_dict().items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        hasher.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()
 
 
 def _settings(module: torch.nn.Module) -> bytes:
-    """The settings of a model of transformers that are not the defaults, without what says who saved it; else nothing."""
+    """Return the settings of a transformers model that are not defaults, without those about who saved it."""
     config = getattr(module, "config", None)
     settings = getattr(config, "to_diff_dict", None)
-    return b"" if settings is None else json.dumps(_kept(settings()), sort_keys=True, default=str).encode()
+    return b"" if settings is None else json.dumps(_lasting_settings(settings()), sort_keys=True, default=str).encode()
 
 
-def _kept(settings: dict[str, Any]) -> dict[str, Any]:
+def _lasting_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings without those that only say who saved the model, and how."""
     return {
-        name: _kept(value) if isinstance(value, dict) else value
+        name: _lasting_settings(value) if isinstance(value, dict) else value
         for name, value in settings.items()
         if name not in NOT_SETTINGS and not name.startswith("_")
     }

@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 as a pure function of its weights: inverted residuals without squeeze-and-excitation, ReLU6.
 
-Tan and Le, ICML 2019, and the Lite variants of TensorFlow's TPU models. The names of the tensors are those of the published
-PyTorch conversion. Batch norms are folded into the convolutions before them.
+Tan and Le, ICML 2019, and the Lite variants of TensorFlow's TPU models. Tensors have the names of the published PyTorch
+conversion. Each batch norm is folded into the convolution before it. The classifier is not used.
 """
 
 from __future__ import annotations
@@ -28,38 +28,33 @@ Layers = Mapping[str, tuple[Tensor, Tensor]]
 
 
 def fold(state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Weight and bias of each convolution with its batch norm in it; the classifier stays as ``_fc``.
+    """Return the weight and bias of each convolution with its batch norm folded in.
 
     Raises:
         WadiError: if tensors are missing.
     """
     try:
-        layers = {"_fc": (state["_fc.weight"], state["_fc.bias"])}
+        layers = {}
         for name in [key.removesuffix(".weight") for key in state if "conv" in key]:
-            block, _, own = name.rpartition(".")
-            norm = f"{block}.{_NORM_AFTER[own]}".removeprefix(".")
+            block, _, conv = name.rpartition(".")
+            norm = f"{block}.{_NORM_AFTER[conv]}".removeprefix(".")
             gain = state[f"{norm}.weight"] / (state[f"{norm}.running_var"] + EPS).sqrt()
             bias = state[f"{norm}.bias"] - gain * state[f"{norm}.running_mean"]
             layers[name] = (state[f"{name}.weight"] * gain.view(-1, 1, 1, 1), bias)
         _ = layers["_conv_head"], layers[f"_blocks.{len(STRIDES) - 1}._project_conv"]
     except KeyError as error:
-        raise WadiError(f"The weights lack {error}. Expected those of EfficientNet-Lite0.") from error
+        raise WadiError(f"The weights have no tensor {error}. Give those of EfficientNet-Lite0.") from error
     return layers
 
 
 def pooled(x: Tensor, layers: Layers) -> Tensor:
-    """Images ``(n, 3, 224, 224)`` in [0, 255] to features ``(n, 1280)``."""
-    # As the Lite variants are trained. ImageNet's mean and deviation, which other networks take, would give photographs
-    # several times the variance in the stem that its batch norm has recorded.
+    """Return the features ``(n, 1280)`` of images ``(n, 3, 224, 224)`` in [0, 255]."""
+    # The Lite variants are trained with this scaling. With ImageNet's mean and deviation, photographs would have several times
+    # the variance that the batch norm of the stem has recorded.
     h = F.relu6(_conv((x - 127) / 128, layers["_conv_stem"], 2))
     for i, stride in enumerate(STRIDES):
         h = _block(h, f"_blocks.{i}", stride, layers)
     return F.relu6(_conv(h, layers["_conv_head"])).mean((2, 3))
-
-
-def logits(x: Tensor, layers: Layers) -> Tensor:
-    """Images to unnormalised log-probabilities ``(n, 1000)`` of ImageNet's classes."""
-    return F.linear(pooled(x, layers), *layers["_fc"])
 
 
 def _block(x: Tensor, name: str, stride: int, layers: Layers) -> Tensor:
@@ -72,7 +67,7 @@ def _block(x: Tensor, name: str, stride: int, layers: Layers) -> Tensor:
 
 
 def _conv(x: Tensor, layer: tuple[Tensor, Tensor], stride: int = 1, groups: int = 1) -> Tensor:
-    """Convolution with TensorFlow's 'SAME' padding: what does not divide goes to the right and the bottom."""
+    """Convolve with TensorFlow's 'SAME' padding: an odd pixel of padding goes to the right and the bottom."""
     weight, bias = layer
     kernel = weight.shape[-1]
     height, width = (max((-(-side // stride) - 1) * stride + kernel - side, 0) for side in x.shape[2:])

@@ -1,10 +1,11 @@
-"""Resizing for feature networks: the choice moves an FID by points, so each filter has a name that goes into the result.
+"""Resizing for feature networks. The filter changes an FID by points, so each filter has a name that goes into the result.
 
-- ``clean``: each channel as float32 through PIL's antialiased bicubic, clipped to [0, 255] but not rounded (as clean-fid does,
-  after Parmar et al., "On Aliased Resizing and Surprising Subtleties in GAN Evaluation", CVPR 2022);
+- ``clean``: each channel as float32 through PIL's antialiased bicubic filter, clipped to [0, 255] but not rounded, as
+    clean-fid
+  does after Parmar et al., "On Aliased Resizing and Surprising Subtleties in GAN Evaluation", CVPR 2022;
 - ``clean-bilinear``, ``clean-lanczos``: the same with PIL's other antialiased filters;
-- ``legacy-torch``: bilinear without antialiasing, pixel centres at ``i + 1/2`` (pytorch-fid);
-- ``legacy-tf``: bilinear without antialiasing, pixel centres at ``i``, as TensorFlow 1 did (the original FID).
+- ``legacy-torch``: bilinear without antialiasing, with pixel centres at ``i + 1/2`` (pytorch-fid);
+- ``legacy-tf``: bilinear without antialiasing, with pixel centres at ``i``, as in TensorFlow 1 (the original FID).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ FILTERS = (*_PIL, "legacy-torch", "legacy-tf")
 
 
 def resize(image: Tensor, size: int, filter: str = "clean") -> Tensor:
-    """A picture ``(3, h, w)`` in [0, 255] to float32 ``(3, size, size)`` on the same scale; aspect is not kept.
+    """Resize an image ``(3, h, w)`` in [0, 255] to float32 ``(3, size, size)`` on the same scale. The aspect is not kept.
 
     Raises:
         WadiError: on a filter that is not in ``FILTERS``.
@@ -46,11 +47,11 @@ def resize(image: Tensor, size: int, filter: str = "clean") -> Tensor:
 def check_filter(filter: str) -> None:
     """Raise a WadiError on a name that is not in ``FILTERS``."""
     if filter not in FILTERS:
-        raise WadiError(f"Resize filter is {filter!r}. Expected one of {', '.join(FILTERS)}.")
+        raise WadiError(f"Resize filter is {filter!r}. It must be one of {', '.join(FILTERS)}.")
 
 
 def _tensorflow(image: Tensor, size: int) -> Tensor:
-    """Pixel ``i`` of the result lies at ``i * old / new`` of the old, and the last row and column repeat."""
+    """Resize as TensorFlow 1: pixel ``i`` of the result is at ``i * old / new`` of the old; the last row and column repeat."""
     for dim in (1, 2):
         old = image.shape[dim]
         at = torch.arange(size, dtype=torch.float32, device=image.device) * (old / size)

@@ -1,6 +1,6 @@
-"""How fast do pipelines draw? Measured side by side in one run, in turns, so that a slow minute of the machine meets all alike.
+"""Speed of pipelines. All are timed in one run and take turns, so a slow minute of the machine affects all of them alike.
 
-Latency is the time of one image asked for alone; images per second are those of a batch. Both include everything a call does:
+Latency is the time of one image generated alone. Images per second are those of a batch. Both include everything a call does:
 text encoding, network, decoding.
 """
 
@@ -21,13 +21,13 @@ from wadi.errors import WadiError
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is timed.
+class TimedPipeline:
+    """A pipeline to be timed.
 
     Args:
-        call: draws as many images as it is told.
+        call: generates as many images as its argument says.
         network: the one whose evaluations are counted.
-        modules: all that a call uses, for the number of parameters.
+        modules: all modules that a call uses, for the number of parameters.
     """
 
     call: Callable[[int], Any]
@@ -37,10 +37,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one subject. ``evaluations`` counts rows through the network per image: guidance doubles them.
+    """The speed of one pipeline. ``evaluations`` counts rows through the network for each image, so guidance doubles them.
 
-    ``peak_memory_mib`` is the device's on a GPU and the whole process's resident memory on Linux CPUs; None where neither can
-    be told.
+    ``peak_memory_mib`` is the device's memory on a GPU, and the resident memory of the whole process on Linux CPUs; None
+    elsewhere.
     """
 
     name: str
@@ -54,36 +54,40 @@ class Speed:
     batch: int
 
 
-def measure(
-    subjects: Mapping[str, Subject], repeats: int = 20, batch: int = 8, device: str | torch.device = "cpu", warmup: int = 1
+def measure_speed(
+    pipelines: Mapping[str, TimedPipeline],
+    repeats: int = 20,
+    batch: int = 8,
+    device: str | torch.device = "cpu",
+    warmup: int = 1,
 ) -> list[Speed]:
-    """Time each subject ``repeats`` times alone and in batches, taking turns.
+    """Time each pipeline ``repeats`` times alone and in batches, taking turns.
 
     Args:
-        repeats: calls of each kind per subject; the 95th percentile of fewer than 20 is their maximum.
-        warmup: calls of each kind before any is timed.
+        repeats: calls of each kind for each pipeline; the 95th percentile of fewer than 20 is their maximum.
+        warmup: calls of each kind before the first timed one.
     Raises:
         WadiError: if there is nothing to measure.
     """
-    if not subjects or repeats < 1 or batch < 1:
+    if not pipelines or repeats < 1 or batch < 1:
         raise WadiError(
-            f"Received {len(subjects)} pipelines, {repeats} repeats and batch {batch}. Expected at least 1 of each."
+            f"There are {len(pipelines)} pipelines, {repeats} repeats and a batch of {batch}. Each must be at least 1."
         )
     device = torch.device(device)
     evaluations, memory = {}, {}
-    for name, subject in subjects.items():
+    for name, pipeline in pipelines.items():
         for _ in range(warmup):
-            subject.call(batch)
-        with counted(subject.network) as count:
-            subject.call(1)
+            pipeline.call(batch)
+        with count_passes(pipeline.network) as count:
+            pipeline.call(1)
         evaluations[name] = float(count.rows)
-        memory[name] = _peak_memory(subject, batch, device)
-    single: dict[str, list[float]] = {name: [] for name in subjects}
-    batched: dict[str, list[float]] = {name: [] for name in subjects}
+        memory[name] = _peak_memory(pipeline, batch, device)
+    single: dict[str, list[float]] = {name: [] for name in pipelines}
+    batched: dict[str, list[float]] = {name: [] for name in pipelines}
     for _ in range(repeats):
-        for name, subject in subjects.items():
-            single[name].append(_seconds(subject, 1, device))
-            batched[name].append(_seconds(subject, batch, device))
+        for name, pipeline in pipelines.items():
+            single[name].append(_seconds(pipeline, 1, device))
+            batched[name].append(_seconds(pipeline, batch, device))
     return [
         Speed(
             name,
@@ -91,38 +95,38 @@ def measure(
             1000 * percentile(single[name], 0.5),
             1000 * percentile(single[name], 0.95),
             memory[name],
-            parameters((subject.network, *subject.modules)),
+            parameter_count((pipeline.network, *pipeline.modules)),
             evaluations[name],
             repeats,
             batch,
         )
-        for name, subject in subjects.items()
+        for name, pipeline in pipelines.items()
     ]
 
 
 def percentile(values: Iterable[float], share: float) -> float:
-    """The smallest value that at least ``share`` of all do not exceed."""
+    """Return the smallest value that at least ``share`` of all values do not exceed."""
     ordered = sorted(values)
     return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
 
 
-def parameters(modules: Iterable[nn.Module]) -> int:
-    """Numbers in all parameters, shared ones counted once."""
+def parameter_count(modules: Iterable[nn.Module]) -> int:
+    """Return the number of parameters, with shared ones counted once."""
     return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
 
 
 @dataclass
-class Count:
-    """Calls of a network and rows (first dimension of its first tensor) that went through it."""
+class PassCount:
+    """Calls of a network, and rows (first dimension of its first tensor) that went through it."""
 
     calls: int = 0
     rows: int = 0
 
 
 @contextmanager
-def counted(network: nn.Module) -> Iterator[Count]:
+def count_passes(network: nn.Module) -> Iterator[PassCount]:
     """Count what goes through ``network`` inside the block."""
-    count = Count()
+    count = PassCount()
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 1)
@@ -136,10 +140,10 @@ def counted(network: nn.Module) -> Iterator[Count]:
         handle.remove()
 
 
-def _seconds(subject: Subject, count: int, device: torch.device) -> float:
+def _seconds(pipeline: TimedPipeline, count: int, device: torch.device) -> float:
     _wait(device)
     start = time.perf_counter()
-    subject.call(count)
+    pipeline.call(count)
     _wait(device)
     return time.perf_counter() - start
 
@@ -149,14 +153,14 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _peak_memory(subject: Subject, batch: int, device: torch.device) -> float | None:
+def _peak_memory(pipeline: TimedPipeline, batch: int, device: torch.device) -> float | None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        subject.call(batch)
+        pipeline.call(batch)
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak of this process starts anew
-        subject.call(batch)
+        pipeline.call(batch)
         status = Path("/proc/self/status").read_text()
     except OSError:
         return None

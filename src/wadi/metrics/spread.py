@@ -1,16 +1,17 @@
 """Spread of a metric: how much it varies when the same prompts are generated again from other seeds.
 
 The reference and the prompts stay fixed. Let ``phi_i`` be the influence of image ``i`` on a metric ``m``: the derivative of
-``m`` by the weight of that image, times the number of images ``n`` (of a mean over images it is the image's own value). Then
+``m`` by the weight of that image, times the number of images ``n``. (For a mean over images it is the image's own value.) Then
 
     Var(m) ~ sum_i Var(phi_i | prompt i) / n^2                    (infinitesimal jackknife; Efron, 1982)
 
-A protocol has one image for each prompt, so the variance given the prompt cannot be seen directly. Each image is compared with
-the image of the most similar prompt instead, ``Var(phi_i) ~ (phi_i - phi_j)^2 / 2`` (collapsed strata; Wolter, *Introduction to
-Variance Estimation*, 2007). What these two prompts differ in stays in the estimate, so it is an upper bound on average.
+A protocol has one image for each prompt, so the variance for a given prompt cannot be seen directly. Each image is compared
+with the image of the most similar prompt instead, ``Var(phi_i) ~ (phi_i - phi_j)^2 / 2`` (collapsed strata; Wolter,
+*Introduction to Variance Estimation*, 2007). The difference between these two prompts stays in the estimate, so on average it
+is an upper bound.
 
-Drawing the images again with replacement (the bootstrap) is not used: it repeats images, which a Frechet distance and the
-measures of nearest neighbours take for a narrower set. Its spread is several times too large where images are few.
+The bootstrap, which draws the images again with replacement, is not used. It repeats images, and a Frechet distance or a
+metric of nearest neighbours takes that for a narrower set. With few images its spread is several times too large.
 """
 
 from __future__ import annotations
@@ -27,40 +28,41 @@ from torch import Tensor
 from wadi.errors import WadiError
 
 CANDIDATES = 64  # prompts that are compared with each prompt
-Z = 1.959964  # of the normal distribution: 95 % lie within so many standard deviations
+Z = 1.959964  # standard deviations on each side of the mean that contain 95 % of a normal distribution
 
 
-def of_influence(influence: Tensor, nearest: Tensor | None = None) -> float:
-    """Standard deviation of a metric from the influence ``(n,)`` of each image.
+def spread_from_influence(influence: Tensor, nearest: Tensor | None = None) -> float:
+    """Return the standard deviation of a metric from the influence ``(n,)`` of each image.
 
     Args:
-        nearest: ``(n,)``, for each image the index of another one whose prompt is similar (`nearest_prompts`); None = compare
-            each image with the mean of all, as if each came with a prompt of its own that is also drawn anew.
+        nearest: ``(n,)``, for each image the index of another one with a similar prompt (`nearest_prompts`). None = compare
+            each
+            image with the mean of all, as if its prompt were also drawn again.
     Raises:
         WadiError: if there are fewer than two images, or an influence is not finite.
     """
     count = len(influence)
     if count < 2:
-        raise WadiError(f"Received {count} images. A spread needs at least 2: add images.")
+        raise WadiError(f"There are {count} images, and a spread needs at least 2. Add images.")
     values = influence.detach().double()
     if not bool(values.isfinite().all()):
-        raise WadiError("The influence of an image is not finite. Expected finite features and scores.")
+        raise WadiError("The influence of an image is NaN or infinite. Check its features and scores.")
     if nearest is None:
         return float(values.std()) / math.sqrt(count)
     return math.sqrt(float((values - values[nearest]).square().mean()) / 2 / count)
 
 
 def nearest_prompts(prompts: Sequence[str]) -> Tensor:
-    """For each of ``n`` prompts the index ``(n,)`` of the most similar other one.
+    """Return for each of ``n`` prompts the index ``(n,)`` of the most similar other prompt.
 
-    Similar are prompts that share rare words: the cosine of their words, each weighted by ``log(n / prompts with this word)``.
-    Only prompts that share one of the rarest words are compared, so the time grows with ``n`` alone.
+    Prompts are similar if they share rare words: the cosine of their words, each weighted by ``log(n / prompts with this
+    word)``. Only prompts that share one of the rarest words are compared, so the time is proportional to ``n``.
 
     Raises:
         WadiError: on fewer than two prompts.
     """
     if len(prompts) < 2:
-        raise WadiError(f"Received {len(prompts)} prompts. Expected at least 2.")
+        raise WadiError(f"There are {len(prompts)} prompts. Give at least 2.")
     words = [frozenset(re.findall(r"\w+", prompt.lower())) for prompt in prompts]
     frequency = Counter(word for line in words for word in line)
     weight = {word: math.log(1 + len(prompts) / count) for word, count in frequency.items()}
@@ -71,33 +73,33 @@ def nearest_prompts(prompts: Sequence[str]) -> Tensor:
         same[line].append(index)
         for word in line:
             containing[word].append(index)
-    found = []
+    nearest = []
     for index, line in enumerate(words):
         twins = same[line]
         if len(twins) > 1:
-            found.append(_after(twins, index)[0])
+            nearest.append(_following(twins, index)[0])
             continue
         scored = (
             (sum(weight[w] ** 2 for w in line & words[other]) / length[other], -other)
-            for other in _sharing(index, line, containing)
+            for other in _prompts_that_share_words(index, line, containing)
         )
         best = max(scored, default=None)
-        found.append(-best[1] if best is not None else (index + 1) % len(prompts))
-    return torch.tensor(found)
+        nearest.append(-best[1] if best is not None else (index + 1) % len(prompts))
+    return torch.tensor(nearest)
 
 
-def _sharing(index: int, line: frozenset[str], containing: dict[str, list[int]]) -> list[int]:
-    """Up to `CANDIDATES` other prompts that share a word with this one, those of its rarest words first."""
-    found: dict[int, None] = {}
+def _prompts_that_share_words(index: int, line: frozenset[str], containing: dict[str, list[int]]) -> list[int]:
+    """Return up to `CANDIDATES` other prompts that share a word with this one, those of its rarest words first."""
+    candidates: dict[int, None] = {}
     for word in sorted(line, key=lambda word: (len(containing[word]), word)):
-        found |= dict.fromkeys(_after(containing[word], index))
-        if len(found) >= CANDIDATES:
+        candidates |= dict.fromkeys(_following(containing[word], index))
+        if len(candidates) >= CANDIDATES:
             break
-    return list(found)[:CANDIDATES]
+    return list(candidates)[:CANDIDATES]
 
 
-def _after(indices: list[int], index: int) -> list[int]:
-    """Up to `CANDIDATES` entries of an ascending list that follow its entry ``index``, in a circle and without it."""
+def _following(indices: list[int], index: int) -> list[int]:
+    """Return up to `CANDIDATES` entries that follow the entry ``index`` in an ascending list, as if it were a circle."""
     place = bisect_left(indices, index)
     circle = indices[place + 1 : place + 1 + CANDIDATES]
     return circle + indices[: min(place, CANDIDATES - len(circle))]
