@@ -128,7 +128,7 @@ def test_a_frechet_distance_accepts_a_reference_that_is_factorised_once():
     fake, real = normal(40, 8), normal(60, 8, seed=1)
     once = frechet.gaussian(real)
     assert frechet.frechet_distance(fake, once) == frechet.frechet_distance(fake, real)
-    assert frechet.frechet_spread(fake, once) == frechet.spread(fake, real)
+    assert frechet.frechet_spread(fake, once) == frechet.frechet_spread(fake, real)
 
 
 def test_the_correction_of_a_sample_is_that_of_all_images(monkeypatch):
