@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import tiny
+from failing import fails
 from runs import WARM, assert_same_run, at_steps, state_of, terminate
 from wadi import roles
 from wadi.distill import checkpoints, loop
 from wadi.distill.loop import Interrupted, distill
-from wadi.errors import WadiError
 
 # --- resuming -----------------------------------------------------------------------------------------------------------------
 
@@ -43,7 +43,6 @@ def test_an_interrupted_run_is_the_uninterrupted_one_to_the_bit(changes, stops, 
             with pytest.raises(Interrupted) as stopped:
                 distill(broken)
             assert stopped.value.signal == signal.SIGTERM
-            assert f"step {stop + 1} of" in str(stopped.value)
             assert state_of(tmp_path / "broken")[1]["step"] == stop + 1
         distill(broken)
     assert_same_run(tmp_path / "straight", tmp_path / "broken")
@@ -69,8 +68,9 @@ def test_a_stop_while_pairs_are_made_loses_nothing(sd_folder, prompts_path, tmp_
     plain = warm_start.many_steps
     with monkeypatch.context() as patch:
         patch.setattr(warm_start, "many_steps", lambda *a: terminate() or plain(*a))
-        with pytest.raises(Interrupted, match="step 0 of"):
+        with pytest.raises(Interrupted):
             distill(configs[1])
+    assert not (tmp_path / "broken" / "warm_start.safetensors").exists()
     distill(configs[1])
     pairs = [load_file(tmp_path / name / "warm_start.safetensors") for name in ("straight", "broken")]
     assert all(torch.equal(pairs[0][key], pairs[1][key]) for key in ("z", "rows"))
@@ -166,10 +166,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_line(copy, file, how, capsys
     (folder / "checkpoints" / "step-0000003-copy").mkdir()  # somebody's own
     spoil(folder / "checkpoints" / "step-0000003" / file, how)
     distill(config)
-    told = [line for line in capsys.readouterr().err.splitlines() if "passed over" in line]
-    assert len(told) == 1
-    assert "step-0000003" in told[0]
-    assert file in told[0]
+    (notice,) = [line for line in capsys.readouterr().err.splitlines() if "step-0000003" in line]
+    assert file in notice
     assert_same_run(folder, whole)
 
 
@@ -178,7 +176,7 @@ def test_no_intact_checkpoint_is_an_error_and_changes_nothing(copy):
     for number in (2, 3):
         spoil(folder / "checkpoints" / f"step-000000{number}" / "training.safetensors", "altered")
     stats = (folder / "stats.jsonl").read_text()
-    with pytest.raises(WadiError, match=r"No checkpoint .* is intact"):
+    with fails("step-0000003"):
         distill(config)
     assert (folder / "stats.jsonl").read_text() == stats
 
@@ -189,15 +187,17 @@ def test_a_checkpoint_of_another_teacher_is_refused(copy, sd_folder, tmp_path):
     tiny.stable_diffusion(tmp_path / "parts", seed=1).save_pretrained(other)
     settings = folder / "config.yaml"
     settings.write_text(settings.read_text().replace(str(sd_folder), str(other)))
-    with pytest.raises(WadiError, match="fingerprint"):
+    _, before = state_of(folder)
+    with fails("step-0000003", before["teacher"]):
         distill(dataclasses.replace(config, teacher=str(other)))
+    assert state_of(folder)[1] == before
 
 
 def test_another_config_is_refused_and_the_difference_shown(copy):
     config, folder, _ = copy
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     changed = dataclasses.replace(config, guidance_scale=2.0, student=dataclasses.replace(config.student, lr=0.5))
-    with pytest.raises(WadiError, match=r"student\.lr: 0\.001 -> 0\.5; guidance_scale: 1\.5 -> 2\.0"):
+    with fails("student.lr", 0.001, 0.5, "guidance_scale", 1.5, 2.0):
         distill(changed)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
@@ -221,7 +221,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(sd_folder, prompts_path, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", train_step)
         try:
-            with pytest.raises(WadiError, match=r"Cannot write .*File too large"):
+            with fails(tmp_path / "run"):
                 distill(config)
         finally:
             disk.__exit__(None, None, None)

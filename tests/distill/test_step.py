@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import tiny
+from failing import fails
 from runs import state_of, stats_of
 from wadi import roles
 from wadi.backbones import load_pipeline
@@ -178,13 +179,13 @@ def test_one_role_that_stays_not_finite_stops_the_run(sd_folder, prompts_path, t
     config = tiny.settings(
         sd_folder, prompts_path, tmp_path / "run", steps=20, checkpoint_every=1, max_skipped=3, keep_checkpoints=1
     )
-    with pytest.raises(WadiError, match=r"student's gradient was not finite 3 times in a row at step 3"):
+    with fails("student", "step 3"):
         distill(config)
     last, complaints = checkpoints.latest(tmp_path / "run" / "checkpoints")
     assert (last.name, complaints) == ("step-0000003", [])
     # the count is part of the state: the same command does not buy three more
     nan_gradient(monkeypatch, set(range(99)))
-    with pytest.raises(WadiError, match=r"3 times in a row at step 3"):
+    with fails("student", "step 3"):
         distill(config)
 
 
@@ -195,7 +196,7 @@ def test_a_finite_step_in_between_starts_the_count_anew(sd_folder, prompts_path,
 
 
 def test_angles_that_left_the_numbers_stop_the_run(sd_folder, prompts_path, tmp_path):
-    with pytest.raises(WadiError, match="gradient was not finite"):
+    with fails("fake"):
         distill(tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=20, max_skipped=2, fake={"lr": 1e25}))
     assert checkpoints.latest(tmp_path / "run" / "checkpoints") == (None, [])
 
@@ -221,9 +222,9 @@ def test_a_folder_of_something_else_is_not_touched(sd_folder, prompts_path, tmp_
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     (tmp_path / "file").write_text("x")
     for name in ("mine", "file"):
-        with pytest.raises(WadiError, match="is no run"):
+        with fails(tmp_path / name):
             distill(tiny.settings(sd_folder, prompts_path, tmp_path / name))
-    with pytest.raises(WadiError, match="Cannot write"):
+    with fails(tmp_path / "file"):
         distill(tiny.settings(sd_folder, prompts_path, tmp_path / "file" / "run"))
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 

@@ -61,7 +61,7 @@ def test_stopped_while_images_are_generated(moment, straight, tmp_path, monkeypa
     config = dataclasses.replace(straight[0], out=str(tmp_path / "run"))
     with monkeypatch.context() as patch:
         counted = signal_at(patch, module, name, call)
-        with pytest.raises(Interrupted, match=f"step {step} of 4") as stopped:
+        with pytest.raises(Interrupted) as stopped:
             distill(config)
     assert (stopped.value.signal, len(counted)) == (signal.SIGTERM, calls)
     assert state_of(tmp_path / "run")[1]["step"] == step
@@ -86,8 +86,9 @@ def test_a_signal_during_the_last_step_is_not_lost(sd_folder, prompts_path, tmp_
     config = tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=2)
     with monkeypatch.context() as patch:
         at_steps(patch, [1], terminate)
-        with pytest.raises(Interrupted, match="step 2 of 2"):
+        with pytest.raises(Interrupted):
             distill(config)
+    assert state_of(tmp_path / "run")[1]["step"] == 2
     distill(config)
     with monkeypatch.context() as patch:
         signal_at(patch, __import__("wadi.distill.checkpoints", fromlist=["x"]), "latest", 1)
