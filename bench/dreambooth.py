@@ -35,7 +35,7 @@ from wadi.backbones import load_pipeline
 from wadi.cli.main import main as wadi
 from wadi.distill.presets import ZOO_PROMPTS
 from wadi.extras.dreambooth.data import read_subject
-from wadi.extras.lora.merge import apply_lora
+from wadi.extras.lora.apply import apply_lora
 from wadi.io import grids
 from wadi.pipelines.generate import draw, load
 from wadi.zoo import COLOURS, caption, eval_prompts, load_classifier

@@ -13,7 +13,7 @@ from wadi.backbones import from_pipeline
 from wadi.distill.presets import preset
 from wadi.extras.dreambooth import training
 from wadi.extras.dreambooth.data import draw_prior, read_subject
-from wadi.extras.lora.merge import apply_lora
+from wadi.extras.lora.apply import apply_lora
 from wadi.io.grids import grid, save_png
 from wadi.pipelines.generate import draw, load
 

@@ -19,7 +19,7 @@ from wadi.cli.guard import BAD_INPUT, guard
 from wadi.cli.main import main
 from wadi.distill import checkpoints
 from wadi.errors import WadiError
-from wadi.extras.lora import merge
+from wadi.extras.lora.training import attach_lora
 from wadi.io.files import whole_folder
 from wadi.io.images import open_image
 from wadi.io.records import refuse_boundless_yaml
@@ -93,13 +93,13 @@ def test_patterns_that_take_for_ever_are_refused(sd_folder, monkeypatch):
     with pytest.raises(WadiError, match="--layers"):
         matching(r"(a|aa)+$")("a" * 60 + "b")
     with pytest.raises(WadiError, match=r"takes more than .* seconds"):
-        merge.attach(network, 2, ENDLESS)
+        attach_lora(network, 2, ENDLESS)
     assert roles.full_rank(network, ENDLESS) is None
 
 
 def test_a_lora_is_put_on_what_its_pattern_matches(sd_folder):
     network = load_pipeline(sd_folder).unet
-    merge.attach(network, 2, r".*attn1\.to_q")
+    attach_lora(network, 2, r".*attn1\.to_q")
     layers = {name.rpartition(".lora_A")[0] for name, _ in network.named_parameters() if ".lora_A" in name}
     assert layers == {name for name, _ in load_pipeline(sd_folder).unet.named_modules() if name.endswith("attn1.to_q")}
     assert layers

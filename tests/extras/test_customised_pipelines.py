@@ -11,7 +11,8 @@ from PIL import Image
 from wadi import roles
 from wadi.backbones import load_pipeline
 from wadi.cli.main import main
-from wadi.extras.lora import merge
+from wadi.extras.lora import ADAPTER_NAME
+from wadi.extras.lora.training import attach_lora, write_lora
 from wadi.lorad import LoRaDConfig
 
 TARGETS = r".*(to_q|to_k|to_v|conv1|proj_in)"
@@ -31,12 +32,12 @@ def parts(sd_folder, tmp_path_factory):
     randomise(control.controlnet_mid_block.parameters(), 0.3)
     randomise(control.controlnet_cond_embedding.conv_out.parameters(), 0.3)
     control.save_pretrained(folder / "control")
-    randomise(merge.attach(pipeline.unet, 3, TARGETS), 0.3)
-    merge.write(pipeline, folder / "lora")
+    randomise(attach_lora(pipeline.unet, 3, TARGETS), 0.3)
+    write_lora(pipeline, folder / "lora")
     network = load_pipeline(sd_folder).unet
-    roles.attach(network, merge.NAME, LoRaDConfig(r=3, target_modules=TARGETS))
-    randomise(roles.parameters(network, merge.NAME).values(), 0.5)
-    roles.save(network, merge.NAME, folder / "lorad")
+    roles.attach(network, ADAPTER_NAME, LoRaDConfig(r=3, target_modules=TARGETS))
+    randomise(roles.parameters(network, ADAPTER_NAME).values(), 0.5)
+    roles.save(network, ADAPTER_NAME, folder / "lorad")
     save_file({"<R>": 3 * torch.randn(1, 32)}, folder / "token.safetensors", {"format": "pt", "token": "<R>"})
     values = np.zeros((16, 16, 3), np.uint8)
     values[4:12, 4:12] = 255

@@ -14,7 +14,7 @@ from wadi.errors import WadiError
 from wadi.extras.dreambooth import training
 from wadi.extras.dreambooth.data import draw_prior, read_subject
 from wadi.extras.dreambooth.training import DreamboothConfig, match, train
-from wadi.extras.lora import merge
+from wadi.extras.lora.apply import apply_lora
 from wadi.pipelines.generate import load
 
 TARGETS = r"(down_blocks|mid_block|up_blocks)\..*(to_q|to_k|to_v|to_out\.0|ff\.net\.2|conv1|conv2)"
@@ -211,7 +211,7 @@ def test_only_the_adapter_is_trained_and_what_is_saved_is_what_was_trained(sd_v_
     training.save(pipeline, backbone, config, tmp_path / "out", {"dreambooth": {}})
     again = load_pipeline(tmp_path / "out" if method == "full" else sd_v_folder)
     if method != "full":
-        merge.apply_lora(again, tmp_path / "out")
+        apply_lora(again, tmp_path / "out")
     with torch.no_grad():
         found = from_pipeline(again).predict(x_t, t, condition)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

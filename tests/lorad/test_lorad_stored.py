@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from wadi import roles
+from wadi.errors import WadiError
 from wadi.lorad import LoRaDConfig
 from wadi.lorad.stored import is_factor, layer_factors, set_scale
 
@@ -24,13 +25,14 @@ def test_factors_of_each_layer_are_found_in_an_adapter_file():
     assert factors.keys() == angles.keys() == {"0", "2"}
     for layer, (A, B) in factors.items():
         assert torch.equal(A @ B, angles[layer])
-    with pytest.raises(KeyError, match="lorad_B"):
+    with pytest.raises(WadiError, match=r"model\.0\.lorad_B"):
         layer_factors({"base_model.model.0.lorad_A": torch.ones(4, 2)})
 
 
 def test_only_names_of_factors_are_factors():
     assert all(is_factor(key) for key in roles.state_dict(adapted(), "style"))
-    assert not any(is_factor(key) for key in ("0.lora_A.weight", "0.lorad_A.weight", "lorad_B0"))
+    assert is_factor("down.0.lorad_B.student")  # in the state dict of a network
+    assert not any(is_factor(key) for key in ("0.lora_A.weight", "lorad_A", "0.lorad_B0"))
 
 
 def test_a_scale_multiplies_the_angles_of_one_adapter():

@@ -223,7 +223,7 @@ def _draw(pipeline: Any, args: Namespace, steps: int | None = None) -> list[Imag
 
 def _show(args: Namespace, pipeline: Any, rows: list[tuple[str, Any]], out: Path, device: Any) -> Path:
     """Write ``picture.png``: the subject, the model before and after, the one-step model with the adapter."""
-    from wadi.extras.lora.merge import apply_lora
+    from wadi.extras.lora.apply import apply_lora
     from wadi.io import grids
     from wadi.pipelines.generate import enlargement
 

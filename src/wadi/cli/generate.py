@@ -362,7 +362,7 @@ def customised(pipeline: Any, args: Any) -> Any:
         for file, name in zip(args.token, args.token_name or [None] * len(args.token), strict=True):
             add_token(pipeline, Path(file), name)
     if args.lora is not None:
-        from wadi.extras.lora.merge import apply_lora
+        from wadi.extras.lora.apply import apply_lora
 
         for file, scale in zip(args.lora, numbers(args, "lora_scale", args.lora, 1.0), strict=True):
             apply_lora(pipeline, file, scale)

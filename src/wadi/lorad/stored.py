@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from wadi.errors import WadiError
 from wadi.lorad.layer import LoRaDLayer
 
 PEFT_PREFIX = "base_model.model."  # PEFT writes it before the name of every layer, whatever the method
@@ -13,21 +14,24 @@ FACTOR_A, FACTOR_B = ".lorad_A", ".lorad_B"
 
 
 def is_factor(key: str) -> bool:
-    """Return whether a tensor of this name belongs to a LoRaD adapter."""
-    return key.endswith((FACTOR_A, FACTOR_B))
+    """Return whether ``key`` names a factor of a LoRaD adapter; the adapter's name may follow, as in a network's state dict."""
+    return any(f"{factor}." in f"{key}." for factor in (FACTOR_A, FACTOR_B))
 
 
 def layer_factors(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """Return ``{layer: (A, B)}`` for the tensors of an adapter file; other tensors are left out.
 
     Raises:
-        KeyError: if a layer has ``A`` without ``B``.
+        WadiError: if a layer has ``A`` without ``B``.
     """
-    return {
-        key.removeprefix(PEFT_PREFIX).removesuffix(FACTOR_A): (A, tensors[key.removesuffix(FACTOR_A) + FACTOR_B])
-        for key, A in tensors.items()
-        if key.endswith(FACTOR_A)
-    }
+    factors = {}
+    for key, A in tensors.items():
+        if key.endswith(FACTOR_A):
+            B_key = key.removesuffix(FACTOR_A) + FACTOR_B
+            if B_key not in tensors:
+                raise WadiError(f"The LoRaD adapter has {key} without {B_key}. Restore the file as it was written.")
+            factors[key.removeprefix(PEFT_PREFIX).removesuffix(FACTOR_A)] = (A, tensors[B_key])
+    return factors
 
 
 def set_scale(model: nn.Module, adapter: str, scale: float) -> None:

@@ -33,7 +33,8 @@ from wadi.diffusion.schedulers import timestep_of
 from wadi.distill.schedules import cosine_to_a_tenth
 from wadi.errors import WadiError
 from wadi.extras.dreambooth.data import Prior
-from wadi.extras.lora import merge
+from wadi.extras.lora import ADAPTER_NAME
+from wadi.extras.lora.training import attach_lora, write_lora
 from wadi.extras.steps import refuse_noiseless
 from wadi.io import bounds
 from wadi.io.files import whole_folder
@@ -109,7 +110,7 @@ def train(
     config: DreamboothConfig,
     quiet: bool = False,
 ) -> Trained:
-    """Train the backbone's network in place: the adapter stays attached as `wadi.extras.lora.merge.NAME`.
+    """Train the backbone's network in place: the adapter stays attached as `wadi.extras.lora.ADAPTER_NAME`.
 
     The same arguments give the same weights, to the bit on a CPU.
 
@@ -155,12 +156,12 @@ def _trainable(backbone: Backbone, config: DreamboothConfig) -> list[nn.Paramete
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if config.method == "lora":
-            return merge.attach(network, config.rank, targets)
+            return attach_lora(network, config.rank, targets)
         if config.method == "lorad":
             from wadi.lorad import LoRaDConfig
 
-            roles.attach(network, merge.NAME, LoRaDConfig(r=config.rank, target_modules=targets))
-            return list(roles.parameters(network, merge.NAME).values())
+            roles.attach(network, ADAPTER_NAME, LoRaDConfig(r=config.rank, target_modules=targets))
+            return list(roles.parameters(network, ADAPTER_NAME).values())
     network.requires_grad_(True)
     return list(network.parameters())
 
@@ -244,8 +245,8 @@ def save(pipeline: Any, backbone: Backbone, config: DreamboothConfig, folder: Pa
         WadiError: if the family has no such format, or the place cannot be written.
     """
     writers: dict[str, Callable[[Path], Any]] = {
-        "lorad": lambda place: roles.write(backbone.network, merge.NAME, place),
-        "lora": lambda place: merge.write(pipeline, place),
+        "lorad": lambda place: roles.write(backbone.network, ADAPTER_NAME, place),
+        "lora": lambda place: write_lora(pipeline, place),
         "full": lambda place: write_pipeline(pipeline, place),
     }
     with whole_folder(folder) as place:

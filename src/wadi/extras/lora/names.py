@@ -1,4 +1,4 @@
-"""Which layer of a pipeline a name in a LoRA file means."""
+"""Find the layer of a pipeline that a name in a LoRA file means."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wadi.extras.lora.file import entries
+from wadi.extras.lora.entries import group_by_layer
 from wadi.io.weights import quiet
+from wadi.lorad.stored import PEFT_PREFIX
 
 Place = tuple[str, str]  # (part of the pipeline, layer in it)
 
-_TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3")
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+# What trainers write before the name of a layer, where its words are joined by dots, and where by underscores.
 _DOTTED = {
-    "unet": ("unet.", "diffusion_model.", "base_model.model.", "base_model.model.unet.", ""),
-    "transformer": ("transformer.", "diffusion_model.", "base_model.model.", "base_model.model.transformer.", ""),
+    "unet": ("unet.", "diffusion_model.", PEFT_PREFIX, f"{PEFT_PREFIX}unet.", ""),
+    "transformer": ("transformer.", "diffusion_model.", PEFT_PREFIX, f"{PEFT_PREFIX}transformer.", ""),
 }
-_JOINED = {
+_UNDERSCORED = {
     "unet": ("lora_unet_", "lycoris_"),
     "transformer": ("lora_transformer_", "lora_unet_", "lycoris_"),
     "text_encoder": ("lora_te_", "lora_te1_"),
@@ -30,39 +32,43 @@ _JOINED = {
 _ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
-def places(pipeline: Any, component: str) -> dict[str, Place]:
-    """``{name: (part, layer)}`` of every layer of network and text encoders, under all the names that trainers give it."""
-    found: dict[str, Place] = {}
-    taken: set[str] = set()
-    parts = [component, *(name for name in _TEXT if getattr(pipeline, name, None) is not None)]
+def layer_places(pipeline: Any, component: str) -> dict[str, Place]:
+    """Return ``{name: (part, layer)}`` for every layer of the network and the text encoders, under all names in use.
+
+    Args:
+        component: attribute of the pipeline that contains the backbone's network.
+    """
+    table: dict[str, Place] = {}
+    ambiguous: set[str] = set()
+    parts = [component, *(name for name in _TEXT_ENCODERS if getattr(pipeline, name, None) is not None)]
     for part in parts:
-        for layer in _layers(getattr(pipeline, part)):
-            for name in _names(part, layer):
-                if name in found and found[name][0] != part:
-                    taken.add(name)
-                found.setdefault(name, (part, layer))
-    for name in taken:  # a PEFT name that two text encoders have says nothing; the network has the right of way
-        if found[name][0] != component:
-            del found[name]
-    return found
+        for layer in _weighted_layers(getattr(pipeline, part)):
+            for name in _names_of(part, layer):
+                if name in table and table[name][0] != part:
+                    ambiguous.add(name)
+                table.setdefault(name, (part, layer))
+    for name in ambiguous:  # the network keeps the name; among text encoders nobody can say which one is meant
+        if table[name][0] != component:
+            del table[name]
+    return table
 
 
-def _layers(model: nn.Module) -> list[str]:
+def _weighted_layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if getattr(getattr(module, "weight", None), "ndim", 0) >= 2]
 
 
-def _names(part: str, layer: str) -> Iterable[str]:
-    spelled = [layer]
-    if part in _TEXT:  # transformers 5 left out what the names of all files have
+def _names_of(part: str, layer: str) -> Iterable[str]:
+    spellings = [layer]
+    if part in _TEXT_ENCODERS:  # transformers 5 dropped "text_model.", which all files have
         bare = layer.removeprefix("text_model.")
-        spelled = [bare, f"text_model.{bare}"]
-    for name in spelled:
-        yield from (prefix + name for prefix in _DOTTED.get(part, (f"{part}.", "base_model.model.")))
-        yield from (prefix + name.replace(".", "_") for prefix in _JOINED[part])
+        spellings = [bare, f"text_model.{bare}"]
+    for name in spellings:
+        yield from (prefix + name for prefix in _DOTTED.get(part, (f"{part}.", PEFT_PREFIX)))
+        yield from (prefix + name.replace(".", "_") for prefix in _UNDERSCORED[part])
 
 
-def plain_name(module: str) -> str:
-    """A module's name without diffusers' earlier spellings (``attn1.processor.to_out``, ``self_attn.to_q``)."""
+def modern_name(module: str) -> str:
+    """Return a module's name without diffusers' earlier spellings (``attn1.processor.to_out``, ``self_attn.to_q``)."""
     name = module.replace(".processor.", ".")
     head, _, last = name.rpartition(".")
     if last in _ATTENTION and head.endswith("self_attn"):
@@ -72,47 +78,51 @@ def plain_name(module: str) -> str:
     return name
 
 
-def resolve(pipeline: Any, modules: Iterable[str], table: Mapping[str, Place]) -> dict[str, Place]:
-    """``{module: (part, layer)}`` of those modules of a file that are layers of the pipeline."""
-    found = {}
+def resolve_names(pipeline: Any, modules: Iterable[str], table: Mapping[str, Place]) -> dict[str, Place]:
+    """Return ``{module: (part, layer)}`` for those modules of a file that are layers of the pipeline.
+
+    Args:
+        table: see `layer_places`.
+    """
+    places = {}
     for module in modules:
-        place = table.get(plain_name(module)) or table.get(_of_checkpoint(pipeline, module))
+        place = table.get(modern_name(module)) or table.get(_name_from_checkpoint(pipeline, module))
         if place is not None:
-            found[module] = place
-    return found
+            places[module] = place
+    return places
 
 
-def _of_checkpoint(pipeline: Any, module: str) -> str:
-    """diffusers' name for a U-Net's layer named as in the original checkpoints (``input_blocks.4.1...``); "" if it is none."""
+def _name_from_checkpoint(pipeline: Any, module: str) -> str:
+    """Return diffusers' name for a U-Net layer named as in the original checkpoint (``input_blocks.4.1...``), or ""."""
     unet = getattr(pipeline, "unet", None)
     name = re.sub(r"^(lora_unet_|diffusion_model\.|model\.diffusion_model\.)", "", module)
     if unet is None or name == module:
         return ""
-    joined = "lora_unet_" + name.replace(".", "_")
-    # diffusers' converter renames tensors; what they hold does not matter, so that LoHa and LoKr are renamed as well.
-    renamed = {f"{joined}.{side}.weight": torch.zeros(1, 1) for side in ("lora_down", "lora_up")}
+    underscored = "lora_unet_" + name.replace(".", "_")
+    # diffusers' converter renames the tensors of a LoRA. Zeros of one number serve for LoHa and LoKr too.
+    stand_ins = {f"{underscored}.{side}.weight": torch.zeros(1, 1) for side in ("lora_down", "lora_up")}
     try:
         with quiet():
-            made, _ = pipeline.lora_state_dict(renamed, unet_config=unet.config)
-        (entry,), _ = entries(made)
-    except Exception:  # a name that it does not know ends in whatever its string arithmetic raises
+            renamed, _ = pipeline.lora_state_dict(stand_ins, unet_config=unet.config)
+        (entry,), _ = group_by_layer(renamed)
+    except Exception:  # the converter raises errors of many types on a name that it does not know
         return ""
-    return plain_name(entry)
+    return modern_name(entry)
 
 
-def converted(pipeline: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A transformer's LoRA whose layers the trainer had joined (FLUX's ``qkv``) or named otherwise, by diffusers' converter.
+def convert_names(pipeline: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a transformer's LoRA in diffusers' names, by diffusers' converter. Joined layers (FLUX's ``qkv``) are split.
 
     Raises:
-        Exception: whatever diffusers raises on what it does not know.
+        Exception: of any type, if diffusers does not know the names.
     """
-    made = {}
-    for key, tensor in tensors.items():  # ComfyUI's names as kohya's, which the converter knows
-        joined = re.fullmatch(r"diffusion_model\.(.+?)\.(lora_[AB]|lora_down|lora_up|alpha)(\.weight)?", key)
-        if joined:
-            side = {"lora_A": "lora_down", "lora_B": "lora_up"}.get(joined[2], joined[2])
-            key = f"lora_unet_{joined[1].replace('.', '_')}.{side}{joined[3] or ''}"
-        made[key] = tensor
+    renamed = {}
+    for key, tensor in tensors.items():  # the converter knows kohya's names but not ComfyUI's
+        match = re.fullmatch(r"diffusion_model\.(.+?)\.(lora_[AB]|lora_down|lora_up|alpha)(\.weight)?", key)
+        if match:
+            side = {"lora_A": "lora_down", "lora_B": "lora_up"}.get(match[2], match[2])
+            key = f"lora_unet_{match[1].replace('.', '_')}.{side}{match[3] or ''}"
+        renamed[key] = tensor
     with quiet():
-        found = pipeline.lora_state_dict(made)
-    return dict(found[0] if isinstance(found, tuple) else found)
+        converted = pipeline.lora_state_dict(renamed)
+    return dict(converted[0] if isinstance(converted, tuple) else converted)
