@@ -34,7 +34,7 @@ from machine import machine
 from wadi.backbones import load_pipeline
 from wadi.cli.main import main as wadi
 from wadi.distill.presets import ZOO_PROMPTS
-from wadi.extras.dreambooth.data import read_subject
+from wadi.extras.dreambooth.subject import read_subject
 from wadi.extras.lora.apply import apply_lora
 from wadi.io import grids
 from wadi.pipelines.generate import draw, load

@@ -1,4 +1,4 @@
-"""DreamBooth: the subject is learned and the class kept, the same again from the same seed, and standard files come out."""
+"""DreamBooth: the subject is learned, the class is kept, the same seed repeats it, and the files are standard ones."""
 
 import json
 
@@ -11,9 +11,12 @@ from wadi import roles
 from wadi.backbones import from_pipeline, load_pipeline
 from wadi.diffusion.schedulers import timestep_of
 from wadi.errors import WadiError
-from wadi.extras.dreambooth import training
-from wadi.extras.dreambooth.data import draw_prior, read_subject
-from wadi.extras.dreambooth.training import DreamboothConfig, match, train
+from wadi.extras.dreambooth.config import DreamboothConfig
+from wadi.extras.dreambooth.losses import dreambooth_loss, pair_nearest, random_rows
+from wadi.extras.dreambooth.prior import generate_prior
+from wadi.extras.dreambooth.saving import save_subject
+from wadi.extras.dreambooth.subject import image_paths, read_subject
+from wadi.extras.dreambooth.training import train_subject
 from wadi.extras.lora.apply import apply_lora
 from wadi.pipelines.generate import load
 
@@ -23,7 +26,7 @@ METHODS = ("lorad", "lora", "full")
 
 @pytest.fixture(scope="module")
 def subject_folder(tmp_path_factory):
-    """Two pictures, one of them transparent and of another shape, and a file that is none."""
+    """Two images, one of them transparent and of another shape, and a text file."""
     folder = tmp_path_factory.mktemp("subject")
     pixels = np.zeros((16, 16, 3), np.uint8)
     pixels[4:12, 4:12] = (250, 40, 40)
@@ -57,35 +60,35 @@ def settings(method="lorad", **changes):
 
 
 def prepared(folder, subject_folder):
-    """``(pipeline, backbone, latents, condition)`` of the subject's pictures and prompt."""
+    """``(pipeline, backbone, latents, condition)`` of the subject's images and prompt."""
     pipeline = load_pipeline(folder)
     backbone = from_pipeline(pipeline)
-    pictures, _ = read_subject(subject_folder, backbone.resolution)
-    return pipeline, backbone, backbone.encode_images(pictures), backbone.encode(["sks apple"])
+    images, _ = read_subject(subject_folder, backbone.resolution)
+    return pipeline, backbone, backbone.encode_images(images), backbone.encode(["sks apple"])
 
 
 def prior_of(backbone, steps=0):
-    return draw_prior(backbone, ["red apple", "blue car"], 4, 0, steps, 2.0, batch=3)
+    return generate_prior(backbone, ["red apple", "blue car"], 4, 0, steps, 2.0, batch=3)
 
 
 def weights(network):
     return {name: tensor.clone() for name, tensor in network.state_dict().items()}
 
 
-# --- what it learns from ----------------------------------------------------------------------------------------------------
+# --- images and prior ------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_are_cut_to_size_and_transparency_is_white(subject_folder):
-    tensor, pictures = read_subject(subject_folder, (16, 16))
+def test_images_are_cropped_and_transparency_is_white(subject_folder):
+    tensor, images = read_subject(subject_folder, (16, 16))
     assert tensor.shape == (2, 3, 16, 16)
-    assert [picture.size for picture in pictures] == [(16, 16)] * 2
+    assert [image.size for image in images] == [(16, 16)] * 2
     assert tensor[0, :, 8, 8].tolist() == pytest.approx([250 / 255, 40 / 255, 40 / 255], abs=1e-6)
     assert tensor[1, :, 8, 0].tolist() == [1, 1, 1]
     assert tensor[1, 1, 8, 8] > 0.9 > 0.3 > tensor[1, 0, 8, 8]  # its middle, green
 
 
-def test_the_prior_is_what_the_model_draws_alone(one_step_folder):
-    """Each picture of its own seed and prompt, whatever stands beside it."""
+def test_the_prior_is_what_the_pipeline_generates(one_step_folder):
+    """Each image depends on its own seed and prompt, not on the others of the batch."""
     backbone = from_pipeline(load_pipeline(one_step_folder))
     prior = prior_of(backbone)
     assert timestep_of(backbone.pipeline.scheduler) == 700
@@ -97,39 +100,40 @@ def test_the_prior_is_what_the_model_draws_alone(one_step_folder):
         torch.testing.assert_close(prior.x0[i : i + 1], latents, rtol=1e-4, atol=1e-4)
 
 
-# --- what it learns ---------------------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------------------------
 
 
-def test_matching_uses_every_picture_once_and_the_nearest_first():
-    wanted = torch.tensor([[0.0], [10.0], [20.0]])
-    made = torch.tensor([[19.0], [9.0], [11.5]])
-    assert match(made, wanted).tolist() == [2, 1, 0]
-    assert sorted(match(torch.randn(6, 4), torch.randn(6, 4)).tolist()) == list(range(6))
+def test_pairs_use_every_image_once_and_the_nearest_first():
+    images = torch.tensor([[0.0], [10.0], [20.0]])
+    generated = torch.tensor([[19.0], [9.0], [11.5]])
+    assert pair_nearest(generated, images).tolist() == [2, 1, 0]
+    assert sorted(pair_nearest(torch.randn(6, 4), torch.randn(6, 4)).tolist()) == list(range(6))
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("loss", ["diffusion", "one-step"])
-def test_it_learns_the_subject_and_keeps_the_class(request, subject_folder, method, loss):
+def test_training_learns_the_subject_and_keeps_the_class(request, subject_folder, method, loss):
     folder = request.getfixturevalue("one_step_folder" if loss == "one-step" else "sd_v_folder")
     _, backbone, latents, condition = prepared(folder, subject_folder)
     prior = prior_of(backbone, steps=0 if loss == "one-step" else 2)
     lr = {"lorad": 5e-2, "lora": 2e-2, "full": 3e-3}[method]
     config = settings(method, loss=loss, steps=40, lr=lr)
-    trained = train(backbone, latents, condition, prior, config, quiet=True)
+    trained = train_subject(backbone, latents, condition, prior, config, quiet=True)
     assert np.mean(trained.losses[-8:]) < 0.8 * np.mean(trained.losses[:8])
-    if loss == "one-step":  # with the prior, the class's pictures stay nearer to what they were than without
-        kept = _drift(backbone, prior, condition)
+    if loss == "one-step":  # with a prior the images of the class change less than without
+        with_prior = _drift(backbone, prior)
         _, alone, latents, condition = prepared(folder, subject_folder)
-        train(alone, latents, condition, None, config, quiet=True)
-        assert kept < 0.7 * _drift(alone, prior, condition)
+        train_subject(alone, latents, condition, None, config, quiet=True)
+        assert with_prior < 0.7 * _drift(alone, prior)
 
 
 @torch.no_grad()
-def _drift(backbone, prior, _condition):
+def _drift(backbone, prior):
+    """Return the mean squared change of the prior's latents."""
     from wadi.sampling import one_step
 
-    made = one_step(backbone, prior.condition, prior.z, timestep_of(backbone.pipeline.scheduler))
-    return float((made - prior.x0).square().mean())
+    generated = one_step(backbone, prior.condition, prior.z, timestep_of(backbone.pipeline.scheduler))
+    return float((generated - prior.x0).square().mean())
 
 
 def test_the_losses_are_those_of_the_docstring_at_the_students_own_timestep(one_step_folder, subject_folder):
@@ -140,7 +144,7 @@ def test_the_losses_are_those_of_the_docstring_at_the_students_own_timestep(one_
     with torch.no_grad():
         for parameter in backbone.network.parameters():
             parameter.mul_(1.3)  # so that the class's images are no longer those of the prior
-        loss, of_subject = training._loss(backbone, latents, condition, prior, config, torch.Generator().manual_seed(4))
+        loss, of_subject = dreambooth_loss(backbone, latents, condition, prior, config, torch.Generator().manual_seed(4))
         generator = torch.Generator().manual_seed(4)
         rows = torch.randperm(2, generator=generator)
         z = torch.randn((2, *latents.shape[1:]), generator=generator)
@@ -160,11 +164,11 @@ def test_the_losses_are_those_of_the_docstring_at_the_students_own_timestep(one_
     assert float(kept) > 0.01 * subject
 
 
-def test_every_image_comes_as_often_as_any_other():
+def test_every_image_is_used_equally_often():
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
-        assert training._draw(4, 8, generator).bincount().tolist() == [2, 2, 2, 2]
-        assert training._draw(4, 3, generator).bincount().max() == 1
+        assert random_rows(4, 8, generator).bincount().tolist() == [2, 2, 2, 2]
+        assert random_rows(4, 3, generator).bincount().max() == 1
 
 
 def test_the_learning_rate_falls_along_a_cosine_to_a_tenth(sd_v_folder, subject_folder, monkeypatch):
@@ -176,56 +180,56 @@ def test_the_learning_rate_falls_along_a_cosine_to_a_tenth(sd_v_folder, subject_
         return plain(self, *arguments)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    train(backbone, latents, condition, None, settings(steps=5, lr=0.02), quiet=True)
+    train_subject(backbone, latents, condition, None, settings(steps=5, lr=0.02), quiet=True)
     assert rates == pytest.approx([0.02 * (0.55 + 0.45 * np.cos(np.pi * i / 5)) for i in range(5)])
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_same_seed_gives_the_same_weights_to_the_bit(sd_v_folder, subject_folder, method):
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(sd_v_folder, subject_folder, method):
     states = []
     for _ in range(2):
-        torch.rand(7)  # whatever else was drawn meanwhile
+        torch.rand(7)  # the global generator must not matter
         _, backbone, latents, condition = prepared(sd_v_folder, subject_folder)
-        train(backbone, latents, condition, prior_of(backbone, 2), settings(method, steps=4), quiet=True)
+        train_subject(backbone, latents, condition, prior_of(backbone, 2), settings(method, steps=4), quiet=True)
         states.append(weights(backbone.network))
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     _, backbone, latents, condition = prepared(sd_v_folder, subject_folder)
-    train(backbone, latents, condition, prior_of(backbone, 2), settings(method, steps=4, seed=4), quiet=True)
+    train_subject(backbone, latents, condition, prior_of(backbone, 2), settings(method, steps=4, seed=4), quiet=True)
     assert any(not torch.equal(tensor, states[0][name]) for name, tensor in weights(backbone.network).items())
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_only_the_adapter_is_trained_and_what_is_saved_is_what_was_trained(sd_v_folder, subject_folder, method, tmp_path):
-    """Saved, loaded into a fresh pipeline and fused: the trained network's own prediction."""
+def test_only_the_adapter_is_trained_and_saved_weights_predict_the_same(sd_v_folder, subject_folder, method, tmp_path):
+    """Saved, loaded into a fresh pipeline and fused, the adapter gives the trained network's prediction."""
     pipeline, backbone, latents, condition = prepared(sd_v_folder, subject_folder)
     plain = weights(backbone.network)
     config = settings(method)
-    trained = train(backbone, latents, condition, None, config, quiet=True)
+    trained = train_subject(backbone, latents, condition, None, config, quiet=True)
     base = {name.replace(".base_layer", ""): tensor for name, tensor in weights(backbone.network).items()}
-    moved = [name for name in plain if not torch.equal(plain[name], base[name])]
-    assert bool(moved) == (method == "full")
+    changed = [name for name in plain if not torch.equal(plain[name], base[name])]
+    assert bool(changed) == (method == "full")
     assert trained.parameters == sum(p.numel() for p in backbone.network.parameters() if p.requires_grad)
     x_t, t = torch.randn(1, *backbone.latent_shape), torch.tensor([500])
     with torch.no_grad():
-        wanted = backbone.predict(x_t, t, condition)
-    training.save(pipeline, backbone, config, tmp_path / "out", {"dreambooth": {}})
+        expected = backbone.predict(x_t, t, condition)
+    save_subject(pipeline, backbone, config.method, tmp_path / "out", {"dreambooth": {}})
     again = load_pipeline(tmp_path / "out" if method == "full" else sd_v_folder)
     if method != "full":
         apply_lora(again, tmp_path / "out")
     with torch.no_grad():
-        found = from_pipeline(again).predict(x_t, t, condition)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        prediction = from_pipeline(again).predict(x_t, t, condition)
+    torch.testing.assert_close(prediction, expected, rtol=1e-4, atol=1e-4)
     assert json.loads((tmp_path / "out" / "wadi.json").read_text()) == {"dreambooth": {}}
 
 
 def test_diffusers_reads_the_lora_and_peft_the_angles(sd_v_folder, subject_folder, tmp_path):
     for method in ("lora", "lorad"):
         pipeline, backbone, latents, condition = prepared(sd_v_folder, subject_folder)
-        train(backbone, latents, condition, None, settings(method), quiet=True)
+        train_subject(backbone, latents, condition, None, settings(method), quiet=True)
         x_t, t = torch.randn(1, *backbone.latent_shape), torch.tensor([500])
         with torch.no_grad():
-            wanted = backbone.predict(x_t, t, condition)
-        training.save(pipeline, backbone, settings(method), tmp_path / method, {})
+            expected = backbone.predict(x_t, t, condition)
+        save_subject(pipeline, backbone, method, tmp_path / method, {})
         plain = load_pipeline(sd_v_folder)
         if method == "lora":
             plain.load_lora_weights(tmp_path / method)
@@ -235,36 +239,37 @@ def test_diffusers_reads_the_lora_and_peft_the_angles(sd_v_folder, subject_folde
             plain.unet = PeftModel.from_pretrained(plain.unet, tmp_path / method)
         with torch.no_grad():
             embeds = condition.tensors["prompt_embeds"]
-            found = plain.unet(x_t, t, encoder_hidden_states=embeds, return_dict=False)[0]
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+            prediction = plain.unet(x_t, t, encoder_hidden_states=embeds, return_dict=False)[0]
+        torch.testing.assert_close(prediction, expected, rtol=1e-4, atol=1e-4)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "named"),
     [
-        ({"method": "dora"}, "lorad, lora, full"),
-        ({"loss": "vsd"}, "diffusion, one-step"),
-        ({"rank": 0}, "rank is 0"),
-        ({"steps": 0}, "steps is 0"),
-        ({"batch": -1}, "batch is -1"),
-        ({"lr": 0.0}, "lr is 0"),
-        ({"lr": float("nan")}, "lr is nan"),
-        ({"prior_weight": -1.0}, "prior_weight is -1"),
+        ({"method": "dora"}, "'dora'"),
+        ({"loss": "vsd"}, "'vsd'"),
+        ({"rank": 0}, "rank"),
+        ({"steps": 0}, "steps"),
+        ({"batch": -1}, "-1"),
+        ({"lr": 0.0}, "lr"),
+        ({"lr": float("nan")}, "nan"),
+        ({"prior_weight": -1.0}, "prior_weight"),
     ],
 )
-def test_settings_out_of_range(changes, told):
-    with pytest.raises(WadiError, match=told):
+def test_settings_out_of_range_are_named(changes, named):
+    with pytest.raises(WadiError) as error:
         settings(**changes)
+    assert named in str(error.value)
 
 
-def test_folders_without_pictures_and_pictures_that_are_none(tmp_path):
+def test_folders_without_images_and_files_that_are_not_images(tmp_path):
     with pytest.raises(WadiError, match="none"):
         read_subject(tmp_path / "none", (16, 16))
-    (tmp_path / "notes.txt").write_text("no picture")
-    with pytest.raises(WadiError, match="has no image"):
+    (tmp_path / "notes.txt").write_text("not an image")
+    with pytest.raises(WadiError, match=tmp_path.name):
         read_subject(tmp_path, (16, 16))
     Image.new("RGB", (64, 64), "red").save(tmp_path / "whole.png")
     for name, data in (
@@ -277,14 +282,14 @@ def test_folders_without_pictures_and_pictures_that_are_none(tmp_path):
         with pytest.raises(WadiError, match=name):
             read_subject(tmp_path, (16, 16))
         (tmp_path / name).unlink()
-    assert len(data.pictures_in(tmp_path)) == 1
+    assert len(image_paths(tmp_path)) == 1
 
 
-def test_a_target_that_matches_nothing_and_a_rate_that_blows_up(sd_v_folder, subject_folder):
+def test_targets_that_match_nothing_and_gradients_that_are_not_finite(sd_v_folder, subject_folder):
     for method in ("lorad", "lora"):
         _, backbone, latents, condition = prepared(sd_v_folder, subject_folder)
-        with pytest.raises(WadiError, match="target_modules"):
-            train(backbone, latents, condition, None, settings(method, target_modules="nothing"), quiet=True)
+        with pytest.raises(WadiError, match="'nothing'"):
+            train_subject(backbone, latents, condition, None, settings(method, target_modules="nothing"), quiet=True)
     _, backbone, latents, condition = prepared(sd_v_folder, subject_folder)
-    with pytest.raises(WadiError, match="smaller --lr"):
-        train(backbone, latents * float("inf"), condition, None, settings(), quiet=True)
+    with pytest.raises(WadiError, match="step 0"):
+        train_subject(backbone, latents * float("inf"), condition, None, settings(), quiet=True)

@@ -1,4 +1,4 @@
-"""``wadi dreambooth``: one command from a folder of pictures to an adapter, and one line for what cannot be."""
+"""``wadi dreambooth``: one command from a folder of images to an adapter, and one line for every error."""
 
 import json
 
@@ -19,9 +19,11 @@ def subject_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def refused(capsys):
+def error_of(capsys):
+    """Run the command and return its error, after checking that it is one line and the exit code 2."""
+
     def run(*argv):
-        capsys.readouterr()  # what the test itself saved
+        capsys.readouterr()  # output of the test itself
         code = main(["dreambooth", *map(str, argv)])
         out, err = capsys.readouterr()
         assert code == 2, err
@@ -46,16 +48,16 @@ def test_teacher_to_student_by_command(sd_folder, finished_run, subject_folder, 
     carry = [] if method == "full" else ["--carry", finished_run]
     rank = [] if method == "full" else ["--rank", 2]
     assert main(["dreambooth", *short(subject_folder, out, "--teacher", sd_folder, "--method", method, *carry, *rank)]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     about = json.loads((out / "wadi.json").read_text())["dreambooth"]
     assert (about["prompt"], about["prior_prompt"], about["method"]) == ("sks apple", ["red apple", "blue car"], method)
-    assert f"{about['parameters']:,} numbers trained" in said
+    assert f"{about['parameters']:,} numbers trained" in output
     standard = {"lorad": "adapter_config.json", "lora": "pytorch_lora_weights.safetensors", "full": "model_index.json"}[method]
     assert (out / standard).is_file()
     picture = Image.open(out / "picture.png")
     rows = {"full": 3}.get(method, 4)
     assert picture.height > rows * 128
-    assert "wadi generate" in said
+    assert "wadi generate" in output
 
 
 def test_the_student_itself(finished_run, subject_folder, tmp_path, capsys):
@@ -68,7 +70,7 @@ def test_the_student_itself(finished_run, subject_folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "named"),
     [
         (["--teacher", "T", "--student", "S"], "both"),
         ([], "neither"),
@@ -93,53 +95,53 @@ def test_the_student_itself(finished_run, subject_folder, tmp_path, capsys):
         (["--teacher", "T", "--dtype", "int8"], "float32, bfloat16"),
     ],
 )
-def test_options_that_contradict(refused, subject_folder, tmp_path, options, told):
-    assert told in refused(*short(subject_folder, tmp_path / "out", *options))
+def test_options_that_contradict_or_are_out_of_range(error_of, subject_folder, tmp_path, options, named):
+    assert named in error_of(*short(subject_folder, tmp_path / "out", *options))
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be(refused, sd_folder, subject_folder, tmp_path):
+def test_bad_options_and_folders_write_nothing(error_of, sd_folder, subject_folder, tmp_path):
     plain = ["--prompt", "sks apple", "--teacher", sd_folder]
     weight = ["--subject", subject_folder, "--out", tmp_path / "out", "--prior_weight", 0.5]
-    assert "--prior_prompt" in refused(*plain, *weight)
-    assert "--prior_count" in refused(*plain, *weight[:-2], "--prior_count", 5)
+    assert "--prior_prompt" in error_of(*plain, *weight)
+    assert "--prior_count" in error_of(*plain, *weight[:-2], "--prior_count", 5)
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "mine.txt").write_text("kept")
-    assert "exists" in refused(*plain, "--subject", subject_folder, "--out", taken)
+    assert "exists" in error_of(*plain, "--subject", subject_folder, "--out", taken)
     assert (taken / "mine.txt").read_text() == "kept"
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert str(empty) in refused(*plain, "--subject", empty, "--out", tmp_path / "out")
+    assert str(empty) in error_of(*plain, "--subject", empty, "--out", tmp_path / "out")
     (empty / "notes.txt").write_text("not an image")
-    assert "has no image" in refused(*plain, "--subject", empty, "--out", tmp_path / "out")
-    assert "notes.txt" in refused(*plain, "--subject", empty / "notes.txt", "--out", tmp_path / "out")
+    assert str(empty) in error_of(*plain, "--subject", empty, "--out", tmp_path / "out")
+    assert "notes.txt" in error_of(*plain, "--subject", empty / "notes.txt", "--out", tmp_path / "out")
     (empty / "torn.png").write_bytes(b"\x89PNG")
-    assert "torn.png" in refused(*plain, "--subject", empty, "--out", tmp_path / "out")
+    assert "torn.png" in error_of(*plain, "--subject", empty, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_one_step_model_is_refused_as_the_teacher(refused, sd_folder, subject_folder, tmp_path):
+def test_a_one_step_model_cannot_be_the_teacher(error_of, sd_folder, subject_folder, tmp_path):
     from wadi.backbones import load_pipeline
 
     pipeline = load_pipeline(sd_folder)
     pipeline.scheduler = one_step_scheduler(pipeline.scheduler, 700)
     pipeline.save_pretrained(tmp_path / "export")
-    assert "distilled" in refused(*short(subject_folder, tmp_path / "out", "--teacher", tmp_path / "export"))
+    assert "distilled" in error_of(*short(subject_folder, tmp_path / "out", "--teacher", tmp_path / "export"))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_place_that_cannot_be_written_is_found_before_the_model_is_loaded(refused, subject_folder, tmp_path, monkeypatch):
+def test_a_place_that_cannot_be_written_is_found_before_the_model_is_loaded(error_of, subject_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("wadi.backbones.load_pipeline", lambda *_, **__: pytest.fail("a model was loaded"))
     (tmp_path / "taken").write_text("mine")
-    assert "taken" in refused(*short(subject_folder, tmp_path / "taken" / "out", "--teacher", "zoo"))
+    assert "taken" in error_of(*short(subject_folder, tmp_path / "taken" / "out", "--teacher", "zoo"))
     torn = tmp_path / "subject"
     torn.mkdir()
     (torn / "torn.png").write_bytes(b"not an image")
-    assert "torn.png" in refused(*short(torn, tmp_path / "out", "--teacher", "zoo"))
+    assert "torn.png" in error_of(*short(torn, tmp_path / "out", "--teacher", "zoo"))
 
 
-def test_more_steps_than_the_schedule_has(refused, sd_folder, subject_folder, tmp_path):
+def test_more_steps_than_the_schedule_has(error_of, sd_folder, subject_folder, tmp_path):
     from diffusers import DDIMScheduler
 
     from wadi.backbones import load_pipeline
@@ -149,9 +151,9 @@ def test_more_steps_than_the_schedule_has(refused, sd_folder, subject_folder, tm
     pipeline.save_pretrained(tmp_path / "short")
     argv = short(subject_folder, tmp_path / "out", "--teacher", tmp_path / "short")
     argv[argv.index("--prior_steps") + 1] = "51"
-    said = refused(*argv)
-    assert "--prior_steps is 51" in said
-    assert "50" in said
+    message = error_of(*argv)
+    assert "51" in message
+    assert "50" in message
 
 
 def test_one_image_is_enough(sd_folder, tmp_path):
@@ -163,16 +165,17 @@ def test_one_image_is_enough(sd_folder, tmp_path):
     assert main(["dreambooth", *argv]) == 0
 
 
-def test_a_schedule_of_one_step_alone_has_no_diffusion_loss(sd_folder, subject_folder, tmp_path):
+def test_a_schedule_of_a_single_step_has_no_diffusion_loss(sd_folder, subject_folder, tmp_path):
     from diffusers import DDIMScheduler
 
     from wadi.backbones import from_pipeline, load_pipeline
     from wadi.errors import WadiError
-    from wadi.extras.dreambooth.training import DreamboothConfig, check
+    from wadi.extras.dreambooth.config import DreamboothConfig
+    from wadi.extras.dreambooth.training import check_schedule
 
     pipeline = load_pipeline(sd_folder)
-    check(from_pipeline(pipeline), DreamboothConfig(loss="diffusion"))
+    check_schedule(from_pipeline(pipeline), DreamboothConfig(loss="diffusion"))
     pipeline.scheduler = DDIMScheduler(trained_betas=[0.0] * 999 + [1 - 0.0047], timestep_spacing="trailing")
-    check(from_pipeline(pipeline), DreamboothConfig(loss="one-step"))
-    with pytest.raises(WadiError, match="no noise at timestep"):
-        check(from_pipeline(pipeline), DreamboothConfig(loss="diffusion"))
+    check_schedule(from_pipeline(pipeline), DreamboothConfig(loss="one-step"))
+    with pytest.raises(WadiError, match=r"timestep 1\b"):
+        check_schedule(from_pipeline(pipeline), DreamboothConfig(loss="diffusion"))

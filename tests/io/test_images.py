@@ -18,7 +18,7 @@ from wadi.evaluate import pictures
 from wadi.extras import image_to_image
 from wadi.extras.control import conditions
 from wadi.extras.control.pipeline import _opened
-from wadi.extras.dreambooth.data import read_subject
+from wadi.extras.dreambooth.subject import read_subject
 from wadi.extras.relation.data import read_picture
 from wadi.io import images
 from wadi.io.images import is_transparent, open_image, read_image, to_rgb

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from wadi.backbones import Backbone
-    from wadi.extras.dreambooth.data import Prior
-    from wadi.extras.dreambooth.training import DreamboothConfig
+    from wadi.extras.dreambooth.config import DreamboothConfig
+    from wadi.extras.dreambooth.prior import Prior
 
 # By method: the rank at which LoRaD and LoRA train about as many numbers, and learning rates that docs/dreambooth.md measured
 # on the embedded models; elsewhere LoRA's and full weights' are what DreamBooth trainings use,
@@ -34,8 +34,9 @@ def run(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[s
     out = Path(args.out)
     _refuse_conflicts(args, out)
     from wadi.backbones import from_pipeline, refuse_distilled
-    from wadi.extras.dreambooth import training
-    from wadi.extras.dreambooth.data import check_subject, read_subject
+    from wadi.extras.dreambooth.saving import save_subject
+    from wadi.extras.dreambooth.subject import check_subject, read_subject
+    from wadi.extras.dreambooth.training import check_schedule, train_subject
     from wadi.parallel.device import find_device, keep_freed_memory
     from wadi.sampling import check_steps
 
@@ -49,15 +50,15 @@ def run(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[s
     if args.student is None:
         refuse_distilled(pipeline, backbone.network)
         check_steps(backbone, args.prior_steps, "--prior_steps")
-    training.check(backbone, config)
+    check_schedule(backbone, config)
     subject, shown = read_subject(Path(args.subject), backbone.resolution)
     condition = backbone.encode([args.prompt])
     prior = _prior(args, backbone)
     rows = [("the subject", shown)]
     if args.picture:
         rows.append(("before", _draw(pipeline, args)))
-    trained = training.train(backbone, backbone.encode_images(subject), condition, prior, config)
-    training.save(pipeline, backbone, config, out, _about(args, config, trained.parameters))
+    trained = train_subject(backbone, backbone.encode_images(subject), condition, prior, config)
+    save_subject(pipeline, backbone, config.method, out, _about(args, config, trained.parameters))
     print(
         f"{trained.parameters:,} numbers trained in {trained.seconds:.0f} s, "
         f"loss {trained.losses[0]:.3g} to {trained.losses[-1]:.3g}"
@@ -148,7 +149,7 @@ def _refuse_carry(args: Namespace) -> None:
 
 def _config(args: Namespace) -> DreamboothConfig:
     from wadi.distill.presets import preset
-    from wadi.extras.dreambooth.training import DreamboothConfig
+    from wadi.extras.dreambooth.config import DreamboothConfig
 
     embedded = "zoo" in (args.teacher, args.student)
     rates = EMBEDDED_RATES if embedded else RATES
@@ -190,13 +191,13 @@ def _dtype(args: Namespace) -> Any:
 
 
 def _prior(args: Namespace, backbone: Backbone) -> Prior | None:
-    from wadi.extras.dreambooth.data import draw_prior
+    from wadi.extras.dreambooth.prior import generate_prior
 
     if args.prior_prompt is None:
         return None
     steps = args.prior_steps if args.student is None else 0
     guidance = backbone.teacher_guidance(args.guidance_scale, GUIDANCE)
-    return draw_prior(backbone, args.prior_prompt, args.prior_count or PRIOR_COUNT, args.seed, steps, guidance)
+    return generate_prior(backbone, args.prior_prompt, args.prior_count or PRIOR_COUNT, args.seed, steps, guidance)
 
 
 def _about(args: Namespace, config: DreamboothConfig, parameters: int) -> dict[str, Any]:
