@@ -39,7 +39,7 @@ from wadi.extras.lora.apply import apply_lora
 from wadi.io import grids
 from wadi.pipelines.generate import draw, load
 from wadi.zoo import COLOURS, caption, eval_prompts, load_classifier
-from wadi.zoo.paths import embedded
+from wadi.zoo.paths import embedded_path
 
 SUBJECTS = {
     "green-apple": ("sks apple", "red apple"),
@@ -111,16 +111,16 @@ def trained(work: Path, name: str, subject: str, seed: int, options: Sequence[st
 
 def digest() -> str:
     """A short name for the shipped student."""
-    return hashlib.sha256((embedded("student") / "adapter_model.safetensors").read_bytes()).hexdigest()[:8]
+    return hashlib.sha256((embedded_path("student") / "adapter_model.safetensors").read_bytes()).hexdigest()[:8]
 
 
 def pipeline_of(row: Row, folder: Path | None) -> Any:
     """The pipeline that a row draws with."""
     if row.way == "pipeline":
-        return load_pipeline(str(folder)) if row.model == "teacher" else load(adapter=embedded("student"), teacher=folder)
-    pipeline = load_pipeline(embedded("teacher")) if row.model == "teacher" else load()
+        return load_pipeline(str(folder)) if row.model == "teacher" else load(adapter=embedded_path("student"), teacher=folder)
+    pipeline = load_pipeline(embedded_path("teacher")) if row.model == "teacher" else load()
     if folder is not None:
-        apply_lora(pipeline, folder, student=embedded("student") if row.way == "turned" else None)
+        apply_lora(pipeline, folder, student=embedded_path("student") if row.way == "turned" else None)
     return pipeline
 
 
@@ -263,7 +263,7 @@ def picture(work: Path, path: Path) -> None:
             .replace(" trained by the", " trained\nby the")
             .replace(" trained thr", " trained\nthr")
         )
-    grids.save_png(grids.grid(rows, labels, [*prompts, other]), path)
+    grids.save_png(grids.compose_grid(rows, labels, [*prompts, other]), path)
 
 
 def sweep(work: Path, rates: Sequence[float], names: Sequence[str], steps: int) -> None:

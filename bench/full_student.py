@@ -20,7 +20,7 @@ from wadi import zoo
 from wadi.backbones import from_pipeline
 from wadi.distill.objectives.regression import regression_loss
 from wadi.distill.warm_start import load_pairs
-from wadi.prompts.prompts import open_prompts
+from wadi.prompts.reading import open_prompts
 from wadi.sampling import one_step
 
 

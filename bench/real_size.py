@@ -76,8 +76,8 @@ def main() -> None:
     args = parser.parse_args()
 
     from wadi.backbones import Condition, family
-    from wadi.backbones.base import Outline
-    from wadi.backbones.loading import build_network
+    from wadi.backbones.configs import build_network
+    from wadi.backbones.outline import Outline
     from wadi.diffusion.schedulers import make_scheduler
     from wadi.distill.loop import Batch, attach_roles, student_timestep, train_step
     from wadi.distill.optimizers import initial_state

@@ -53,7 +53,8 @@ class Rig:
     def __init__(self, args: argparse.Namespace) -> None:
         from diffusers import DDIMScheduler, UNet2DConditionModel
 
-        from wadi.backbones.base import Condition, Outline
+        from wadi.backbones.condition import Condition
+        from wadi.backbones.outline import Outline
         from wadi.backbones.sd import StableDiffusion
 
         torch.manual_seed(0)

@@ -28,7 +28,7 @@ def main(out: Path) -> None:
         more = control_arguments(pipeline, edges, strength)
         rows.append(wadi.pipelines.generate.draw(pipeline, PROMPTS, [11, 12, 13], call=more).pictures)
     labels = [f"strength {strength:g}" for strength in STRENGTHS]
-    grids.save_png(grids.grid([[source, edges, edges], *rows], ["source, edges", *labels], PROMPTS, 2), out)
+    grids.save_png(grids.compose_grid([[source, edges, edges], *rows], ["source, edges", *labels], PROMPTS, 2), out)
     print(out)
 
 

@@ -18,7 +18,7 @@ from wadi.extras.dreambooth.saving import save_subject
 from wadi.extras.dreambooth.subject import read_subject
 from wadi.extras.dreambooth.training import train_subject
 from wadi.extras.lora.apply import apply_lora
-from wadi.io.grids import grid, save_png
+from wadi.io.grids import compose_grid, save_png
 from wadi.pipelines.generate import draw, load
 
 SUBJECT = Path(__file__).parent / "subject" / "green-apple"
@@ -41,7 +41,7 @@ def main() -> None:
     apply_lora(student, OUT)  # the student's weights now include the subject
     after = draw(student, prompts, range(5)).pictures
     labels = ["the subject", "student\nbefore", "student\nafter"]
-    save_png(grid([images[:5], before, after], labels, prompts, scale=2), OUT.with_suffix(".png"))
+    save_png(compose_grid([images[:5], before, after], labels, prompts, scale=2), OUT.with_suffix(".png"))
 
 
 if __name__ == "__main__":

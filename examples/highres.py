@@ -149,7 +149,7 @@ def main() -> None:
             table.append(row(label, measured(judge, rows, args.sets, partial(drawn, pipeline, way))))
             print(table[-1], flush=True)
             shown[label.replace(", ", ",\n")] = drawn(pipeline, way, SHOWN, range(len(SHOWN))).pictures
-        sheets.append(grids.grid(list(shown.values()), list(shown), SHOWN))
+        sheets.append(grids.compose_grid(list(shown.values()), list(shown), SHOWN))
         shown = {}
     slow = generate.teacher_of(args.run)
     resize(slow, SQUARE)

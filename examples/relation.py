@@ -35,7 +35,7 @@ from wadi.extras.control.agreement import mean_and_spread
 from wadi.extras.relation.data import read_exemplars
 from wadi.extras.relation.training import InversionConfig, add_token, invert_relation
 from wadi.io.files import write_whole
-from wadi.io.grids import grid, save_png, to_pil
+from wadi.io.grids import compose_grid, save_png, to_pil
 from wadi.io.images import read_image
 from wadi.parallel.device import keep_freed_memory
 from wadi.pipelines.generate import load, teacher_of
@@ -180,7 +180,7 @@ def show(drawers: dict[str, Drawer]) -> Image.Image:
         for with_token in (True, False):
             rows.append([to_pil(x) for x in draw([prompts(relation, with_token)[i] for relation, i in columns], seeds)])
     labels = ["exemplars", *(f"{name}\n{what}" for name in drawers for what in ("with token", "without"))]
-    return grid(rows, labels, [prompts(relation, True)[i] for relation, i in columns], 2)
+    return compose_grid(rows, labels, [prompts(relation, True)[i] for relation, i in columns], 2)
 
 
 def main() -> None:

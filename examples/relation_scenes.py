@@ -19,7 +19,7 @@ from torch import Tensor
 
 from wadi.errors import WadiError
 from wadi.io.files import whole_folder
-from wadi.io.grids import png, to_pil
+from wadi.io.grids import encode_png, to_pil
 from wadi.zoo.concepts import COLOURS, CONCEPTS, STYLES
 from wadi.zoo.prompts import caption
 from wadi.zoo.recipe.compose import SIDE
@@ -98,7 +98,7 @@ def write_exemplars(folder: Path, pictures: Tensor, texts: Sequence[str]) -> Non
         lines = []
         for i, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
             name = f"{i:02d}.png"
-            (temporary / name).write_bytes(png(to_pil(picture)))
+            (temporary / name).write_bytes(encode_png(to_pil(picture)))
             lines.append(json.dumps({"file": name, "text": text}) + "\n")
         (temporary / "descriptions.jsonl").write_text("".join(lines))
 

@@ -121,12 +121,12 @@ def sheet(student: Student, teacher: Callable, teacher_steps: int) -> Image.Imag
     seeds = list(range(len(SHOWN)))
     rows = {plural(steps): student.draw(SHOWN, seeds, steps) for steps in STEPS}
     rows[f"teacher,\n{teacher_steps} steps"] = [grids.to_pil(one) for one in teacher(SHOWN, seeds)]
-    first = grids.grid(list(rows.values()), list(rows), SHOWN, 2)
+    first = grids.compose_grid(list(rows.values()), list(rows), SHOWN, 2)
     rows = {"init": rows["1 step"]}
     for strength in STRENGTHS:
         row_of = [student.redraw(p, t, 100 + i, strength) for i, (p, t) in enumerate(zip(rows["init"], TURNED, strict=True))]
         rows[f"strength\n{strength:g}"] = row_of
-    second = grids.grid(list(rows.values()), list(rows), TURNED, 2)
+    second = grids.compose_grid(list(rows.values()), list(rows), TURNED, 2)
     whole = Image.new("RGB", (max(first.width, second.width), first.height + second.height), "white")
     whole.paste(first, (0, 0))
     whole.paste(second, (0, first.height))

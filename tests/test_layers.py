@@ -99,7 +99,7 @@ def test_the_root_imports_only_the_hook_and_the_error_at_import_time():
         ("roles.py", "from wadi.distill.step import train_step"),
         ("roles.py", "def f():\n    from wadi import distill"),
         ("diffusion/process.py", "import typing\nif typing.TYPE_CHECKING:\n    import wadi.backbones.sd"),
-        ("lorad/layer.py", "from wadi.prompts import prompts"),
+        ("lorad/layer.py", "from wadi.prompts import reading"),
         ("backbones/sd.py", "import importlib\nimportlib.import_module('wadi.sampling')"),
         ("zoo/recipe/teacher.py", "from wadi.extras import steps"),
         ("zoo/prompts.py", "from wadi.zoo.judge import Classifier"),

@@ -1,8 +1,8 @@
-"""Register LoRaD when PEFT is imported, without importing PEFT (seconds) on behalf of ``wadi --help``.
+"""Register LoRaD with PEFT as soon as PEFT is imported. Importing PEFT here would cost ``wadi --help`` seconds.
 
-PEFT has no plug-in mechanism: a process in which LoRaD is not registered cannot read a LoRaD
-``adapter_config.json``. So ``import wadi`` registers at once if PEFT is loaded already, and otherwise leaves a
-finder on ``sys.meta_path`` that does nothing but register after PEFT's own import has run, and then removes itself.
+PEFT has no plug-in mechanism. A process that has not registered LoRaD cannot read a LoRaD ``adapter_config.json``. If PEFT is
+already imported, ``import wadi`` registers LoRaD at once. Otherwise it adds a finder to ``sys.meta_path``, which registers
+LoRaD after PEFT's own import and then removes itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from types import ModuleType
 
 
 class _RegisterAfter(Loader):
-    """PEFT's own loader, followed by LoRaD's registration."""
+    """Run PEFT's own loader, then register LoRaD."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
@@ -35,7 +35,7 @@ class _RegisterAfter(Loader):
 
 
 class _PeftFinder(MetaPathFinder):
-    """Stays until PEFT is executed: libraries also look for its spec just to know whether it is installed."""
+    """Stays in place until PEFT is imported. Some libraries only look up its spec, to see whether it is installed."""
 
     def __init__(self) -> None:
         self.searching = False
@@ -45,7 +45,7 @@ class _PeftFinder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != "peft" or self.searching:
             return None
-        self.searching = True  # the search below meets the usual finders
+        self.searching = True  # leave the search below to the usual finders
         try:
             spec = importlib.util.find_spec("peft")
         finally:
@@ -56,7 +56,7 @@ class _PeftFinder(MetaPathFinder):
 
 
 def register_when_peft_is_imported() -> None:
-    """Make ``peft`` know LoRaD, now or at its first import."""
+    """Register LoRaD with ``peft``, now or when it is first imported."""
     if "peft" in sys.modules:
         importlib.import_module("wadi.lorad")
     elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):

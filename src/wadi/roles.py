@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from wadi.errors import WadiError
+from wadi.errors import WadiError, first_line
 from wadi.io.files import whole_folder
 from wadi.io.records import Count, Record, Side, read_json
-from wadi.io.weights import opened, refuse_not_finite, refuse_not_floats
+from wadi.io.tensors import open_tensors
+from wadi.io.weight_checks import check_finite, check_floats
 
 if TYPE_CHECKING:
     from wadi.lorad import LoRaDConfig
@@ -76,7 +77,7 @@ def attach(model: nn.Module, name: str, config: LoRaDConfig) -> list[str]:
         raise
     except (ValueError, re.error) as error:
         raise WadiError(
-            f"Adapter {name!r} could not be attached: {str(error).splitlines()[0]} Expected target_modules to "
+            f"Adapter {name!r} could not be attached: {first_line(error)}. Expected target_modules to "
             "name Linear or Conv2d layers (a string is a regular expression that matches whole names): see print(network)."
         ) from error
     for _, layer in _layers(model):
@@ -266,10 +267,10 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             floating-point numbers.
     """
     config = read_config(folder)
-    with opened(folder / WEIGHTS) as stored:
+    with open_tensors(folder / WEIGHTS) as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    refuse_not_floats(f"Adapter {str(folder)!r}", tensors)
-    refuse_not_finite(f"Adapter {str(folder)!r}", tensors)
+    check_floats(f"Adapter {str(folder)!r}", tensors)
+    check_finite(f"Adapter {str(folder)!r}", tensors)
     return config, tensors
 
 

@@ -192,7 +192,7 @@ def test_labels_of_logarithmic_axes_are_plain_text(limits):
         figures.plain_labels(axes.yaxis)
         axes.set_ylim(limits)
         axes.set_title("$HOME and $1")
-        figures.png(figure)
+        figures.figure_png(figure)
         return [label.get_text() for label in (*axes.yaxis.get_majorticklabels(), *axes.yaxis.get_minorticklabels())]
 
     texts = [text for text in labels() if text]
@@ -209,8 +209,8 @@ def test_style_stays_inside():
 
 
 def test_data_tables_have_no_numbers_that_are_none(tmp_path):
-    assert figures.table([{"a": 1.0, "b": None}, {"a": float("nan"), "b": "x, y"}]) == b'a,b\n1,\n,"x, y"\n'
-    assert figures.table([]) == b"\n"
+    assert figures.csv_table([{"a": 1.0, "b": None}, {"a": float("nan"), "b": "x, y"}]) == b'a,b\n1,\n,"x, y"\n'
+    assert figures.csv_table([]) == b"\n"
 
 
 # --- hybrids, drawn and measured --------------------------------------------------------------------------------------------

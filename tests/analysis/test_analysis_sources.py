@@ -10,7 +10,7 @@ from naming import error_naming
 from wadi import roles
 from wadi.analysis.analyze import analyze
 from wadi.analysis.sources import AdaptedNetwork, open_student, open_teacher
-from wadi.backbones.weights import LazyTensors
+from wadi.backbones.lazy_tensors import LazyTensors
 from wadi.distill.plan.memory import LiveBytes
 from wadi.lorad.rotation import Factor, pair_angles, rotate
 from wadi.pipelines import generate

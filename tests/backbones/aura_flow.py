@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from wadi.backbones import Backbone, Condition, register_family
@@ -18,8 +17,7 @@ class AuraFlow(Backbone):
     student_targets = rf"{IN_BLOCKS}|context_embedder|proj_out"
     fake_targets = IN_BLOCKS
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Condition:
+    def encode_with_gradient(self, prompts: Sequence[str]) -> Condition:
         embeds, *_ = self.pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False, **self.encode_defaults())
         return Condition({"prompt_embeds": embeds})
 

@@ -1,4 +1,4 @@
-"""Whatever is wrong with a teacher or with what is asked of it is told in one line, before anything is written."""
+"""Errors of a teacher, or of settings that do not fit it, are one line, and come before anything is written."""
 
 from dataclasses import replace
 
@@ -6,7 +6,8 @@ import pytest
 import small_pipelines
 import torch
 
-from wadi.backbones import from_pipeline, load_pipeline, refuse_distilled
+from raising import raises_naming
+from wadi.backbones import check_not_distilled, from_pipeline, load_pipeline
 from wadi.cli.main import main
 from wadi.diffusion.process import Process
 from wadi.diffusion.schedulers import one_step_scheduler
@@ -27,21 +28,21 @@ def test_a_pipeline_no_family_serves():
 
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     network = UNet2DModel(sample_size=8, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, **blocks)
-    with pytest.raises(WadiError, match=r"DDPMPipeline, which no family serves.*FluxPipeline.*add-a-family"):
+    with raises_naming("DDPMPipeline", "FluxPipeline", "add-a-family"):
         from_pipeline(DDPMPipeline(network, DDPMScheduler()))
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "settings", "told"),
+    ("scheduler", "settings", "named"),
     [
-        ("DDIMScheduler", {"prediction_type": "score"}, r"prediction_type='score'.*Expected one of"),
-        ("EDMEulerScheduler", {}, "EDMEulerScheduler, which has neither alphas_cumprod nor flow sigmas"),
+        ("DDIMScheduler", {"prediction_type": "score"}, "prediction_type='score'"),
+        ("EDMEulerScheduler", {}, "EDMEulerScheduler"),
     ],
 )
-def test_a_scheduler_nobody_can_read(scheduler, settings, told):
+def test_a_scheduler_nobody_can_read(scheduler, settings, named):
     import diffusers
 
-    with pytest.raises(WadiError, match=told):
+    with raises_naming(named):
         Process.from_scheduler(getattr(diffusers, scheduler)(**settings))
 
 
@@ -49,21 +50,21 @@ def test_a_distilled_teacher(pipeline, folder_of):
     from diffusers import LCMScheduler
 
     original = pipeline.scheduler
-    refuse_distilled(pipeline, pipeline.unet)
+    check_not_distilled(pipeline, pipeline.unet)
     pipeline.scheduler = LCMScheduler()
-    with pytest.raises(WadiError, match="itself a distilled model for few steps: its scheduler is LCMScheduler"):
-        refuse_distilled(pipeline, pipeline.unet)
+    with raises_naming("LCMScheduler", "--teacher"):
+        check_not_distilled(pipeline, pipeline.unet)
     pipeline.scheduler = one_step_scheduler(pipeline.scheduler, 700)
-    with pytest.raises(WadiError, match="betas are cut for one step"):
-        refuse_distilled(pipeline, pipeline.unet)
+    with raises_naming("wadi export"):
+        check_not_distilled(pipeline, pipeline.unet)
     pipeline.scheduler = original
     pipeline.unet.register_to_config(time_cond_proj_dim=256)
-    with pytest.raises(WadiError, match="told the guidance scale"):
-        refuse_distilled(pipeline, pipeline.unet)
+    with raises_naming("time_cond_proj_dim"):
+        check_not_distilled(pipeline, pipeline.unet)
     flow = load_pipeline(folder_of("sd3"))
     flow.scheduler = one_step_scheduler(flow.scheduler, 800)
-    with pytest.raises(WadiError, match="holds a single sigma"):
-        refuse_distilled(flow, flow.transformer)
+    with raises_naming("wadi export"):
+        check_not_distilled(flow, flow.transformer)
 
 
 def test_a_distilled_teacher_is_refused_by_the_command(folder_of, tmp_path, prompts_file, capsys):
@@ -74,9 +75,9 @@ def test_a_distilled_teacher_is_refused_by_the_command(folder_of, tmp_path, prom
     capsys.readouterr()
     arguments = ["--teacher", str(tmp_path / "student"), "--prompts", str(prompts_file), "--out", str(out), "--device", "cpu"]
     assert main(["distill", *arguments]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("wadi: The teacher is itself a distilled model")
-    assert told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert "--teacher" in message
+    assert message.count("\n") == 1
     assert not any(out.rglob("*.safetensors"))
 
 
@@ -85,28 +86,28 @@ def test_a_teacher_with_an_adapter_attached(tmp_path):
 
     pipeline = small_pipelines.make("sd1", tmp_path / "parts")
     pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    with pytest.raises(WadiError, match="already carries an adapter"):
+    with raises_naming("to_q"):
         loop.attach_roles(from_pipeline(pipeline), CONFIG)
     pipeline.save_pretrained(tmp_path / "saved")
-    with pytest.raises(WadiError, match=r"unet.*8 tensors.*to_q.*with an adapter attached"):
+    with raises_naming("unet", "8 tensors", "to_q", "fuse_lora"):
         load_pipeline(tmp_path / "saved")
 
 
 def test_a_rank_above_what_any_layer_has(pipeline):
-    with pytest.raises(WadiError, match=r"student.rank is 65. Expected at most 32"):
+    with raises_naming("student.rank", "65", "32"):
         loop.attach_roles(from_pipeline(pipeline), replace(CONFIG, student=StudentConfig(rank=65)))
 
 
 @pytest.mark.parametrize("pattern", ["nothing_like_it", r".*norm1", r"mid_block\.attentions\.0"])
 def test_a_pattern_that_matches_nothing_or_nothing_that_can_be_rotated(pipeline, pattern):
-    with pytest.raises(WadiError, match=r"Linear|Conv2d") as told:
+    with pytest.raises(WadiError, match=r"Linear|Conv2d") as caught:
         loop.attach_roles(from_pipeline(pipeline), replace(CONFIG, student=StudentConfig(rank=2, target_modules=pattern)))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("name", "resolution", "near"), [("sd1", (17, 16), "16 x 16"), ("sd3", (16, 30), "16 x 32")])
 def test_a_resolution_the_model_cannot_draw(folder_of, name, resolution, near):
-    with pytest.raises(WadiError, match=rf"resolution is {resolution[0]} x {resolution[1]}.*multiples of .*try {near}"):
+    with raises_naming(f"{resolution[0]} x {resolution[1]}", near):
         from_pipeline(load_pipeline(folder_of(name)), resolution)
 
 
@@ -126,20 +127,21 @@ def test_another_resolution_than_the_models_own(folder_of, name):
 def test_a_hub_model_that_cannot_be_had(command, tmp_path, prompts_file, capsys):
     more = ["--prompts", str(prompts_file), "--out", str(tmp_path / "run")] if command == "distill" else []
     assert main([command, "--teacher", "nobody/has-this-model", *more]) == 2
-    told = capsys.readouterr().err
-    assert "The Hub could not deliver it" in told
-    assert "hf auth login" in told
-    assert told.strip().count("\n") == 0
+    message = capsys.readouterr().err
+    assert "nobody/has-this-model" in message
+    assert "hf auth login" in message
+    assert message.strip().count("\n") == 0
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_gated_hub_model(monkeypatch):
     import diffusers
 
-    def refuse(*args, **kwargs):
+    def deny(*args, **kwargs):
         raise OSError("Access to model x/y is restricted.\nIt takes several lines to say so.")
 
-    monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", refuse)
-    with pytest.raises(WadiError, match=r"Access to model x/y is restricted\. Check the id.*hf auth login"):
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", deny)
+    with raises_naming("Access to model x/y is restricted", "hf auth login"):
         load_pipeline("x/y")
 
 
@@ -147,13 +149,13 @@ def test_a_schedule_that_ends_in_pure_noise_needs_an_earlier_timestep(folder_of)
     pipeline = load_pipeline(folder_of("sd1"))
     pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, rescale_betas_zero_snr=True)
     backbone = from_pipeline(pipeline)
-    with pytest.raises(WadiError, match="zero terminal SNR"):
+    with raises_naming("999"):
         loop.student_timestep(backbone, None)
     assert loop.student_timestep(backbone, 800) == 800
 
 
 def test_plan_without_anything_to_plan_for(capsys):
     assert main(["plan"]) == 2
-    assert "Nothing to plan for" in capsys.readouterr().err
+    assert "--teacher" in capsys.readouterr().err
     assert main(["plan", "--preset", "sd15", "--processes", "0"]) == 2
     assert "--processes" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from wadi.backbones import load_pipeline
 from wadi.backbones.digest import loaded_digest, teacher_digest
 from wadi.distill import checkpoints, loop
 from wadi.errors import WadiError
-from wadi.io import digests
+from wadi.io import digest_cache
 
 
 @pytest.fixture
@@ -79,50 +79,50 @@ def test_files_that_no_model_reads_do_not_change_the_digest(teacher):
 def large(tmp_path, monkeypatch):
     monkeypatch.setenv("WADI_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "large.bin"
-    file.write_bytes(b"a" * (digests.KEPT_FROM + 1))
-    monkeypatch.setattr(digests, "SETTLED", -1e9)  # as if it had been written long ago
+    file.write_bytes(b"a" * (digest_cache.SMALLEST_CACHED + 1))
+    monkeypatch.setattr(digest_cache, "SETTLE_SECONDS", -1e9)  # as if it had been written long ago
     return file
 
 
 def count_reads(monkeypatch):
-    read, plain = [], digests.sha256
-    monkeypatch.setattr(digests, "sha256", lambda file: read.append(file) or plain(file))
+    read, plain = [], digest_cache.sha256
+    monkeypatch.setattr(digest_cache, "sha256", lambda file: read.append(file) or plain(file))
     return read
 
 
 def test_a_file_is_read_once_until_it_changes(large, monkeypatch):
     read = count_reads(monkeypatch)
     expected = hashlib.sha256(large.read_bytes()).hexdigest()
-    assert digests.digests([large, large]) == [expected, expected]
-    digests._known.clear()  # as in another process
-    assert digests.digests([large]) == [expected]
+    assert digest_cache.cached_sha256([large, large]) == [expected, expected]
+    digest_cache._in_memory.clear()  # as in another process
+    assert digest_cache.cached_sha256([large]) == [expected]
     assert len(read) == 1
     times = large.stat()
     large.write_bytes(b"b" + large.read_bytes()[1:])
     os.utime(large, ns=(times.st_atime_ns, times.st_mtime_ns))  # same size, same time of change, same inode
-    assert digests.digests([large]) == [hashlib.sha256(large.read_bytes()).hexdigest()]
+    assert digest_cache.cached_sha256([large]) == [hashlib.sha256(large.read_bytes()).hexdigest()]
     assert len(read) == 2
 
 
 def test_a_file_that_was_just_written_is_not_kept(large, monkeypatch):
-    monkeypatch.setattr(digests, "SETTLED", 3600)
+    monkeypatch.setattr(digest_cache, "SETTLE_SECONDS", 3600)
     read = count_reads(monkeypatch)
-    digests.digests([large])
-    digests.digests([large])
+    digest_cache.cached_sha256([large])
+    digest_cache.cached_sha256([large])
     assert len(read) == 2
 
 
 def test_a_process_reads_a_file_once_also_without_a_cache(large, monkeypatch, tmp_path):
     (tmp_path / "cache").write_text("in the way")
     read = count_reads(monkeypatch)
-    assert digests.digests([large]) == digests.digests([large])
+    assert digest_cache.cached_sha256([large]) == digest_cache.cached_sha256([large])
     assert len(read) == 1
 
 
 @pytest.mark.parametrize("how", ["damaged", "a file", "no home"])
 def test_a_cache_that_cannot_be_used_costs_only_time(large, monkeypatch, tmp_path, how):
-    expected = digests.digests([large])
-    digests._known.clear()  # as in another process
+    expected = digest_cache.cached_sha256([large])
+    digest_cache._in_memory.clear()  # as in another process
     if how == "damaged":
         for kept in (tmp_path / "cache" / "digests").iterdir():
             kept.write_text('{"state": "x"}')
@@ -133,7 +133,7 @@ def test_a_cache_that_cannot_be_used_costs_only_time(large, monkeypatch, tmp_pat
         monkeypatch.delenv("WADI_CACHE")
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
         monkeypatch.setattr("pathlib.Path.home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
-    assert digests.digests([large]) == expected
+    assert digest_cache.cached_sha256([large]) == expected
 
 
 def test_reading_again_takes_no_time(large, monkeypatch):
@@ -141,9 +141,9 @@ def test_reading_again_takes_no_time(large, monkeypatch):
     times = []
     for _ in range(2):
         start = time.perf_counter()
-        digests.digests([large])
+        digest_cache.cached_sha256([large])
         times.append(time.perf_counter() - start)
-        digests._known.clear()  # as in another process
+        digest_cache._in_memory.clear()  # as in another process
     assert times[1] < times[0] / 4
 
 
@@ -176,7 +176,7 @@ def test_a_run_of_an_earlier_version_is_continued_and_has_the_digest_from_then_o
     assert state.pop("pipeline") == teacher_digest(folder)
     (last / "state.json").write_text(json.dumps(state))
     manifest = json.loads((last / "manifest.json").read_text())
-    manifest["state.json"] = digests.sha256(last / "state.json")
+    manifest["state.json"] = digest_cache.sha256(last / "state.json")
     (last / "manifest.json").write_text(json.dumps(manifest))
     loop.distill(config)
     last, _ = checkpoints.latest(tmp)

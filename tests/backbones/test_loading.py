@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wadi.backbones import load_pipeline
-from wadi.backbones.loading import build_network
+from wadi.backbones.configs import build_network
 from wadi.errors import WadiError
 
 NAMES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}

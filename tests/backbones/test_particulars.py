@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import wadi
-from wadi.backbones import from_pipeline, load_pipeline, remarks
-from wadi.diffusion.schedulers import flow_shift, one_step, sampler
+from wadi.backbones import from_pipeline, load_pipeline, truncation_notice
+from wadi.diffusion.schedulers import flow_shift, one_step_scheduler, sampler
 from wadi.errors import WadiError
 
 
@@ -104,14 +104,14 @@ def test_the_shift_by_resolution_is_the_schedulers_own():
 def test_a_student_cannot_be_asked_past_its_teachers_schedule(folder_of):
     scheduler = load_pipeline(folder_of("sd1")).scheduler
     with pytest.raises(WadiError, match="ends at 999"):
-        one_step(scheduler, 1000)
+        one_step_scheduler(scheduler, 1000)
 
 
 @pytest.mark.parametrize("timestep", [300, 999])
 def test_a_students_schedule_is_the_teachers_up_to_its_timestep(folder_of, timestep):
     """One step needs its end alone. Image to image and more steps need what lies before."""
     scheduler = load_pipeline(folder_of("sd1")).scheduler
-    own = one_step(scheduler, timestep).alphas_cumprod
+    own = one_step_scheduler(scheduler, timestep).alphas_cumprod
     torch.testing.assert_close(own, scheduler.alphas_cumprod[: timestep + 1], rtol=1e-4, atol=0)
 
 
@@ -126,7 +126,7 @@ def test_the_package_has_one_encoder_and_decoder_of_images(words):
 def test_prompts_that_are_too_long_are_remarked_on_once(folder_of, name, monkeypatch):
     backbone = from_pipeline(load_pipeline(folder_of(name)), (16, 16))
     handler = next(h for h in logging.getLogger("diffusers").handlers if type(h) is logging.StreamHandler)
-    monkeypatch.setattr(remarks._ONCE, "first", None)
+    monkeypatch.setattr(truncation_notice._ONCE, "first", None)
     stream = io.StringIO()
     before = handler.setStream(stream)
     try:

@@ -12,15 +12,16 @@ from safetensors.torch import load_file, save_file
 
 from wadi.analysis.sources import open_teacher
 from wadi.backbones import load_pipeline
+from wadi.backbones.configs import pipeline_index
 from wadi.backbones.digest import teacher_digest
-from wadi.backbones.loading import pipeline_index
-from wadi.backbones.stored import pipeline_folder, pipeline_weights, weights_in
-from wadi.backbones.weights import network_weights
+from wadi.backbones.hub import pipeline_folder
+from wadi.backbones.lazy_tensors import network_weights
+from wadi.backbones.weight_files import component_weights, pipeline_weights
 from wadi.cli.main import main
 from wadi.errors import WadiError
 from wadi.evaluate.generators import find
 from wadi.extras.control.pipeline import load_control
-from wadi.zoo.paths import lasting
+from wadi.zoo.paths import absolute_source
 
 SHARDS = "40KB"  # a small network has several
 
@@ -134,7 +135,7 @@ def test_a_variant_is_evaluated_and_analysed(half_only, pipelines):
 
 def test_the_variant_stays_with_the_name_of_a_folder(half_only, monkeypatch):
     monkeypatch.chdir(half_only.parent)
-    assert lasting("half?variant=fp16") == f"{half_only}?variant=fp16"
+    assert absolute_source("half?variant=fp16") == f"{half_only}?variant=fp16"
 
 
 def test_a_control_of_fp16_files_alone(pipelines, tmp_path):
@@ -238,7 +239,7 @@ def test_a_damaged_index_is_named(pipelines, tmp_path, damage):
         content["weight_map"] = [1]
     index.write_text("{" if damage == "not json" else json.dumps(content))
     with pytest.raises(WadiError, match=r"index\.json"):
-        weights_in(tmp_path / "p" / "unet")
+        component_weights(tmp_path / "p" / "unet")
     with pytest.raises(WadiError, match=r"index\.json"):
         load_pipeline(tmp_path / "p")
 

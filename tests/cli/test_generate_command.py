@@ -312,9 +312,9 @@ def test_an_interrupt_keeps_what_is_written(finished_run, tmp_path):
     written = list(out.glob("*.png"))
     assert 3 <= len(written) < 400
     assert all(Image.open(path).load() for path in written)
-    images = [image_folder.Image(f"{i:05d}-apple-{i}-{i}.png", f"apple {i}", i) for i in range(400)]
+    images = [image_folder.PlannedImage(f"{i:05d}-apple-{i}-{i}.png", f"apple {i}", i) for i in range(400)]
     settings = json.loads((out / "images.jsonl").read_text().splitlines()[0])["settings"]
-    assert len(image_folder.missing(out, images, settings)) == 400 - len(written)
+    assert len(image_folder.missing_images(out, images, settings)) == 400 - len(written)
     assert os.listdir(out) == [name for name in os.listdir(out) if not name.startswith(".")]
 
 

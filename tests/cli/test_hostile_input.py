@@ -22,7 +22,7 @@ from wadi.errors import WadiError
 from wadi.extras.lora.training import attach_lora
 from wadi.io.files import whole_folder
 from wadi.io.images import open_image
-from wadi.io.records import refuse_boundless_yaml
+from wadi.io.yaml_files import check_yaml_size
 
 ENDLESS = r"(\w|\w\w|\.|\w\.)+[#!]"
 
@@ -56,7 +56,7 @@ def test_aliases_of_aliases_are_refused(refused):
 
 
 def test_text_that_is_no_yaml_stays_text(refused):
-    refuse_boundless_yaml("*foo: [", "The value")
+    check_yaml_size("*foo: [", "The value")
     assert "[*" in refused("distill", "--teacher", "[*", "--prompts", "x", "--out", "y", "--steps", "0", "--dtype", "[*")
 
 
@@ -306,11 +306,11 @@ def test_a_config_whose_step_cannot_be_planned_is_one_line(sd_folder, tmp_path, 
 
 
 def test_memory_that_runs_out_keeps_its_own_message():
-    from wadi.backbones.failures import running
+    from wadi.backbones.load_errors import explain_run_errors
 
-    with pytest.raises(torch.OutOfMemoryError), running("It cannot generate"):
+    with pytest.raises(torch.OutOfMemoryError), explain_run_errors("It cannot generate"):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(WadiError, match="KeyError"), running("It cannot generate"):
+    with pytest.raises(WadiError, match="KeyError"), explain_run_errors("It cannot generate"):
         raise KeyError("x")
 
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from wadi.backbones import load_pipeline
-from wadi.cli.quiet import quiet_libraries
+from wadi.io.quiet import quiet_libraries
 
 # "distilling 2/3  loss 0.1  1 s, 2 s left"
 PROGRESS = re.compile(r"[a-z' ]+ \d+/\d+ .* left|")

@@ -14,7 +14,8 @@ from failing import fails
 from wadi import roles
 from wadi.distill import checkpoints
 from wadi.distill.checkpoints import TrainState
-from wadi.io.files import sha256, sweep
+from wadi.io.files import sha256
+from wadi.io.temporary import sweep
 from wadi.lorad import LoRaDConfig
 
 

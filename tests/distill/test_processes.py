@@ -16,7 +16,7 @@ from runs import assert_same_run, state_of, stats_of
 from wadi.distill import checkpoints
 from wadi.distill.checkpoints import TrainState
 from wadi.parallel.ranks import Ranks
-from wadi.prompts.prompts import PromptOrder
+from wadi.prompts.order import PromptOrder
 
 WARM = {"pairs": 5, "sampler_steps": 2, "steps": 2, "fake_steps": 1, "weight": 0.5}
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 import tiny
 from processes import finish, start
-from wadi.backbones import from_pipeline, loading
+from wadi.backbones import from_pipeline, registry
 from wadi.backbones.sd import StableDiffusion
 from wadi.errors import WadiError
 from wadi.evaluate import drawn
@@ -203,7 +203,7 @@ def test_families_are_not_mixed(sd_folder, monkeypatch):
     same_family(student, teacher)
     other = type("OtherPipeline", (type(teacher),), {})
     teacher.__class__ = other
-    monkeypatch.setitem(loading._FAMILIES, "OtherPipeline", f"{__name__}:OtherFamily")
+    monkeypatch.setitem(registry.FAMILIES, "OtherPipeline", f"{__name__}:OtherFamily")
     with pytest.raises(WadiError, match="StableDiffusion, the teacher of OtherFamily"):
         same_family(student, teacher)
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from wadi.errors import WadiError
-from wadi.io import files
-from wadi.io.files import check_out, check_writable, refuse_foreign, sha256, whole_folder, write_whole
-from wadi.io.regular import exists, is_dir, is_file, read_bytes, read_text, regular
+from wadi.io import files, temporary
+from wadi.io.files import sha256, whole_folder, write_whole
+from wadi.io.outputs import check_out, check_replaceable, check_writable
+from wadi.io.regular import exists, is_dir, is_file, read_bytes, read_text, require_file
 
 
 def everything_in(folder: Path) -> dict[str, bytes | None]:
@@ -175,7 +176,7 @@ def _back():
 
 
 @pytest.mark.parametrize("kind", SPECIAL)
-@pytest.mark.parametrize("read", [read_bytes, read_text, regular, sha256], ids=lambda read: read.__name__)
+@pytest.mark.parametrize("read", [read_bytes, read_text, require_file, sha256], ids=lambda read: read.__name__)
 def test_only_regular_files_are_read(special, kind, read):
     with pytest.raises(WadiError) as caught:
         read(special[kind])
@@ -204,7 +205,7 @@ def test_a_file_without_permission(tmp_path):
 def test_the_limit_on_size(tmp_path):
     (tmp_path / "file").write_bytes(bytes(100))
     assert read_bytes(tmp_path / "file", limit=100) == bytes(100)
-    for read in (read_bytes, read_text, regular):
+    for read in (read_bytes, read_text, require_file):
         with pytest.raises(WadiError, match=r"file.*99"):
             read(tmp_path / "file", limit=99)
     with pytest.raises(WadiError, match="status"):  # files below /proc say that they are empty
@@ -257,7 +258,7 @@ def test_a_folder_with_a_foreign_file_is_not_replaced(tmp_path, foreign):
     fill(tmp_path / "run", "mine", foreign)
     before = everything_in(tmp_path)
     with pytest.raises(WadiError) as early:
-        refuse_foreign(tmp_path / "run", ("a.txt", "*.png"))
+        check_replaceable(tmp_path / "run", ("a.txt", "*.png"))
     with (
         pytest.raises(WadiError) as late,
         whole_folder(tmp_path / "run", known=("*.png",) * (foreign != "c.png.bak")) as folder,
@@ -311,7 +312,7 @@ def test_temporary_names_differ_and_are_created_anew(tmp_path, monkeypatch):
     for _ in range(2):
         write_whole(tmp_path / "file", b"x")
     assert len({path for path in seen if path.endswith(".tmp")}) == 2
-    monkeypatch.setattr(files.secrets, "token_hex", lambda count: "0" * 16)
+    monkeypatch.setattr(temporary.secrets, "token_hex", lambda count: "0" * 16)
     (tmp_path / "victim").write_text("mine")
     (tmp_path / ".file.0000000000000000.wadi.tmp").symlink_to(tmp_path / "victim")
     (tmp_path / ".run.0000000000000000.tmp").symlink_to(tmp_path)
@@ -371,7 +372,7 @@ def test_leftovers_go_when_their_process_is_dead_and_not_before(tmp_path, what):
         child.send_signal(signal.SIGKILL)
         child.wait()
         child.stdout.close()
-    files._swept.clear()  # as a new process
+    temporary._swept.clear()  # as a new process
     write_whole(tmp_path / "file", b"old")
     if what != "file":
         with pytest.raises(RuntimeError), whole_folder(tmp_path / "run"):
@@ -383,8 +384,8 @@ def test_leftovers_of_other_steps_and_of_earlier_versions_go(tmp_path):
     fill(tmp_path, "x", ".step-7.doomed/a", ".step-8.1f.doomed/a", ".step-9.123.tmp/a", ".step-3.123.old/a", "step-3/a")
     fill(tmp_path, "x", ".step-4.123.old/a", ".other.123.tmp/a", ".step-5.old/a", ".step-6.tmp/a", ".step-1.123.tmp")
     (tmp_path / ".step-2.123.tmp").symlink_to(tmp_path / ".other.123.tmp")
-    files.sweep(tmp_path, "step-*")
-    files.sweep(tmp_path / "missing", "step-*")
+    temporary.sweep(tmp_path, "step-*")
+    temporary.sweep(tmp_path / "missing", "step-*")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         ".other.123.tmp", ".step-1.123.tmp", ".step-2.123.tmp", ".step-5.old", ".step-6.tmp", "step-3", "step-4",
     ]  # fmt: skip
@@ -508,7 +509,7 @@ def test_no_reader_opens_what_is_not_a_regular_file():
             name, target = ast.unparse(node.func), ast.unparse(node.args[0]) if node.args else ""
             if name.endswith((".read_text", ".read_bytes")):
                 found += [f"{path.name}:{node.lineno} {name}"] * (not any(text in name for text in allowed))
-            elif name in ("safe_open", "load_file") and "regular(" not in target:
+            elif name in ("safe_open", "load_file") and "require_file(" not in target:
                 found.append(f"{path.name}:{node.lineno} {name}({target})")
             elif name == "open" and not (len(node.args) > 1 and ast.unparse(node.args[1]) in ("'a'", "'ab'", "'w'", "'wb'")):
                 found.append(f"{path.name}:{node.lineno} open({target})")
@@ -519,7 +520,7 @@ def test_a_folder_that_somebody_else_locks_for_long_is_written(tmp_path, monkeyp
     """As in ``flock runs wadi distill --out runs/x``, and within another folder that is being written."""
     import fcntl
 
-    monkeypatch.setattr(files, "PATIENCE", 0.05)
+    monkeypatch.setattr(temporary, "PATIENCE", 0.05)
     held = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
     try:
@@ -536,9 +537,9 @@ def test_a_new_folder_that_is_taken_for_a_leftover_is_made_again(tmp_path):
     """Another process finds it between its creation and its lock; the lock is held until it is gone."""
     place = tmp_path / ".run.0.tmp"
     place.mkdir()
-    with ThreadPoolExecutor(1) as pool, files._dead(place) as dead:
+    with ThreadPoolExecutor(1) as pool, temporary._abandoned(place) as dead:
         assert dead
-        kept = pool.submit(files._keep, os.open(place, os.O_RDONLY), place)
+        kept = pool.submit(temporary._lock_new, os.open(place, os.O_RDONLY), place)
         time.sleep(0.05)
         assert not kept.done()
         place.rmdir()

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageFont
 
 from wadi.io import fonts, grids
-from wadi.io.fonts import readable
+from wadi.io.fonts import choose_font
 
 ODD = ("\ud800", "\x00", "\u202e", "a\tb", "\U0010ffff", "e\u0301\u0301", "", "\n")
 
@@ -47,7 +47,7 @@ def installed(monkeypatch):
 
 
 def test_latin_is_drawn_as_before(installed):
-    font, texts = readable(["red apple", "a [dog], 25 steps"], 14)
+    font, texts = choose_font(["red apple", "a [dog], 25 steps"], 14)
     assert texts == ["red apple", "a [dog], 25 steps"]
     assert font.getname() == ImageFont.load_default(14).getname()
 
@@ -55,35 +55,35 @@ def test_latin_is_drawn_as_before(installed):
 def test_european_letters_are_always_there():
     """Pillow's own font lacks them; matplotlib brings one."""
     wanted = ["Größe", "яблоко", "μήλο", "jabłko", "± ≤ →"]
-    assert readable(wanted, 14)[1] == wanted
+    assert choose_font(wanted, 14)[1] == wanted
 
 
 def test_a_font_with_the_glyphs_is_chosen(installed, square_font, tmp_path):
     (tmp_path / "broken.ttf").write_bytes(b"no font")
     installed(str(tmp_path / "broken.ttf"), str(tmp_path / "gone.ttf"), square_font)
-    font, texts = readable(["中文犬", "a"], 14)
+    font, texts = choose_font(["中文犬", "a"], 14)
     assert font.getname() == ("Squares", "Regular")
     assert texts == ["中文犬", "a"]
-    grid = grids.grid([[Image.new("RGB", (60, 20), "red")]], ["a"], ["中文犬"])
+    grid = grids.compose_grid([[Image.new("RGB", (60, 20), "red")]], ["a"], ["中文犬"])
     ink = (np.asarray(grid).max(2) < 100)[:20].sum()
     assert ink > 3 * 60  # three filled squares of 11 pixels, not the narrow bars of missing glyphs
 
 
 def test_without_such_a_font_characters_are_named(installed):
-    font, texts = readable(["a 中文 dog", "ok"], 14)
+    font, texts = choose_font(["a 中文 dog", "ok"], 14)
     assert texts == ["a \\u4e2d\\u6587 dog", "ok"]
     assert font.getname() == ImageFont.load_default(14).getname()
 
 
 def test_what_the_best_font_lacks_is_named(installed, square_font):
     installed(square_font)
-    assert readable(["中文犬鬼"], 14)[1] == ["中文犬\\u9b3c"]
+    assert choose_font(["中文犬鬼"], 14)[1] == ["中文犬\\u9b3c"]
 
 
 def test_no_text_crashes_a_grid(installed):
     picture = Image.new("RGB", (16, 16))
     for text in ODD:
-        grids.grid([[picture]], [text], [text])
+        grids.compose_grid([[picture]], [text], [text])
 
 
 def test_what_is_installed_is_upright_and_exists():
@@ -96,7 +96,7 @@ def test_a_word_longer_than_its_column_goes_on_below(installed, square_font, wor
     """Chinese has no spaces: the title of one column does not run into the next."""
     installed(square_font)
     rows = [[Image.new("RGB", (40, 40), "white")] * 2]
-    pixels = np.asarray(grids.grid(rows, [""], [word, ""]))
+    pixels = np.asarray(grids.compose_grid(rows, [""], [word, ""]))
     start = pixels.shape[1] - 40 - grids.MARGIN
     assert (pixels[:, start:] == 255).all()
     assert (pixels[:, : start - grids.MARGIN] < 255).any()

@@ -5,7 +5,7 @@ import pytest
 from wadi.errors import WadiError
 from wadi.extras.control.agreement import Score
 from wadi.extras.control.agreement import table as control_table
-from wadi.io.markdown import code, split_at_markers, table, text, write_between_markers
+from wadi.io.markdown import code_span, escape, split_at_markers, table, write_between_markers
 
 HOSTILE = "a | b\n| c | <img src=x onerror=alert(1)> [x](javascript:y) `z` **w** \\\\|"
 
@@ -22,7 +22,7 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in out]
 
 
-@pytest.mark.parametrize("write", [text, code])
+@pytest.mark.parametrize("write", [escape, code_span])
 def test_a_name_is_one_cell_of_one_row(write):
     lines = table(["", "x"], [[write(HOSTILE), 1]]).splitlines()
     assert len(lines) == 3
@@ -30,15 +30,15 @@ def test_a_name_is_one_cell_of_one_row(write):
 
 
 def test_markup_is_text():
-    shown = text(HOSTILE)
+    shown = escape(HOSTILE)
     assert "<" not in shown
     assert "](" not in shown.replace("\\](", "")
-    assert text("a student, 25 steps_1 ± 2") == "a student, 25 steps_1 ± 2"
+    assert escape("a student, 25 steps_1 ± 2") == "a student, 25 steps_1 ± 2"
 
 
 def test_code_holds_backticks():
-    assert code("a `b` c") == "`` a `b` c ``"
-    assert code("wadi eval x") == "`wadi eval x`"
+    assert code_span("a `b` c") == "`` a `b` c ``"
+    assert code_span("wadi eval x") == "`wadi eval x`"
 
 
 def test_tables_of_the_commands_keep_their_columns():

@@ -11,7 +11,8 @@ import wadi
 from wadi.distill import checkpoints, config
 from wadi.distill.run_folder import read_stats
 from wadi.errors import WadiError
-from wadi.io.records import Count, Finite, Record, Side, parse_json, parse_yaml, read_json, read_json_lines, read_yaml
+from wadi.io.records import Count, Finite, Record, Side, parse_json, read_json, read_json_lines
+from wadi.io.yaml_files import parse_yaml, read_yaml
 from wadi.roles import read_about
 
 ROOT = Path(wadi.__file__).parent

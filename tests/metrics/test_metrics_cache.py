@@ -7,7 +7,7 @@ import torch
 from metric_toys import pictures
 
 from naming import error_naming
-from wadi.io.versions import versions
+from wadi.io.versions import installed_versions
 from wadi.metrics.cache import FeatureCache, image_key
 from wadi.metrics.features import Extractor
 
@@ -58,7 +58,7 @@ def test_another_network_or_filter_has_a_cache_of_its_own(extractor, tmp_path, c
 def test_another_version_of_a_library_has_a_cache_of_its_own(extractor, tmp_path, monkeypatch, name):
     with FeatureCache(extractor, tmp_path) as cache:
         cache(pictures(2, 8, 8))
-    found = versions([name])
+    found = installed_versions([name])
     monkeypatch.setattr("wadi.metrics.cache.versions", lambda names: {**dict.fromkeys(names), **found, name: "9.9"})
     assert FeatureCache(extractor, tmp_path).folder != cache.folder
 

@@ -16,7 +16,7 @@ from wadi.distill.conditions import conditions_of, embed, encoder_of, free_encod
 from wadi.errors import WadiError
 from wadi.prompts import cache as cache_module
 from wadi.prompts.cache import Embeddings, shard_path, used_tokens, write_manifest, write_shard
-from wadi.prompts.prompts import open_prompts
+from wadi.prompts.reading import open_prompts
 
 TEXTS = ["red apple", "blue car", "a green tree", "yellow sun", "ночь"]
 
@@ -75,7 +75,7 @@ def stored(tensors, folder):
     shapes = {name: list(value.shape[1:]) for name, value in tensors.items()}
     manifest = {"encoder": {"a": "b"}, "prompts": "digest", "count": 3, "shard_rows": 3, "shapes": shapes}
     write_manifest(folder, manifest)
-    write_shard(shard_path(folder, 0), ["x", "", "long one"], tensors, cache_module.identity_of(manifest))
+    write_shard(shard_path(folder, 0), ["x", "", "long one"], tensors, cache_module.cache_identity(manifest))
     return Embeddings(folder)
 
 
@@ -256,10 +256,10 @@ def test_a_run_does_not_go_on_with_other_prompts(sd_folder, tmp_path):
 def test_an_encoder_that_only_one_of_the_two_has_makes_a_cache_stale(change, tmp_path):
     made = {"family": "SD", "text_encoder": "cd float32", "resolution": [16, 16]}
     teacher = {name: value for name, value in {**made, **change}.items() if value is not None}
-    cache_module.refuse_stale(tmp_path, made, dict(made))
+    cache_module.check_encoder(tmp_path, made, dict(made))
     for found, expected in ((made, teacher), (teacher, made)):
         with pytest.raises(WadiError, match=next(iter(change))):
-            cache_module.refuse_stale(tmp_path, found, expected)
+            cache_module.check_encoder(tmp_path, found, expected)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wadi.errors import WadiError
-from wadi.prompts.prompts import PromptOrder, Prompts, open_prompts, read_prompts
+from wadi.prompts.order import PromptOrder
+from wadi.prompts.reading import Prompts, open_prompts, read_prompts
 from wadi.zoo import training_prompts
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from wadi.errors import WadiError
 from wadi.prompts import sources
-from wadi.prompts.prompts import LONGEST, Prompts, open_prompts, read_prompts
+from wadi.prompts.reading import LONGEST, Prompts, open_prompts, read_prompts
 
 PROMPTS = ["red apple", 'a "quoted", comma', "two\nlines", "ночь", "red apple"]
 
@@ -159,7 +159,7 @@ def test_a_pipe_in_the_place_of_a_file_does_not_hang(suffix, tmp_path):
 
 
 def test_half_a_surrogate_pair_is_an_error_wherever_it_comes_from(monkeypatch):
-    monkeypatch.setattr("wadi.prompts.prompts.rows_of", lambda *_: iter([("'x' row 7", "a \ud800 cat")]))
+    monkeypatch.setattr("wadi.prompts.reading.rows_of", lambda *_: iter([("'x' row 7", "a \ud800 cat")]))
     with pytest.raises(WadiError, match="row 7"):
         open_prompts("x")
 

@@ -19,7 +19,7 @@ from wadi.analysis.angles import Angles
 from wadi.analysis.change import compare_rows
 from wadi.analysis.kinds import KINDS, block, depth, kind
 from wadi.analysis.sources import AdaptedNetwork, Network, open_student, open_teacher
-from wadi.backbones.weights import LazyTensors
+from wadi.backbones.lazy_tensors import LazyTensors
 from wadi.errors import WadiError
 from wadi.io.progress import progress
 

@@ -11,7 +11,7 @@ from typing import Any
 from wadi.analysis.analyze import Analysis, groups_table
 from wadi.analysis.angles import EDGES
 from wadi.analysis.spectrum import FRACTIONS, SHARE
-from wadi.io.figures import FAINT, INK, canvas, look, plain_labels, save, styled
+from wadi.io.figures import FAINT, INK, canvas, look, plain_labels, save_figure, styled
 
 Row = dict[str, Any]
 FLOOR = 1e-4  # percent; rounding in float32 changes a norm by less
@@ -62,7 +62,7 @@ def changes(analysis: Analysis, folder: Path) -> list[Path]:
             axes.annotate("\n".join(note), (0.02, 0.98), xycoords="axes fraction", va="top", fontsize=7)
     panels[0].set_ylabel("standard deviation\nover a layer's rows (%)")
     panels[0].set(xlim=(-0.03 * right, right), ylim=(-0.03 * top, top))
-    return save(figure, folder, "figure-1a", rows)
+    return save_figure(figure, folder, "figure-1a", rows)
 
 
 def _reach(values: Sequence[float]) -> float:
@@ -92,7 +92,7 @@ def energies(analysis: Analysis, folder: Path) -> list[Path]:
     axes.set(xlim=(0, 100), ylim=(0, 102), xlabel="rank (% of full rank)")
     axes.set_ylabel("cumulative energy of\nthe direction residual (%)")
     columns = {"percent_of_full_rank": x, "mean": middle, **curves}
-    return save(
+    return save_figure(
         figure, folder, "figure-1b", [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=False)]
     )
 
@@ -128,7 +128,7 @@ def groups(analysis: Analysis, folder: Path, key: str) -> list[Path]:
     panels[0].xaxis.set_major_formatter(lambda value, _: "≈ 0" if value <= FLOOR else f"{value:g}")
     panels[0].set_yticks(range(len(means)), [f"{row[key]} ({row['layers']})" for row in means])
     panels[0].invert_yaxis()
-    return save(figure, folder, f"by-{key}", means)
+    return save_figure(figure, folder, f"by-{key}", means)
 
 
 def _floored(values: Sequence[float | None]) -> list[float]:
@@ -160,7 +160,7 @@ def angles(analysis: Analysis, folder: Path) -> list[Path]:
     right.annotate(f"rank given: {given}", (top, min(given, top)), (0, 3), textcoords="offset points", ha="right")
     right.set(xlabel="full rank of the layer's angles", ylabel="rank", xlim=(0, None), ylim=(0, 1.25 * min(given, top)))
     right.legend(loc="lower right")
-    return save(figure, folder, "angles", rows)
+    return save_figure(figure, folder, "angles", rows)
 
 
 @styled
@@ -185,7 +185,7 @@ def bars(scores: Sequence[Mapping[str, Any]], metrics: Mapping[str, str], folder
         axes.set_title(title)
         axes.grid(visible=False, axis="x")
         axes.margins(y=0.18)
-    return save(figure, folder, name, [dict(score) for score in scores])
+    return save_figure(figure, folder, name, [dict(score) for score in scores])
 
 
 @styled
@@ -210,4 +210,4 @@ def bars_across(
     axes.set_xlabel(title)
     axes.grid(visible=False, axis="y")
     axes.legend(loc="lower right")
-    return save(figure, folder, name, [dict(student), *map(dict, scores)])
+    return save_figure(figure, folder, name, [dict(student), *map(dict, scores)])

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from wadi import roles
-from wadi.backbones.stored import split_variant
-from wadi.backbones.weights import LazyTensors, network_weights
+from wadi.backbones.lazy_tensors import LazyTensors, network_weights
+from wadi.backbones.weight_files import split_variant
 from wadi.errors import WadiError
 from wadi.lorad.rotation import Factor, pair_angles, rotate
 from wadi.zoo.paths import NAME as ZOO
-from wadi.zoo.paths import embedded, resolve_teacher
+from wadi.zoo.paths import embedded_path, resolve_teacher
 
 _PREFIX = "base_model.model."
 
@@ -138,7 +138,7 @@ def adapter_folder(name: str) -> Path | None:
     Raises:
         WadiError: if it is a run without a student.
     """
-    path = embedded("student") if name == ZOO else Path(name)
+    path = embedded_path("student") if name == ZOO else Path(name)
     if (path / "config.yaml").is_file() and not (path / "model_index.json").is_file():
         if not (path / "student").is_dir():
             raise WadiError(f"Run {name!r} has not saved a student yet. Give a finished or interrupted run.")

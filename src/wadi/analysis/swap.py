@@ -14,7 +14,7 @@ from torch import nn
 from wadi.analysis.analyze import common_layers
 from wadi.analysis.change import exchange_rows
 from wadi.analysis.sources import LoadedNetwork
-from wadi.backbones.weights import LazyTensors
+from wadi.backbones.lazy_tensors import LazyTensors
 from wadi.errors import WadiError
 from wadi.roles import matched
 

@@ -12,9 +12,9 @@ from wadi.analysis import plots
 from wadi.analysis.analyze import Analysis, Layer, groups_table
 from wadi.analysis.angles import EDGES
 from wadi.analysis.spectrum import FRACTIONS
-from wadi.io.figures import table
+from wadi.io.figures import csv_table
 from wadi.io.files import write_whole
-from wadi.io.markdown import code, split_at_markers, text, write_between_markers
+from wadi.io.markdown import code_span, escape, split_at_markers, write_between_markers
 from wadi.io.markdown import table as markdown_table
 from wadi.io.regular import read_bytes, read_text
 
@@ -38,7 +38,7 @@ _SUMMARY = ("norm_mean", "norm_std", "direction_mean", "direction_std", "energy_
 def write(analysis: Analysis, folder: Path) -> list[Path]:
     """Write all files of an analysis into an existing ``folder``, and return the paths of the figures."""
     (folder / JSON).write_text(json.dumps(as_json(analysis), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    (folder / "layers.csv").write_bytes(table([layer_row(layer) for layer in analysis.layers]))
+    (folder / "layers.csv").write_bytes(csv_table([layer_row(layer) for layer in analysis.layers]))
     (folder / "analysis.md").write_text(markdown(analysis), encoding="utf-8")
     return plots.draw_all(analysis, folder)
 
@@ -120,7 +120,7 @@ def _most(analysis: Analysis, count: int = 8) -> str:
         (layer for layer in analysis.layers if layer.direction_mean), key=lambda layer: -(layer.direction_mean or 0)
     )
     rows = [
-        (code(layer.name), percent(layer.norm_mean, 3), percent(layer.direction_mean, 3), percent(layer.energy_30, 1))
+        (code_span(layer.name), percent(layer.norm_mean, 3), percent(layer.direction_mean, 3), percent(layer.energy_30, 1))
         for layer in turned[:count]
     ]
     return (
@@ -139,7 +139,7 @@ def _uncertain(analysis: Analysis) -> str:
 def _groups(analysis: Analysis, key: str) -> str:
     rows = [
         (
-            text(row[key]),
+            escape(row[key]),
             row["layers"],
             percent(row["norm_mean"], 3),
             percent(row["direction_mean"], 3),
@@ -174,7 +174,7 @@ def left_out(analysis: Analysis) -> list[str]:
         (analysis.changed_elsewhere, "outside the layers (biases, norms) that changed"),
         ([layer.name for layer in analysis.layers if layer.undefined], "with rows of zero norm, which were left out"),
     )
-    return [f"{len(names)} tensors {what} (first: {code(names[0])})." for names, what in kinds if names]
+    return [f"{len(names)} tensors {what} (first: {code_span(names[0])})." for names, what in kinds if names]
 
 
 BEGIN, END = "<!-- wadi analyze: begin -->", "<!-- wadi analyze: end -->"
@@ -190,4 +190,4 @@ def write_page(page: Path, folder: Path, command: str) -> None:
     tables = re.sub(r"\]\(([\w-]+\.png)\)", r"](images/analysis-\1)", read_text(folder / "analysis.md"))
     for image in sorted(folder.glob("*.png")):
         write_whole(page.parent / "images" / f"analysis-{image.name}", read_bytes(image))
-    write_between_markers(page, BEGIN, END, f"{code(command)}\n\n{tables.rstrip()}")
+    write_between_markers(page, BEGIN, END, f"{code_span(command)}\n\n{tables.rstrip()}")

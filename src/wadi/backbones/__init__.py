@@ -1,7 +1,13 @@
-"""Model families, one file each, behind one contract (`wadi.backbones.base.Backbone`)."""
+"""Model families behind one contract, one file each.
 
-from wadi.backbones.base import Backbone, Condition
-from wadi.backbones.loading import family, from_pipeline, load_pipeline, register_family
-from wadi.diffusion.schedulers import refuse_distilled
+Start with `base.py`: `Backbone` is the contract. `sd.py`, `sdxl.py`, `pixart.py`, `sd3.py`, `flux.py` and `sana.py` are the
+families; `loading.py` turns a folder or a Hub id into a pipeline, and a pipeline into its backbone.
+"""
 
-__all__ = ["Backbone", "Condition", "family", "from_pipeline", "load_pipeline", "refuse_distilled", "register_family"]
+from wadi.backbones.base import Backbone
+from wadi.backbones.condition import Condition
+from wadi.backbones.loading import load_pipeline
+from wadi.backbones.registry import family, from_pipeline, register_family
+from wadi.diffusion.schedulers import check_not_distilled
+
+__all__ = ["Backbone", "Condition", "check_not_distilled", "family", "from_pipeline", "load_pipeline", "register_family"]

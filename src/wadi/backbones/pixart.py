@@ -1,7 +1,7 @@
 """PixArt-alpha and PixArt-Sigma: a transformer under T5 text, with a linear beta schedule.
 
-The network predicts noise and (in a second half of the channels, which no sampler here uses) its variance. T5's padding is
-masked in cross-attention. Models made for 1024 pixels may also be told resolution and aspect ratio.
+The network predicts noise and, in the second half of its channels, a variance, which no sampler here uses. T5's padding is
+masked in cross-attention. Models for 1024 pixels may also take the resolution and the aspect ratio as inputs.
 """
 
 from __future__ import annotations
@@ -12,34 +12,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wadi.backbones.base import Backbone, Condition, default_argument
+from wadi.backbones.base import Backbone
+from wadi.backbones.condition import Condition
+from wadi.backbones.outline import default_argument
 
 LINEARS = r"transformer_blocks\..*(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2)"
 
 
 class PixArt(Backbone):
-    """Backbone contract over a loaded ``PixArtAlphaPipeline`` or ``PixArtSigmaPipeline``."""
+    """The backbone of a loaded ``PixArtAlphaPipeline`` or ``PixArtSigmaPipeline``."""
 
-    # Every Linear but those of the timestep under adaln_single.
+    # Every Linear except those of the timestep, under adaln_single.
     student_targets = LINEARS + r"|caption_projection\.linear_[12]|proj_out"
     fake_targets = LINEARS
 
     @property
     def call(self) -> dict[str, Any]:
-        """See `Backbone.call`: without resizing to the nearest size of training."""
+        """See `Backbone.call`. Turns off the pipeline's resizing to the nearest training size."""
         return {**super().call, "use_resolution_binning": False, "clean_caption": self._clean_caption}
 
     @property
     def _clean_caption(self) -> bool:
-        """What a plain call does, which needs two libraries; without them it warns and encodes the raw prompt."""
+        """Whether a plain call cleans captions. That needs two libraries; without them it warns and encodes the raw prompt."""
         from diffusers.utils import is_bs4_available, is_ftfy_available
 
-        wanted = default_argument(self.pipeline, "clean_caption")
-        return bool(wanted and is_bs4_available() and is_ftfy_available())
+        default = default_argument(self.pipeline, "clean_caption")
+        return bool(default and is_bs4_available() and is_ftfy_available())
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """``prompt_embeds`` ``(B, tokens, width)`` with their ``mask`` ``(B, tokens)``, and what the model is told of size."""
+    def encode_with_gradient(self, prompts: Sequence[str]) -> Condition:
+        """Return ``prompt_embeds`` ``(B, tokens, width)``, their ``mask`` ``(B, tokens)`` and, for some models, the size."""
         embeds, mask, _, _ = self.pipeline.encode_prompt(
             list(prompts),
             do_classifier_free_guidance=False,
@@ -62,15 +63,15 @@ class PixArt(Backbone):
         return {"prompt_embeds": (tokens, self.network.config.caption_channels), "mask": (tokens,), **sizes}
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """See `Backbone.predict`; the learned variance is split off."""
-        dtype, told = self.network.dtype, condition.tensors
+        """See `Backbone.predict`. The learned variance is dropped."""
+        dtype, inputs = self.network.dtype, condition.tensors
         sizes: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
-        if "size" in told:
-            sizes = {"resolution": told["size"].to(dtype), "aspect_ratio": told["aspect_ratio"].to(dtype)}
+        if "size" in inputs:
+            sizes = {"resolution": inputs["size"].to(dtype), "aspect_ratio": inputs["aspect_ratio"].to(dtype)}
         predicted: Tensor = self.network(
             x_t.to(dtype),
-            encoder_hidden_states=told["prompt_embeds"].to(dtype),
-            encoder_attention_mask=told["mask"],
+            encoder_hidden_states=inputs["prompt_embeds"].to(dtype),
+            encoder_attention_mask=inputs["mask"],
             timestep=t,
             added_cond_kwargs=sizes,
             return_dict=False,

@@ -1,4 +1,4 @@
-"""Pipelines on disk that load with the line that is printed, without this package, in any dtype."""
+"""Save pipelines so that they load without this package, in any dtype, with the line of Python that `loading_line` returns."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from wadi.backbones.loading import from_pipeline
+from wadi.backbones.registry import from_pipeline
 from wadi.io.files import whole_folder
+from wadi.io.quiet import errors_only
 from wadi.io.records import read_json
-from wadi.io.weights import quiet
 
 
 def save_pipeline(pipeline: Any, out: Path) -> None:
-    """Write a pipeline to the folder ``out``, whole or not at all.
+    """Write a pipeline to the folder ``out``, completely or not at all.
 
     Raises:
         WadiError: if the folder cannot be written.
@@ -26,7 +26,7 @@ def save_pipeline(pipeline: Any, out: Path) -> None:
 
 def write_pipeline(pipeline: Any, folder: Path) -> None:
     """Write a pipeline into an existing ``folder``."""
-    with quiet():
+    with errors_only():
         pipeline.save_pretrained(folder, safe_serialization=True)
     for component, model in pipeline.components.items():
         if isinstance(model, torch.nn.Module) and type(model).__module__.startswith("transformers."):
@@ -34,18 +34,18 @@ def write_pipeline(pipeline: Any, folder: Path) -> None:
 
 
 def load_in_float32(config: Path) -> None:
-    """Make a plain load of a text encoder give float32, as diffusers does with the other models of a pipeline.
+    """Change a text encoder's config so that a plain load gives float32, as for the other models of a pipeline.
 
-    transformers 5 loads in the dtype that the config names; a U-Net in float32 cannot read embeddings in float16.
+    transformers 5 loads in the dtype that the config names, but a U-Net in float32 cannot read embeddings in float16.
     """
     values = read_json(config, dict[str, Any], "Config") | {"dtype": "float32"}
     config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def loading_line(pipeline: Any, out: Path) -> str:
-    """Return Python that loads the pipeline of ``out`` in its dtype and generates images of ``prompt`` in one step."""
+    """Return Python code that loads the pipeline from ``out`` in its dtype and generates ``prompt`` in one step."""
     backbone = from_pipeline(pipeline)
     dtype = backbone.network.dtype
-    given = "" if dtype == torch.float32 else f", torch_dtype={dtype}"
+    dtype_argument = "" if dtype == torch.float32 else f", torch_dtype={dtype}"
     call = ", ".join(f"{name}={value}" for name, value in backbone.call.items())
-    return f"DiffusionPipeline.from_pretrained({str(out)!r}{given})(prompt, num_inference_steps=1, {call})"
+    return f"DiffusionPipeline.from_pretrained({str(out)!r}{dtype_argument})(prompt, num_inference_steps=1, {call})"

@@ -1,7 +1,7 @@
 """Stable Diffusion XL and its fine-tunes: a U-Net under two text encoders and size conditioning.
 
-The network is told the pooled embedding of the second encoder and ``add_time_ids`` ``(B, 6)``: original size, crop corner and
-target size in pixels, which a plain call sets to (height, width), (0, 0) and (height, width).
+Two more inputs of the network are the pooled embedding of the second encoder and ``add_time_ids`` ``(B, 6)``: original size,
+crop corner and target size in pixels. A plain call sets them to (height, width), (0, 0) and (height, width).
 """
 
 from __future__ import annotations
@@ -11,20 +11,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from wadi.backbones.base import Condition, where_empty
+from wadi.backbones.condition import Condition, replace_empty_rows
 from wadi.backbones.sd import StableDiffusion
 
 TIME_IDS = 6
 
 
 class StableDiffusionXL(StableDiffusion):
-    """Backbone contract over a loaded ``StableDiffusionXLPipeline``."""
+    """The backbone of a loaded ``StableDiffusionXLPipeline``."""
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """``prompt_embeds`` ``(B, tokens, width)``, ``pooled`` ``(B, width)``, ``time_ids`` ``(B, 6)``.
+    def encode_with_gradient(self, prompts: Sequence[str]) -> Condition:
+        """Return ``prompt_embeds`` ``(B, tokens, width)``, ``pooled`` ``(B, width)`` and ``time_ids`` ``(B, 6)``.
 
-        The null prompt is all zeros where the pipeline's config says so (``force_zeros_for_empty_prompt``).
+        The null prompt is all zeros if the pipeline's config says so (``force_zeros_for_empty_prompt``).
         """
         pipeline = self.pipeline
         embeds, null, pooled, null_pooled = pipeline.encode_prompt(
@@ -32,7 +31,7 @@ class StableDiffusionXL(StableDiffusion):
             **self.encode_defaults(),
         )  # fmt: skip
         if "" in prompts:
-            embeds, pooled = where_empty(prompts, null, embeds), where_empty(prompts, null_pooled, pooled)
+            embeds, pooled = replace_empty_rows(prompts, null, embeds), replace_empty_rows(prompts, null_pooled, pooled)
         return Condition({"prompt_embeds": embeds, "pooled": pooled, "time_ids": self._time_ids(pooled)})
 
     def _time_ids(self, pooled: Tensor) -> Tensor:
@@ -47,13 +46,13 @@ class StableDiffusionXL(StableDiffusion):
         return {**super().condition_shapes(), "pooled": (pooled,), "time_ids": (TIME_IDS,)}
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """See `Backbone.predict`; runs in the U-Net's own dtype."""
-        dtype, told = self.network.dtype, condition.tensors
+        """See `Backbone.predict`. The U-Net runs in its own dtype."""
+        dtype, inputs = self.network.dtype, condition.tensors
         predicted: Tensor = self.network(
             x_t.to(dtype),
             t,
-            encoder_hidden_states=told["prompt_embeds"].to(dtype),
-            added_cond_kwargs={"text_embeds": told["pooled"].to(dtype), "time_ids": told["time_ids"].to(dtype)},
+            encoder_hidden_states=inputs["prompt_embeds"].to(dtype),
+            added_cond_kwargs={"text_embeds": inputs["pooled"].to(dtype), "time_ids": inputs["time_ids"].to(dtype)},
             return_dict=False,
         )[0]
         return predicted.float()

@@ -43,13 +43,14 @@ def analyze(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callabl
     _refuse_ignored(args)
     from wadi.analysis import write
     from wadi.analysis.analyze import analyze as compare
-    from wadi.io.files import refuse_foreign, whole_folder
+    from wadi.io.files import whole_folder
     from wadi.io.markdown import split_at_markers
+    from wadi.io.outputs import check_replaceable
     from wadi.io.regular import read_text
     from wadi.parallel.device import find_device
 
     out = Path(args.out)
-    refuse_foreign(out, write.KNOWN)
+    check_replaceable(out, write.KNOWN)
     if args.page is not None:
         split_at_markers(Path(args.page), write.BEGIN, write.END)  # complain before all the work
     if args.swap_eval and args.teacher != ZOO and args.prompts is None:
@@ -99,7 +100,7 @@ def swap(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[
     from wadi.analysis.sources import open_teacher
     from wadi.analysis.swap import matching
     from wadi.backbones.saving import loading_line, save_pipeline
-    from wadi.io.files import check_out
+    from wadi.io.outputs import check_out
 
     out, chosen = Path(args.out), matching(args.layers)
     check_out(out)
@@ -252,7 +253,7 @@ def _write_hybrids(found: Hybrids, folder: Path) -> None:
     plots.bars(_scores(whole), titles, folder)
     rows = {name: [read_image(path) for path in paths] for name, paths in found.pictures.items()}
     labels = [name.replace(", ", "\n") for name in rows]
-    grid = grids.grid(list(rows.values()), labels, found.prompts, enlargement(next(iter(rows.values()))[0]))
+    grid = grids.compose_grid(list(rows.values()), labels, found.prompts, enlargement(next(iter(rows.values()))[0]))
     grids.save_png(grid, folder / "figure-1d.png")
     told = ["", "![Figure 1c](figure-1c.png)", "", table(whole), "", "![Figure 1d](figure-1d.png)"]
     if partial:

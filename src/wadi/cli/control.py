@@ -41,8 +41,8 @@ def _condition(argv: Sequence[str], parse: Callable[..., Any], parser: Any) -> i
     import torch
 
     from wadi.extras.control.conditions import condition, fitted, read_picture
-    from wadi.io.files import check_writable
     from wadi.io.grids import save_png
+    from wadi.io.outputs import check_writable
     from wadi.parallel.device import explained_when_full
 
     check_writable(args.out, (".png",))
@@ -82,9 +82,9 @@ def _train(argv: Sequence[str], parse: Callable[..., Any], parser: Any) -> int:
     from wadi.backbones import load_pipeline
     from wadi.extras.control.pipeline import load_control
     from wadi.extras.control.training import train
-    from wadi.io.files import check_writable
+    from wadi.io.outputs import check_writable
     from wadi.parallel.device import find_device, keep_freed_memory
-    from wadi.prompts.prompts import read_prompts
+    from wadi.prompts.reading import read_prompts
     from wadi.zoo.paths import resolve_teacher
 
     check_writable(config.out, folder=True)
@@ -157,7 +157,7 @@ def _eval(argv: Sequence[str], parse: Callable[..., Any], parser: Any) -> int:
 def _check_outputs(args: Any) -> None:
     """Raise `WadiError` for strengths out of range and files that cannot be written, before anything is loaded."""
     from wadi.extras.control.pipeline import STRONGEST
-    from wadi.io.files import check_writable
+    from wadi.io.outputs import check_writable
 
     for strength in args.strengths:
         if not 0 <= strength <= STRONGEST:
@@ -201,7 +201,7 @@ def _trials(args: Any, teacher: Any, guided: dict[str, Any]) -> list[Trial]:
     """Conditions from the teacher's own pictures, of noise that nothing was trained on and nothing is drawn from."""
     from wadi.extras.control.agreement import Trial, way
     from wadi.extras.control.data import chosen_prompts
-    from wadi.prompts.prompts import read_prompts
+    from wadi.prompts.reading import read_prompts
 
     draw = way(teacher, args.steps, guided)
     every = read_prompts(args.prompts)
@@ -232,7 +232,7 @@ def _picture(ways: dict[str, Way], trial: Trial, path: Path) -> None:
         drawn = draw(trial.prompts[:count], trial.conditions[:count], trial.seeds[:count])
         rows.append([grids.to_pil(picture) for picture in drawn])
         labels.append(name.replace(", ", "\n"))
-    grids.save_png(grids.grid(rows, labels, trial.prompts[:count], enlargement(rows[0][0])), path)
+    grids.save_png(grids.compose_grid(rows, labels, trial.prompts[:count], enlargement(rows[0][0])), path)
 
 
 BEGIN, END = "<!-- table: wadi control eval -->", "<!-- /table -->"

@@ -33,7 +33,7 @@ def run(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[s
     args = parse(_options(make_parser("dreambooth")), argv)
     out = Path(args.out)
     _refuse_conflicts(args, out)
-    from wadi.backbones import from_pipeline, refuse_distilled
+    from wadi.backbones import check_not_distilled, from_pipeline
     from wadi.extras.dreambooth.saving import save_subject
     from wadi.extras.dreambooth.subject import check_subject, read_subject
     from wadi.extras.dreambooth.training import check_schedule, train_subject
@@ -48,7 +48,7 @@ def run(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[s
     pipeline = _pipeline(args, device)
     backbone = from_pipeline(pipeline)
     if args.student is None:
-        refuse_distilled(pipeline, backbone.network)
+        check_not_distilled(pipeline, backbone.network)
         check_steps(backbone, args.prior_steps, "--prior_steps")
     check_schedule(backbone, config)
     subject, shown = read_subject(Path(args.subject), backbone.resolution)
@@ -118,7 +118,7 @@ def _options(parser: Any) -> Any:
 
 def _refuse_conflicts(args: Namespace, out: Path) -> None:
     """Raise `WadiError` for options that contradict each other, before anything is loaded."""
-    from wadi.io.files import check_out
+    from wadi.io.outputs import check_out
 
     if (args.teacher is None) == (args.student is None):
         raise WadiError(
@@ -236,7 +236,7 @@ def _show(args: Namespace, pipeline: Any, rows: list[tuple[str, Any]], out: Path
         rows.append(("its student,\none step", _draw(student, args, steps=1)))
     pictures = [(row * COLUMNS)[:COLUMNS] if len(row) < COLUMNS else row[:COLUMNS] for _, row in rows]
     path = out / "picture.png"
-    grids.save_png(grids.grid(pictures, [label for label, _ in rows], scale=enlargement(pictures[0][0])), path)
+    grids.save_png(grids.compose_grid(pictures, [label for label, _ in rows], scale=enlargement(pictures[0][0])), path)
     return path
 
 

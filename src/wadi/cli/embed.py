@@ -30,7 +30,7 @@ def run(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[s
     from wadi.distill.conditions import embed
     from wadi.errors import WadiError
     from wadi.parallel.device import find_device
-    from wadi.prompts.prompts import open_prompts
+    from wadi.prompts.reading import open_prompts
     from wadi.zoo.paths import resolve_teacher
 
     if args.dtype not in ("float32", "bfloat16", "float16"):

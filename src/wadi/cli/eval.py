@@ -73,7 +73,7 @@ def _evaluate(args: Any, given: set[str], argv: Sequence[str], device: Any, rank
 def _check_outputs(args: Any) -> None:
     """Refuse places that cannot be written before anything is generated."""
     from wadi.evaluate.result import check_table
-    from wadi.io.files import check_writable
+    from wadi.io.outputs import check_writable
 
     if args.out is not None:
         check_writable(args.out)
@@ -286,7 +286,7 @@ def _evaluation(args: Any, protocol: Protocol | None, reference: Reference | Non
     from wadi.evaluate.pairs import read_pairs
     from wadi.evaluate.run import Evaluation
     from wadi.evaluate.score import Options
-    from wadi.prompts.prompts import read_prompts
+    from wadi.prompts.reading import read_prompts
 
     metrics = _metrics(args, protocol)
     options = Options(

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from wadi.errors import WadiError
 from wadi.io.bounds import BATCH, COUNT, GUIDANCE, SCALE, SEED, SIDE, STEPS, Number, Whole
-from wadi.io.files import check_writable, sha256
+from wadi.io.files import sha256
+from wadi.io.outputs import check_writable
 
 if TYPE_CHECKING:
     from wadi.extras.high_resolution.redilation import Factor
@@ -84,7 +85,7 @@ def run(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[s
         from wadi.io import image_folder
 
         settings = settings_of(args)
-        if not image_folder.missing(out, wanted, settings, args.overwrite):
+        if not image_folder.missing_images(out, wanted, settings, args.overwrite):
             print(f"All {len(wanted)} images are there already: {out}")
             return 0
     if size is not None:
@@ -284,7 +285,7 @@ def factor_of(text: str | None) -> Factor | None:
 
 def prompts_of(args: Any) -> list[str]:
     """The prompt, or those of the file."""
-    from wadi.prompts.prompts import read_prompts
+    from wadi.prompts.reading import read_prompts
 
     if (args.prompt is None) == (args.prompts is None):
         raise WadiError(

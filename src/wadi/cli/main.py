@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wadi.cli.guard import BAD_INPUT, LONGEST, forgiving_output, guard, refuse_undecodable, split_debug
-from wadi.cli.quiet import quiet_libraries
 from wadi.errors import WadiError
 from wadi.io.bounds import PROCESSES, RANK, TIMESTEP, Whole
+from wadi.io.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -75,9 +75,9 @@ def _bounded_yaml(text: str) -> Any:
     """The value of an option as jsonargparse reads YAML, unless it is nested too deeply or its aliases have no bound."""
     from jsonargparse import get_loader
 
-    from wadi.io.records import refuse_boundless_yaml
+    from wadi.io.yaml_files import check_yaml_size
 
-    refuse_boundless_yaml(text, "Its value")
+    check_yaml_size(text, "Its value")
     return get_loader("yaml")(text)
 
 
@@ -241,7 +241,7 @@ def _export(argv: Sequence[str]) -> int:
     args = _parse(parser, argv)
     from wadi.backbones.saving import loading_line, save_pipeline
     from wadi.cli.generate import student
-    from wadi.io.files import check_out
+    from wadi.io.outputs import check_out
 
     out = Path(args.out)
     check_out(out)

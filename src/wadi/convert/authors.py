@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from wadi.backbones import from_pipeline, load_pipeline
+from wadi.backbones.lazy_tensors import LazyTensors, check_same_tensors
 from wadi.backbones.saving import save_pipeline
-from wadi.backbones.weights import LazyTensors, compare
 from wadi.errors import WadiError
-from wadi.io.files import check_out
-from wadi.io.weights import refuse_not_finite
+from wadi.io.outputs import check_out
+from wadi.io.weight_checks import check_finite
 from wadi.zoo.paths import resolve_teacher
 
 TIMESTEP = 999
@@ -78,11 +78,11 @@ def import_authors(file: Path, base: str, out: Path, dtype: torch.dtype = torch.
             f"{base!r} predicts {backbone.process.prediction}. Expected an epsilon-predicting model: the authors' students are."
         )
     own = backbone.network.state_dict()
-    compare({name: tuple(tensor.shape) for name, tensor in own.items()}, weights, f"{str(file)!r}", repr(base))
+    check_same_tensors({name: tuple(tensor.shape) for name, tensor in own.items()}, weights, f"{str(file)!r}", repr(base))
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])
-    refuse_not_finite(f"{str(file)!r}", own)
+    check_finite(f"{str(file)!r}", own)
     pipeline.scheduler = released_scheduler(pipeline.scheduler)
     save_pipeline(pipeline, out)
     return pipeline

@@ -23,12 +23,13 @@ from torch import Tensor, nn
 
 from wadi import roles
 from wadi.backbones import family
-from wadi.backbones.loading import build_network, pipeline_index, read_config
-from wadi.backbones.weights import LazyTensors, compare, network_weights
+from wadi.backbones.configs import build_network, pipeline_index, read_config
+from wadi.backbones.lazy_tensors import LazyTensors, check_same_tensors, network_weights
 from wadi.diffusion.schedulers import make_scheduler, stored_timestep, timestep_of
 from wadi.errors import WadiError
-from wadi.io.files import check_out, whole_folder
-from wadi.io.weights import refuse_not_finite
+from wadi.io.files import whole_folder
+from wadi.io.outputs import check_out
+from wadi.io.weight_checks import check_finite
 from wadi.zoo.paths import resolve_teacher
 
 NAME = "student"
@@ -155,8 +156,8 @@ def extract(
     network, targets = _skeleton(source)
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     before, after = network_weights(source), network_weights(resolve_teacher(student))
-    compare(shapes, before, f"Teacher {teacher!r}", "its own config")
-    compare(shapes, after, f"Student {student!r}", f"teacher {teacher!r}")
+    check_same_tensors(shapes, before, f"Teacher {teacher!r}", "its own config")
+    check_same_tensors(shapes, after, f"Student {student!r}", f"teacher {teacher!r}")
     names = _attach(network, target_modules or targets, rank)
     found = Extraction(rank, timestep or _timestep(source, student), *_fill(network, names, before, after, rank))
     about = {"timestep": found.timestep, "teacher": teacher, "extracted_from": student}
@@ -191,7 +192,7 @@ def _fill(
     for name in names:
         W, S = before[f"{name}.weight"], after[f"{name}.weight"]
         for whose, tensor in (("The teacher", W), ("The student", S)):
-            refuse_not_finite(whose, {f"{name}.weight": tensor})
+            check_finite(whose, {f"{name}.weight": tensor})
         A, B = factors(angles_between(W, S), rank)
         layer: Any = network.get_submodule(name)
         layer.lorad_A[NAME], layer.lorad_B[NAME] = nn.Parameter(A), nn.Parameter(B)

@@ -1,5 +1,5 @@
-"""The mathematics of diffusion that every model family shares. No network, no adapter.
+"""The mathematics of diffusion that all model families share. It knows no networks and no adapters.
 
-`process.py` is the noising process: start there. `schedulers.py` translates between it and diffusers' schedulers, and
-`autoencoder.py` between latents and pixels.
+Start with `process.py`, the noising process. `schedulers.py` builds diffusers' schedulers from it, and `autoencoder.py` turns
+images into latents and back.
 """

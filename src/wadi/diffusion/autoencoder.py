@@ -1,10 +1,11 @@
-"""Images to latents and back, by what the autoencoder's own config says of its latents.
+"""Turn images into latents and latents into images, as the config of the autoencoder says.
 
-    latents = (z - shift_factor) scaling_factor                        z: what the autoencoder itself encodes to
-    latents = (z - latents_mean) / latents_std  scaling_factor         where the config has moments per channel
+    latents = (z - shift_factor) scaling_factor                        z: output of the autoencoder's own encoder
+    latents = (z - latents_mean) / latents_std  scaling_factor         if the config has a mean and deviation per channel
 
-The package has this one encoder and this one decoder; each is the inverse of the other. An autoencoder in float16 whose config
-has ``force_upcast`` overflows in half precision: it runs in float32 and is put back afterwards.
+These are the package's only encoder and decoder; each is the inverse of the other. Some autoencoders overflow in float16 (their
+config has ``force_upcast``): they run in float32 and are cast back afterwards. NaN and infinity raise an error: as pixels they
+would silently become black or white.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wadi.diffusion import finite
+from wadi.errors import WadiError
 
 
 @torch.no_grad()
 def encode(vae: Any, images: Tensor, batch: int = 4) -> Tensor:
     """Return latents ``(N, C, H, W)``, float32, of images ``(N, 3, height, width)`` in ``[0, 1]``, ``batch`` at a time.
 
-    An autoencoder that returns a distribution gives its mode: the same image always has the same latents.
+    If the autoencoder returns a distribution, its mode is used, so the same image always has the same latents.
 
     Raises:
         WadiError: if latents contain NaN or infinity.
@@ -31,14 +32,15 @@ def encode(vae: Any, images: Tensor, batch: int = 4) -> Tensor:
     with _safe_precision(vae):
         inputs = ((2 * part - 1).to(vae.device, vae.dtype) for part in images.split(batch))  # one batch on the device at a time
         parts = [_mode(vae.encode(part, return_dict=False)[0]) for part in inputs]
-    z = finite.check(torch.cat(parts), "encoder").float()
+    z = check_finite_rows(torch.cat(parts), "encoder").float()
     mean, std = _moments(vae.config, z)
     return (z - mean) / std * vae.config.scaling_factor
 
 
-@torch.no_grad()
 def decode(vae: Any, latents: Tensor) -> Tensor:
     """Return images ``(N, 3, height, width)`` in ``[0, 1]``, float32, of latents ``(N, C, H, W)``.
+
+    Gradients flow from the images to the latents, unless the caller turns them off.
 
     Raises:
         WadiError: if an image contains NaN or infinity.
@@ -47,12 +49,55 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
     mean, std = _moments(vae.config, latents)
     z = latents * std / vae.config.scaling_factor + mean
     with _safe_precision(vae):
-        images = finite.check(vae.decode(z.to(vae.dtype), return_dict=False)[0], "decoder")
+        images = check_finite_rows(vae.decode(z.to(vae.dtype), return_dict=False)[0], "decoder")
     return (images.float() / 2 + 0.5).clamp(0, 1)
 
 
+def check_finite_rows(values: Tensor, part: str = "decoder") -> Tensor:
+    """Return ``values`` ``(B, ...)``, one row per image, unchanged.
+
+    Args:
+        part: the part of the autoencoder that returned them, "decoder" or "encoder".
+    Raises:
+        WadiError: if a row contains NaN or infinity.
+    """
+    bad = int((~values.isfinite()).flatten(1).any(1).sum())
+    if bad:
+        raise WadiError(
+            f"The autoencoder's {part} returned NaN or infinity for {bad} of {len(values)} images, in {str(values.dtype)[6:]}. "
+            "Use another dtype (bfloat16 or float32) if it is float16, which overflows; otherwise check the weights: adapter, "
+            "LoRA, token, control and autoencoder."
+        )
+    return values
+
+
+@contextmanager
+def finite_decoding(vae: Any) -> Iterator[None]:
+    """Make ``vae.decode`` raise `WadiError` for NaN and infinity within the block, also when a pipeline calls it.
+
+    An attribute of the object hides the method of its class. The previous attribute, if any, is restored afterwards.
+    """
+    inner, previous = vae.decode, vars(vae).get("decode")
+
+    def checked_decode(*args: Any, **kwargs: Any) -> Any:
+        output = inner(*args, **kwargs)
+        first = output[0]
+        if isinstance(first, Tensor) and torch.is_floating_point(first):
+            check_finite_rows(first)
+        return output
+
+    vae.decode = checked_decode
+    try:
+        yield
+    finally:
+        if previous is None:
+            del vae.decode
+        else:
+            vae.decode = previous
+
+
 def _moments(config: Any, like: Tensor) -> tuple[Any, Any]:
-    """Return mean and deviation of an autoencoder's own latents, per channel or for all."""
+    """Return the mean and deviation of an autoencoder's own latents: per channel, or one number for all."""
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
         mean, std = (torch.tensor(config[key], device=like.device).view(1, -1, 1, 1) for key in ("latents_mean", "latents_std"))
         return mean, std
@@ -60,14 +105,14 @@ def _moments(config: Any, like: Tensor) -> tuple[Any, Any]:
 
 
 def _mode(encoded: Any) -> Tensor:
-    """Return the most probable latents of a distribution; latents themselves unchanged."""
+    """Return the most probable latents of a distribution. Latents are returned unchanged."""
     latents: Tensor = encoded if isinstance(encoded, Tensor) else encoded.mode()
     return latents
 
 
 @contextmanager
 def _safe_precision(vae: Any) -> Iterator[None]:
-    """Run the block with the autoencoder in float32 if it is in float16 and its config says that this overflows."""
+    """Run the block with the autoencoder in float32 if it is in float16 and its config says that float16 overflows."""
     dtype = vae.dtype
     upcast = dtype == torch.float16 and bool(vae.config.get("force_upcast"))
     try:

@@ -7,18 +7,20 @@ A noised sample is ``x_t = alpha_t x0 + sigma_t eps`` with data ``x0`` and noise
     sample      x0
     velocity    eps - x0                            (rectified flow: d x_t / d sigma)
 
-and any of them, with ``x_t``, determines the others. Variance-preserving schedules read ``alpha_t`` from the table that came
-with the model; rectified flow has ``alpha = 1 - sigma`` and ``sigma = t / T``. Times ``t`` are the schedule's, in ``[0, T)``
-(in ``[0, T]`` for rectified flow), shape ``(B,)``; samples are ``(B, ...)``. Everything here is float32 (or float64, given
-float64) whatever the backbone's dtype: rounding ``alpha_t^2`` to bfloat16 first is off by up to a quarter in ``sigma_t^2`` at
-early timesteps.
+Each of them, together with ``x_t``, determines the others. Variance-preserving schedules read ``alpha_t`` from the table that
+came with the model. Rectified flow has ``alpha = 1 - sigma`` and ``sigma = t / T``. Timesteps ``t`` have shape ``(B,)`` and lie
+in ``[0, T)``, or in ``[0, T]`` for rectified flow. Samples have shape ``(B, ...)``.
+
+Everything here is float32 (float64 for float64 inputs), whatever the dtype of the network. Rounding ``alpha_t^2`` to bfloat16
+would change ``sigma_t^2`` by up to a quarter at early timesteps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,17 +30,22 @@ from wadi.errors import WadiError
 Prediction = Literal["epsilon", "v_prediction", "sample", "velocity"]
 
 
+def is_flow_config(class_name: str, config: Mapping[str, Any]) -> bool:
+    """Return whether a scheduler is one of a rectified flow, from its class name and its config."""
+    return "FlowMatch" in class_name or config.get("prediction_type") == "flow_prediction"
+
+
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """Shape ``(B,)`` to ``(B, 1, ..., 1)``, so that it broadcasts over samples ``like`` of shape ``(B, ...)``."""
+    """Reshape ``(B,)`` to ``(B, 1, ..., 1)``, which broadcasts over samples ``like`` of shape ``(B, ...)``."""
     return values.reshape(-1, *([1] * (like.ndim - 1)))
 
 
 @dataclass(frozen=True, eq=False)
 class Process:
-    """``alpha(t)``, ``sigma(t)`` and the conversions between prediction types.
+    """The noising process: ``alpha(t)``, ``sigma(t)`` and the conversions between prediction types.
 
     Args:
-        prediction: what the network predicts.
+        prediction: the prediction type of the network.
         num_timesteps: ``T``, the number of training timesteps.
         alphas: table of ``alpha_t``, shape ``(T,)``, float32, for a variance-preserving schedule; None for rectified flow.
     """
@@ -49,33 +56,33 @@ class Process:
 
     @classmethod
     def from_scheduler(cls, scheduler: object) -> Process:
-        """Read the process off the diffusers scheduler that came with a model.
+        """Return the process of the diffusers scheduler that came with a model.
 
         Raises:
             WadiError: if the scheduler is neither variance preserving nor flow matching, or its prediction type is unknown.
         """
         config = scheduler.config  # type: ignore[attr-defined]
         steps = int(config.num_train_timesteps)
-        if "FlowMatch" in type(scheduler).__name__ or config.get("prediction_type") == "flow_prediction":
+        if is_flow_config(type(scheduler).__name__, config):
             return cls("velocity", steps)
         cumprod = getattr(scheduler, "alphas_cumprod", None)
         if cumprod is None:
             raise WadiError(
                 f"The teacher's scheduler is {type(scheduler).__name__}, which has neither alphas_cumprod nor flow sigmas. "
-                "Expected a variance-preserving scheduler (DDPM, DDIM, PNDM, DPM-Solver, Euler, ...) or a FlowMatch one: "
-                "save the pipeline with one of these."
+                "Save the pipeline with a variance-preserving scheduler (DDPM, DDIM, PNDM, DPM-Solver, Euler, ...) or a "
+                "FlowMatch one."
             )
         prediction = config.get("prediction_type", "epsilon")
         if prediction not in get_args(Prediction):
             raise WadiError(
-                f"The teacher's scheduler has prediction_type={prediction!r}. Expected one of {get_args(Prediction)}: "
-                "set the type the network was trained with in scheduler/scheduler_config.json."
+                f"The teacher's scheduler has prediction_type={prediction!r}, which is not one of {get_args(Prediction)}. Set "
+                "the type that the network was trained with in scheduler/scheduler_config.json."
             )
         return cls(prediction, steps, torch.as_tensor(cumprod).double().sqrt().float())
 
     @property
     def last_timestep(self) -> int:
-        """The noisiest timestep a network can be asked at: ``T - 1``, or ``T`` for rectified flow, where ``sigma`` is 1."""
+        """The noisiest timestep of the schedule: ``T - 1``, or ``T`` for rectified flow, where ``sigma`` is 1."""
         return self.num_timesteps - 1 if self.alphas is not None else self.num_timesteps
 
     def _alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,17 +95,17 @@ class Process:
     def _sigmas(self) -> Tensor:
         """Table of ``sigma_t``, ``(T,)`` float32, of a variance-preserving schedule.
 
-        ``1 - alpha^2`` cancels near ``t = 0``. In float64, which Apple's GPUs lack, only the table's own rounding is left.
+        ``1 - alpha^2`` loses digits near ``t = 0``, so it is computed in float64, on the CPU: Apple's GPUs have no float64.
         """
         assert self.alphas is not None
         return (1 - self.alphas.cpu().double() ** 2).sqrt().float()
 
     def alpha(self, t: Tensor) -> Tensor:
-        """``alpha_t``, shape ``(B,)``, float32."""
+        """Return ``alpha_t``, shape ``(B,)``, float32."""
         return self._alpha_sigma(t)[0]
 
     def sigma(self, t: Tensor) -> Tensor:
-        """``sigma_t``, shape ``(B,)``, float32."""
+        """Return ``sigma_t``, shape ``(B,)``, float32."""
         return self._alpha_sigma(t)[1]
 
     def _broadcast(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,14 +114,14 @@ class Process:
         return per_sample(alpha, like).to(dtype), per_sample(sigma, like).to(dtype)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """``x_t = alpha_t x0 + sigma_t noise``, shape ``(B, ...)``."""
+        """Return ``x_t = alpha_t x0 + sigma_t noise``, shape ``(B, ...)``."""
         alpha, sigma = self._broadcast(t, x0)
         return alpha * x0 + sigma * noise
 
     def split(self, prediction: Tensor, x_t: Tensor, t: Tensor, kind: Prediction | None = None) -> tuple[Tensor, Tensor]:
-        """``(x0, eps)`` that a prediction of ``kind`` (the network's own, unless given) stands for, each ``(B, ...)``.
+        """Return ``(x0, eps)``, each ``(B, ...)``, of a prediction of type ``kind`` (default: the network's own).
 
-        From ``x_t = alpha x0 + sigma eps`` and the prediction's definition, solved for the two unknowns.
+        Solves ``x_t = alpha x0 + sigma eps`` and the definition of the prediction for the two unknowns.
         """
         alpha, sigma = self._broadcast(t, x_t)
         kind = kind or self.prediction
@@ -129,7 +136,7 @@ class Process:
         return (x_t - sigma * prediction) / total, (x_t + alpha * prediction) / total
 
     def join(self, x0: Tensor, eps: Tensor, t: Tensor, kind: Prediction | None = None) -> Tensor:
-        """The prediction of ``kind`` (the network's own, unless given) for ``x0`` and ``eps``: inverse of `split`."""
+        """Return the prediction of type ``kind`` (default: the network's own) for ``x0`` and ``eps``. Inverse of `split`."""
         alpha, sigma = self._broadcast(t, x0)
         x0, eps = x0.to(alpha.dtype), eps.to(alpha.dtype)
         kind = kind or self.prediction
@@ -142,9 +149,9 @@ class Process:
         return eps - x0
 
     def x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Data that the network's own prediction stands for, ``(B, ...)``; for epsilon ``(x_t - sigma eps) / alpha``."""
+        """Return ``x0``, ``(B, ...)``, of the network's own prediction; for epsilon it is ``(x_t - sigma eps) / alpha``."""
         return self.split(prediction, x_t, t)[0]
 
     def eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Noise that the network's own prediction stands for, ``(B, ...)``."""
+        """Return the noise, ``(B, ...)``, of the network's own prediction."""
         return self.split(prediction, x_t, t)[1]

@@ -1,8 +1,8 @@
-"""Diffusers schedulers for a teacher's many steps and a student's one, from the scheduler that came with the model.
+"""Build diffusers schedulers for the teacher's many steps and the student's one, from the scheduler that came with the model.
 
-A student's scheduler makes one plain call of its pipeline with ``num_inference_steps=1`` the student's step
-``x0 = (x_t - sigma eps) / alpha`` at ``t*``, with no code of ours. Variance preserving: DDIM whose betas end at ``t*``.
-Rectified flow, ``x0 = x_t - sigma v``: an Euler step from ``sigma = t* / T`` to 0.
+With the student's scheduler, a plain pipeline call with ``num_inference_steps=1`` computes the student's step ``x0 = (x_t -
+sigma eps) / alpha`` at ``t*``, without this package. For a variance-preserving schedule this is DDIM whose betas end at ``t*``.
+For a rectified flow, ``x0 = x_t - sigma v``, it is an Euler step from ``sigma = t* / T`` to 0.
 """
 
 from __future__ import annotations
@@ -11,40 +11,39 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from wadi.diffusion.process import Process
-from wadi.errors import WadiError
-from wadi.io.records import shortened
+from wadi.diffusion.process import Process, is_flow_config
+from wadi.errors import WadiError, short_repr
 
 LONGEST = 100_000  # timesteps; models have 1000
-# Schedulers of models that were made for a few steps: they have no score at other timesteps.
+# Schedulers of models that were distilled to a few steps. Such a model has no score at other timesteps.
 DISTILLED = ("LCMScheduler", "TCDScheduler", "SCMScheduler", "FlowMatchLCMScheduler", "CMStochasticIterativeScheduler")
 
 
 def is_flow(scheduler: Any) -> bool:
-    """Whether ``scheduler`` is one of a rectified flow."""
-    return "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("prediction_type") == "flow_prediction")
+    """Return whether ``scheduler`` is one of a rectified flow."""
+    return is_flow_config(type(scheduler).__name__, scheduler.config)
 
 
 def make_scheduler(config: dict[str, Any]) -> Any:
-    """A scheduler from the config it was saved with.
+    """Return a scheduler built from its saved config.
 
     Raises:
-        WadiError: if diffusers has no such class, or it does not take these settings.
+        WadiError: if diffusers has no such class, or the class does not accept these settings.
     """
     import diffusers
 
     name = str(config.get("_class_name"))
     if not hasattr(diffusers, name):
-        raise WadiError(f"The teacher's scheduler is {name}, which diffusers has not. Expected one of its schedulers.")
+        raise WadiError(f"The teacher's scheduler is {name}, which diffusers does not have. Save the pipeline with one it has.")
     length = config.get("num_train_timesteps", 1000)
     if not isinstance(length, int) or not 1 <= length <= LONGEST:
         raise WadiError(
-            f"The teacher's scheduler has num_train_timesteps: {shortened(length)}. Give a whole number from 1 to {LONGEST:,} "
+            f"The teacher's scheduler has num_train_timesteps: {short_repr(length)}. Give a whole number from 1 to {LONGEST:,} "
             "in scheduler_config.json."
         )
     try:
         return getattr(diffusers, name).from_config(config)
-    except Exception as error:  # each class has its own way to refuse a setting
+    except Exception as error:  # each class raises its own type of error for a wrong setting
         raise WadiError(
             f"A {name} cannot be built from its config: {type(error).__name__}: {str(error)[:200]}. Compare "
             "scheduler_config.json with that of the original model."
@@ -52,7 +51,7 @@ def make_scheduler(config: dict[str, Any]) -> Any:
 
 
 def sampler(scheduler: Any, image_tokens: int) -> Any:
-    """A fresh deterministic first-order sampler over a model's own schedule: DDIM, or Euler along the flow."""
+    """Return a new deterministic first-order sampler for a model's own schedule: DDIM, or Euler for a flow."""
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
     config = scheduler.config
@@ -64,9 +63,9 @@ def sampler(scheduler: Any, image_tokens: int) -> Any:
 
 
 def flow_shift(config: Any, image_tokens: int) -> float:
-    """``s`` of ``sigma -> s sigma / (1 + (s - 1) sigma)``; where it depends on resolution, for ``image_tokens`` tokens.
+    """Return the shift ``s`` of a flow's schedule, ``sigma -> s sigma / (1 + (s - 1) sigma)``.
 
-    The exponential shift by ``mu`` is the same map with ``s = exp(mu)``, and ``mu`` is linear in the number of tokens.
+    Some schedules depend on the resolution: they use ``s = exp(mu)``, with ``mu`` linear in the number of ``image_tokens``.
     """
     if not config.get("use_dynamic_shifting"):
         return float(config.get("shift") or config.get("flow_shift") or 1.0)
@@ -116,7 +115,7 @@ def stored_timestep(config: Mapping[str, Any]) -> int | None:
 def _ddim_step(scheduler: Any, timestep: int) -> Any:
     """Return DDIM over the teacher's own betas cut off after ``timestep``.
 
-    With trailing spacing its single step starts there, and with ``set_alpha_to_one`` it ends at ``x0``.
+    With trailing spacing its single step starts at ``timestep``; with ``set_alpha_to_one`` it ends at ``x0``.
     """
     from diffusers import DDIMScheduler
 
@@ -127,40 +126,40 @@ def _ddim_step(scheduler: Any, timestep: int) -> Any:
         timestep_spacing="trailing",
         set_alpha_to_one=True,
         clip_sample=False,
-        steps_offset=1,  # not used by trailing spacing; diffusers warns of any other value
+        steps_offset=1,  # trailing spacing ignores it, but diffusers warns about any other value
     )
 
 
 def _flow_step(config: Any, timestep: int) -> Any:
     """Return Euler from ``sigma = timestep / T`` to 0.
 
-    A single step starts at ``sigma = 1`` in this class. To start earlier it takes ``sigma_max`` from its config in the
-    exponential spacing (which has no constructor argument for it, so that diffusers remarks on it when it reads the file).
+    By default, a single step of this class starts at ``sigma = 1``. With exponential spacing it starts at the ``sigma_max`` of
+    its config. The constructor has no such argument, so diffusers logs a message when it reads the saved config.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     steps = int(config.num_train_timesteps)
     if timestep == steps:
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps)
-    made: Any = FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps, use_exponential_sigmas=True)
-    made.register_to_config(sigma_min=timestep / steps, sigma_max=timestep / steps)
-    return made
+    euler: Any = FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps, use_exponential_sigmas=True)
+    euler.register_to_config(sigma_min=timestep / steps, sigma_max=timestep / steps)
+    return euler
 
 
-def refuse_distilled(pipeline: Any, network: Any) -> None:
-    """Raise `WadiError` if a pipeline says of itself that it is a model for few steps."""
+def check_not_distilled(pipeline: Any, network: Any) -> None:
+    """Raise `WadiError` if the scheduler or config of a pipeline shows that it was distilled to a few steps."""
     scheduler, reason = pipeline.scheduler, None
     name = type(scheduler).__name__
     if name in DISTILLED:
         reason = f"its scheduler is {name}"
     elif network.config.get("time_cond_proj_dim") is not None:
-        reason = "its network is told the guidance scale (time_cond_proj_dim), as a latent consistency model is"
+        reason = "its network takes the guidance scale as an input (time_cond_proj_dim), like a latent consistency model"
     elif scheduler.config.get("trained_betas") is not None and scheduler.config.get("timestep_spacing") == "trailing":
-        reason = "its scheduler's betas are cut for one step, as `wadi export` writes them"
+        reason = "its scheduler's betas end early for one step, as `wadi export` writes them"
     elif scheduler.config.get("sigma_max") is not None and scheduler.config.get("sigma_min") == scheduler.config.sigma_max:
-        reason = "its scheduler holds a single sigma, as `wadi export` writes it"
+        reason = "its scheduler has a single sigma, as `wadi export` writes it"
     if reason:
         raise WadiError(
-            f"The teacher is itself a distilled model for few steps: {reason}. Expected the multi-step model it was made "
-            "from, which has a score at every timestep: give that as --teacher."
+            f"The teacher is itself a distilled model for few steps: {reason}. Give the multi-step model that it was distilled "
+            "from as --teacher: only that one has a score at every timestep."
         )

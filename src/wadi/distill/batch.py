@@ -18,7 +18,7 @@ from wadi.distill.conditions import Conditions
 from wadi.distill.config import DistillConfig
 from wadi.distill.run_folder import WARM_START, Run, Stop
 from wadi.distill.warm_start import Pairs, load_pairs, make_pairs, save_pairs
-from wadi.prompts.prompts import PromptOrder
+from wadi.prompts.order import PromptOrder
 
 
 @dataclass

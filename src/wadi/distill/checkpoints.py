@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from wadi import roles
-from wadi.errors import WadiError
+from wadi.errors import WadiError, first_line
 from wadi.io.files import remove_folder, sha256, whole_folder
 from wadi.io.records import Count, Finite, Record, read_json
-from wadi.io.regular import regular
-from wadi.io.weights import not_finite
+from wadi.io.regular import require_file
+from wadi.io.weight_checks import non_finite_names
 from wadi.parallel.ranks import Ranks
 
 
@@ -164,7 +164,7 @@ def _not_saved(state: TrainState, name: str) -> WadiError:
 
 def _not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     """Name of the first tensor that has a NaN or an infinity."""
-    return next((name for name, value in tensors if not_finite({name: value})), None)
+    return next((name for name, value in tensors if non_finite_names({name: value})), None)
 
 
 def place(folder: Path, step: int) -> Path:
@@ -224,7 +224,7 @@ def _unusable(path: Path) -> str | None:
             if name := _not_finite(_tensors_of(file)):
                 return f"{name} in {file.relative_to(path).as_posix()} is not finite"
     except (OSError, ValueError, SafetensorError) as error:  # WadiError is a ValueError
-        return f"its contents cannot be read: {str(error).splitlines()[0]}"
+        return f"its contents cannot be read: {first_line(error)}"
     return None
 
 
@@ -232,7 +232,7 @@ def _tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of a safetensors file, one at a time."""
     from safetensors import safe_open
 
-    with safe_open(regular(file), framework="pt") as tensors:
+    with safe_open(require_file(file), framework="pt") as tensors:
         yield from ((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118
 
 
@@ -286,7 +286,7 @@ def load(path: Path, state: TrainState, teacher: str) -> None:
             f"Checkpoint {str(path)!r} was made with {plain.images} images a step; now there are {state.images} ("
             f"{state.ranks.count} processes x batch x accumulate). Expected the same number: set --batch and --accumulate."
         )
-    tensors = load_file(regular(path / "training.safetensors"))
+    tensors = load_file(require_file(path / "training.safetensors"))
     for role, optimizer in state.optimizers.items():
         _, saved = roles.read(path / role)
         roles.restore(state.network, role, saved, repr(str(path)))

@@ -20,7 +20,7 @@ from wadi.errors import WadiError
 from wadi.io.progress import progress
 from wadi.prompts import cache
 from wadi.prompts.cache import Embeddings
-from wadi.prompts.prompts import Prompts, open_prompts
+from wadi.prompts.reading import Prompts, open_prompts
 from wadi.zoo.paths import NAME as ZOO
 
 SHARD_ROWS = 1024  # 240 MB of Stable Diffusion's embeddings in float32
@@ -79,7 +79,7 @@ def conditions_of(backbone: Backbone, prompts: Prompts | Embeddings) -> Conditio
         WadiError: if it is of another, or was made with other settings.
     """
     if isinstance(prompts, Embeddings):
-        cache.refuse_stale(prompts.folder, prompts.encoder, encoder_of(backbone))
+        cache.check_encoder(prompts.folder, prompts.encoder, encoder_of(backbone))
     return Conditions(backbone, prompts)
 
 
@@ -113,7 +113,7 @@ def embed(backbone: Backbone, prompts: Prompts, out: Path, batch: int = 16, shar
     }
     if cache.is_cache(out):
         found = cache.read_manifest(out)
-        cache.refuse_stale(out, found["encoder"], manifest["encoder"])
+        cache.check_encoder(out, found["encoder"], manifest["encoder"])
         manifest["encoder"] = found["encoder"]  # each shard names it; an earlier version's has no digest of files
         other = [name for name in manifest if found[name] != manifest[name]]
         if other:
@@ -135,7 +135,7 @@ def embed(backbone: Backbone, prompts: Prompts, out: Path, batch: int = 16, shar
                 texts = prompts[start : min(start + batch, chosen.stop)]
                 parts.append(backbone.encode(texts).to("cpu"))
                 bar.advance(by=len(texts))
-            identity = cache.identity_of(manifest)
+            identity = cache.cache_identity(manifest)
             path = cache.shard_path(out, number)
             cache.write_shard(path, prompts[chosen.start : chosen.stop], Condition.cat(parts).tensors, identity)
     return out

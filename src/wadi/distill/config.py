@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from wadi.errors import WadiError
+from wadi.errors import WadiError, short_repr
 from wadi.io.bounds import BATCH, COUNT, GUIDANCE, RANK, RATE, SHARE, SIDE, STEPS, TIMESTEP, UPDATES, Number, Whole  # fmt: skip
-from wadi.io.records import flatten, read_yaml, shortened
+from wadi.io.records import flatten
+from wadi.io.yaml_files import read_yaml
 
 
 @dataclass(frozen=True)
@@ -293,7 +294,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     expected = getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")
-    raise WadiError(f"{name} is {shortened(value)}. Expected {expected}: correct it in the configuration.")
+    raise WadiError(f"{name} is {short_repr(value)}. Expected {expected}: correct it in the configuration.")
 
 
 def save(config: DistillConfig, path: Path) -> None:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from wadi import roles
-from wadi.backbones import Backbone, from_pipeline, load_pipeline, refuse_distilled
+from wadi.backbones import Backbone, check_not_distilled, from_pipeline, load_pipeline
 from wadi.backbones.digest import loaded_digest
 from wadi.distill import checkpoints, health, preview
 from wadi.distill.batch import Batch, chance, draw, gaussian_like, images_per_step, replace_rows, timesteps, warm_start_pairs
@@ -45,9 +45,9 @@ from wadi.io.progress import console, progress
 from wadi.parallel.device import explained_when_full, find_device, keep_freed_memory, refuse_larger
 from wadi.parallel.ranks import Ranks, make_accelerator, shard_frozen
 from wadi.prompts.cache import Embeddings
-from wadi.prompts.prompts import PromptOrder
+from wadi.prompts.order import PromptOrder
 from wadi.sampling import check_steps, one_step, predict_guided, student_timestep
-from wadi.zoo.paths import lasting, resolve_teacher
+from wadi.zoo.paths import absolute_source, resolve_teacher
 
 WHEN_FULL = (
     "What was saved is untouched. Set a lower --batch with a higher --accumulate, or --gradient_checkpointing true: both leave "
@@ -66,7 +66,7 @@ def distill(config: DistillConfig) -> Path:
     """
     from accelerate.utils import set_seed
 
-    config = replace(config, teacher=lasting(config.teacher))
+    config = replace(config, teacher=absolute_source(config.teacher))
     device = find_device(config.device)
     accelerator = make_accelerator(device, config.tracker, Path(config.out))
     ranks = Ranks()
@@ -83,7 +83,7 @@ def distill(config: DistillConfig) -> Path:
     # One frozen network, two sets of angles.
     teacher_pipeline = load_pipeline(resolve_teacher(config.teacher), getattr(torch, config.dtype), device)
     backbone = from_pipeline(teacher_pipeline, config.resolution)
-    refuse_distilled(teacher_pipeline, backbone.network)
+    check_not_distilled(teacher_pipeline, backbone.network)
     network, timestep = backbone.network, student_timestep(backbone, config.student.timestep)
     refuse_sizes(backbone, config)
     check_steps(backbone, config.teacher_steps, "teacher_steps")

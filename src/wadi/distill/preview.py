@@ -141,4 +141,4 @@ def grid(validation: Validation, student: Tensor) -> grids.Image.Image:
     rows = [[grids.to_pil(column[seed]) for column in block] for _, block in blocks for seed in range(shown)]
     labels = [label for label, _ in blocks for _ in range(shown)]
     scale = max(1, SHOWN_WIDTH // student.shape[-1])
-    return grids.grid(rows, labels, validation.prompts, scale)
+    return grids.compose_grid(rows, labels, validation.prompts, scale)

@@ -10,7 +10,7 @@ from typing import Any
 
 from wadi.distill.run_folder import read_stats
 from wadi.errors import WadiError
-from wadi.io.figures import canvas, look, plain_labels, styled, svg
+from wadi.io.figures import canvas, figure_svg, look, plain_labels, styled
 from wadi.io.files import write_whole
 from wadi.io.metric_names import SPEED_LABELS, metric_label
 from wadi.io.records import Record, asdict, read_json
@@ -296,5 +296,5 @@ def plot(series: dict[str, list[tuple[float, float]]], logarithmic: bool = False
         )  # fmt: skip
     axes.set_xlabel("step")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # above the axes: curves fill them
-    drawn = svg(figure).decode()
+    drawn = figure_svg(figure).decode()
     return drawn[drawn.index("<svg") :]

@@ -21,10 +21,12 @@ from wadi import roles
 from wadi.distill import config as configs
 from wadi.distill.config import DistillConfig
 from wadi.errors import Interrupted, WadiError
-from wadi.io.files import JUNK, check_writable, refuse_foreign, remove_folder, sweep, unwritable, write_whole
+from wadi.io.files import remove_folder, write_whole
+from wadi.io.outputs import JUNK, check_replaceable, check_writable, write_error
 from wadi.io.progress import console
 from wadi.io.records import Finite, read_json_lines
 from wadi.io.regular import read_bytes, read_text
+from wadi.io.temporary import sweep
 from wadi.parallel.ranks import Ranks
 
 LOCK = ".lock"
@@ -69,7 +71,7 @@ class Run:
                 )
             check_writable(self.folder, folder=True)
         except OSError as error:
-            raise unwritable(self.folder, error) from error
+            raise write_error(self.folder, error) from error
 
     def _begun(self) -> bool:
         """Whether there is something to continue, damaged or not."""
@@ -103,7 +105,7 @@ class Run:
                 if (self.checkpoints / STEP_0).exists():
                     remove_folder(self.checkpoints / STEP_0)
             except OSError as error:
-                raise unwritable(self.folder, error) from error
+                raise write_error(self.folder, error) from error
 
     def open(self) -> None:
         """Create the folder and write the config; after everything else was checked, so that a mistyped run leaves no folder.
@@ -116,7 +118,7 @@ class Run:
                 configs.save(self.config, self.config_file)
             self.samples.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise unwritable(self.folder, error) from error
+            raise write_error(self.folder, error) from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -132,7 +134,7 @@ class Run:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 held.extend(_locked(path))
             except OSError as error:
-                raise unwritable(self.folder, error) from error
+                raise write_error(self.folder, error) from error
             if not held:
                 holder = read_text(path, limit=1000).strip() if path.exists() else "just ended"
                 raise WadiError(
@@ -140,7 +142,7 @@ class Run:
                     "it, or choose another --out."
                 )
             for role in ROLES:  # each save replaces these folders
-                refuse_foreign(self.folder / role, roles.FILES)
+                check_replaceable(self.folder / role, roles.FILES)
             sweep(self.folder, *ROLES)
             sweep(self.checkpoints, "step-*")
 
@@ -185,7 +187,7 @@ class Run:
             with open(self.stats_file, "a", encoding="utf-8") as stream:
                 stream.write(_as_line(line))
         except OSError as error:
-            raise unwritable(self.stats_file, error) from error
+            raise write_error(self.stats_file, error) from error
 
 
 def read_stats(path: Path) -> list[dict[str, float]]:

@@ -16,7 +16,7 @@ from wadi.distill.run_folder import Stop
 from wadi.errors import WadiError
 from wadi.io.files import write_whole
 from wadi.io.progress import progress
-from wadi.io.regular import regular
+from wadi.io.regular import require_file
 from wadi.sampling import many_steps, noise
 
 BATCH = 32
@@ -74,7 +74,7 @@ def load_pairs(path: Path, device: torch.device) -> Pairs:
     from safetensors.torch import load_file
 
     try:
-        tensors = load_file(regular(path))
+        tensors = load_file(require_file(path))
         return Pairs(tensors["z"].to(device), tensors["x0"].to(device), tensors["rows"])
     except (OSError, KeyError, SafetensorError) as error:
         raise WadiError(

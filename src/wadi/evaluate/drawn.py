@@ -21,9 +21,9 @@ from wadi.errors import WadiError
 from wadi.evaluate.generators import LIBRARIES, Generator
 from wadi.io.files import write_whole
 from wadi.io.progress import progress
-from wadi.io.records import Record, convert, read_json, written
+from wadi.io.records import Record, as_json, convert, read_json
 from wadi.io.regular import exists
-from wadi.io.versions import versions
+from wadi.io.versions import installed_versions
 from wadi.parallel.ranks import Ranks
 from wadi.pipelines.generate import draw
 
@@ -72,7 +72,7 @@ def draw_missing(
         "generator": generator.about,
         "prompts": {"count": len(prompts), "sha256": prompts_digest(prompts)},
         "seeds": seeds_digest(seeds),
-        "libraries": versions(LIBRARIES),
+        "libraries": installed_versions(LIBRARIES),
     }
     ranks.first(lambda: _claim(folder, about, prompts, seeds))
     missing = [i for i in range(ranks.index, len(prompts), ranks.count) if not (folder / file_name(i)).exists()]
@@ -105,7 +105,7 @@ def _claim(folder: Path, about: dict[str, Any], prompts: Sequence[str], seeds: S
         lines = (json.dumps({"file": file_name(i), "prompt": p, "seed": seeds[i]}) for i, p in enumerate(prompts))
         write_whole(folder / PROMPTS, ("\n".join(lines) + "\n").encode())
         write_whole(folder / ABOUT, (json.dumps(about, indent=1) + "\n").encode())
-    elif told := differences(there, written(about)):
+    elif told := differences(there, as_json(about)):
         raise WadiError(
             f"Folder {str(folder)!r} holds pictures of something else: {'; '.join(told)}. Expected a new folder, or the "
             "settings they were drawn with: give another --pictures."

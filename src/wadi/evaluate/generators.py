@@ -14,14 +14,14 @@ import torch
 from wadi import roles
 from wadi.backbones import Backbone, family, from_pipeline, load_pipeline
 from wadi.backbones.base import RESOLUTION
+from wadi.backbones.configs import pipeline_index, read_config
 from wadi.backbones.digest import teacher_digest
-from wadi.backbones.loading import pipeline_index, read_config
-from wadi.backbones.stored import split_variant
+from wadi.backbones.weight_files import split_variant
 from wadi.diffusion.process import Process
 from wadi.diffusion.schedulers import make_scheduler, one_step_scheduler
 from wadi.errors import WadiError
 from wadi.io.files import sha256
-from wadi.io.versions import versions
+from wadi.io.versions import installed_versions
 from wadi.pipelines import generate
 from wadi.zoo.paths import NAME
 
@@ -50,7 +50,7 @@ class Generator:
     @property
     def key(self) -> str:
         """A folder name of its own: what it is, and a digest of everything in `about` and of the libraries' versions."""
-        digest = hashlib.sha256(json.dumps([self.about, versions(LIBRARIES)], sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([self.about, installed_versions(LIBRARIES)], sort_keys=True).encode()).hexdigest()
         return f"{self.about['kind']}-{self.steps}step-{digest[:8]}"
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from wadi.errors import WadiError
 from wadi.evaluate.coco import choose, listed, open_coco
 from wadi.evaluate.drawn import prompts_digest
-from wadi.prompts.prompts import read_prompts
+from wadi.prompts.reading import read_prompts
 
 SEED_STEP = 1_000_000  # between sets
 VARIED_SEEDS = 500_000  # from a set's first seed to that of its pictures for diversity

@@ -19,11 +19,12 @@ from typing import Any
 from wadi.errors import WadiError
 from wadi.evaluate.drawn import differences
 from wadi.io import markdown
-from wadi.io.files import check_writable, write_whole
+from wadi.io.files import write_whole
 from wadi.io.metric_names import SPEED_LABELS, metric_label
+from wadi.io.outputs import check_writable
 from wadi.io.records import Count, Finite, Record, read_json
 from wadi.io.records import asdict as asdict_of
-from wadi.io.versions import versions
+from wadi.io.versions import installed_versions
 
 FORMAT = 1
 LIBRARIES = ("wadi-onestep", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")
@@ -186,7 +187,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def _markdown(head: Sequence[str], rows: Sequence[Row], cells: Sequence[Sequence[str]]) -> str:
     return markdown.table(
-        ["", *map(markdown.text, head)], [[markdown.text(row.name), *line] for row, line in zip(rows, cells, strict=True)]
+        ["", *map(markdown.escape, head)], [[markdown.escape(row.name), *line] for row, line in zip(rows, cells, strict=True)]
     )
 
 
@@ -208,7 +209,7 @@ def write_table(path: Path, result: Result) -> None:
     libraries = ", ".join(f"{name} {number}" for name, number in place.get("versions", {}).items() if number)
     machine = f"{place.get('machine')}, {place.get('threads')} thread(s) of torch, {place.get('device')}"
     content = (
-        f"{table(result.rows)}\n\nEvery row: {markdown.code(result.command)}\n\n"
+        f"{table(result.rows)}\n\nEvery row: {markdown.code_span(result.command)}\n\n"
         f"Protocol `{result.hash}`. {machine}; {libraries}."
     )
     if path.exists():
@@ -243,7 +244,7 @@ def _exponent(value: float) -> int:
 def environment(device: Any = "cpu", threads: int | None = None) -> dict[str, Any]:
     """Versions and machine that a result was made with."""
     return {
-        "versions": versions(LIBRARIES),
+        "versions": installed_versions(LIBRARIES),
         "python": platform.python_version(),
         "machine": _processor(),
         "device": str(device),

@@ -21,7 +21,7 @@ from wadi.errors import WadiError
 from wadi.evaluate.networks import feature_network, scorer
 from wadi.evaluate.pictures import FITTING, batches
 from wadi.evaluate.result import Number
-from wadi.io.digests import cache_folder
+from wadi.io.user_cache import cache_folder
 from wadi.metrics import frechet
 from wadi.metrics.cache import FeatureCache
 from wadi.metrics.diversity import diversity_spread, same_prompt_diversity

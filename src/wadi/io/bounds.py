@@ -1,7 +1,7 @@
-"""Bounds of numbers: whole numbers and finite numbers, as types of command-line options and as checks of settings.
+"""Numbers with bounds, for command-line options and for settings.
 
-As ``type=`` of an option: ``add("--count", type=COUNT, default=1)``. As a check of a setting: ``COUNT.check("count", value)``.
-The error names the option, the value and the bounds. NaN and infinity are never accepted.
+For an option: ``add("--count", type=COUNT, default=1)``. For a setting: ``COUNT.check("count", value)``. The error names the
+option, the value and the bounds. NaN and infinity are never accepted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SEEDS = 2**63  # torch generators take seeds below this
 
 @dataclass(frozen=True)
 class Whole:
-    """A parser of whole numbers from ``low`` to ``high``, both included."""
+    """Parse a whole number from ``low`` to ``high``, both included."""
 
     low: int
     high: int
@@ -40,7 +40,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class Number:
-    """A parser of finite numbers from ``low`` to ``high``, both included; with ``above`` without ``low`` itself."""
+    """Parse a finite number from ``low`` to ``high``, both included. With ``above``, ``low`` itself is not allowed."""
 
     low: float
     high: float
@@ -67,7 +67,7 @@ def _check(bounds: Whole | Number, name: str, value: object) -> None:
     try:
         bounds(value)
     except ArgumentTypeError as error:
-        raise WadiError(f"{name} is {_short(value)}. Expected a {bounds!r}: set --{name}.") from error
+        raise WadiError(f"{name} is {_short(value)}. It must be a {bounds!r}: set --{name}.") from error
 
 
 def _short(value: object) -> str:
@@ -76,17 +76,17 @@ def _short(value: object) -> str:
 
 
 COUNT = Whole(1, 10_000_000)  # images, prompts, rows
-BATCH = Whole(1, 65_536)  # of images or prompts at once
+BATCH = Whole(1, 65_536)  # images or prompts at once
 SEED = Whole(0, SEEDS - 1)
-STEPS = Whole(1, 1000)  # of a sampler; schedules have 1000 timesteps, see `wadi.sampling` for shorter ones
-UPDATES = Whole(1, 100_000_000)  # of a training
+STEPS = Whole(1, 1000)  # steps of a sampler; schedules have 1000 timesteps, see `wadi.sampling` for shorter ones
+UPDATES = Whole(1, 100_000_000)  # steps of a training run
 RANK = Whole(1, 65_536)
-SIDE = Whole(1, 65_536)  # of an image or a matrix, in pixels or rows
+SIDE = Whole(1, 65_536)  # side of an image in pixels, or of a matrix in rows
 PROCESSES = Whole(1, 65_536)
 THREADS = Whole(1, 4096)
 ROUNDS = Whole(1, 10_000)  # repetitions of a measurement
 TIMESTEP = Whole(0, 1_000_000)
 GUIDANCE = Number(-1000, 1000)
-RATE = Number(0, 1e30, above=True)  # of learning
+RATE = Number(0, 1e30, above=True)  # learning rate
 SCALE = Number(-1000, 1000)
 SHARE = Number(0, 1)

@@ -1,8 +1,8 @@
-"""One look for every figure: told apart without colour, and each with its data beside it.
+"""One style for all figures, readable without colours, and each figure saved with its data.
 
-Colours are Okabe and Ito's, which colour-blind readers tell apart, in an order of clearly different lightness; lines differ in
-dashes as well, points in marker, bars in hatching, so that a grey print loses nothing. `save` writes what is drawn as SVG and
-PNG and what it was drawn from as CSV, under one name.
+The colours are Okabe and Ito's, which colour-blind readers can distinguish, ordered so that neighbours differ in lightness.
+Lines also differ in dashes, points in their marker and bars in hatching, so a grey print shows everything. `save_figure` writes
+a figure as SVG and PNG, and its data as CSV.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Look(NamedTuple):
-    """How one series is drawn, whatever it is drawn as."""
+    """The style of one series, as a line, as points or as bars."""
 
     colour: str
     marker: str
-    dashes: Any  # a line style as matplotlib takes it
+    dashes: Any  # a matplotlib line style
     hatch: str
 
 
-# Dark and light alternate: neighbours differ in lightness, not only in hue.
+# Dark and light alternate, so that neighbours differ in lightness, not only in hue.
 LOOKS = (
     Look("#0072B2", "o", "-", ""),
     Look("#E69F00", "^", "--", "//"),
@@ -49,7 +49,7 @@ INK, FAINT = "#222222", "#999999"
 DPI = 110
 
 STYLE: Any = {  # matplotlib's rcParams
-    "text.parse_math": False,  # a dollar in a name is a dollar
+    "text.parse_math": False,  # names may contain dollar signs
     "font.family": "sans-serif",
     "font.size": 9,
     "text.color": INK,
@@ -72,32 +72,32 @@ STYLE: Any = {  # matplotlib's rcParams
     "hatch.linewidth": 0.6,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
-    "svg.hashsalt": "wadi",  # the same figure is the same file
+    "svg.hashsalt": "wadi",  # so that the same figure gives the same file
 }
 
 
 def look(index: int) -> Look:
-    """The look of series ``index``; past the last they start again."""
+    """Return the look of series ``index``. After the last look they start again."""
     return LOOKS[index % len(LOOKS)]
 
 
 def styled(draw: F) -> F:
-    """A function that draws, in the house style; nothing outside it changes."""
+    """Decorate a function that draws: it runs in our style, and matplotlib's settings are the same afterwards."""
 
     @wraps(draw)
-    def drawn(*args: Any, **kwargs: Any) -> Any:
+    def draw_in_style(*args: Any, **kwargs: Any) -> Any:
         import matplotlib
 
         with matplotlib.rc_context(STYLE):
             return draw(*args, **kwargs)
 
-    return drawn  # type: ignore[return-value]
+    return draw_in_style  # type: ignore[return-value]
 
 
 def canvas(
     columns: int = 1, rows: int = 1, width: float = 7.2, height: float = 3.2, **shared: Any
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of ``width x height`` inches and its panels, row by row; no pyplot: nothing global, no display."""
+    """Return a figure of ``width x height`` inches and its panels, row by row. It uses no pyplot, so it needs no display."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", dpi=DPI)
@@ -106,7 +106,7 @@ def canvas(
 
 
 def plain_labels(axis: Axis) -> None:
-    """Label a logarithmic axis in plain text: matplotlib's own labels are mathematics, which the style does not read."""
+    """Label a logarithmic axis in plain text. matplotlib's own labels are formulas, which our style does not render."""
     from matplotlib.ticker import FuncFormatter, LogFormatter
 
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -114,23 +114,23 @@ def plain_labels(axis: Axis) -> None:
 
 
 @styled
-def svg(figure: Figure) -> bytes:
-    """A figure as an SVG file; drawn again from the same data it is the same to the byte."""
+def figure_svg(figure: Figure) -> bytes:
+    """Return a figure as an SVG file. The same figure always gives the same bytes."""
     stream = io.BytesIO()
     figure.savefig(stream, format="svg", metadata={"Date": None})
     return stream.getvalue()
 
 
 @styled
-def png(figure: Figure) -> bytes:
-    """A figure as a PNG file."""
+def figure_png(figure: Figure) -> bytes:
+    """Return a figure as a PNG file."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=DPI)
     return stream.getvalue()
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Rows as a CSV file, columns as in the first row; None and what is not a number are empty."""
+def csv_table(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return rows as a CSV file, with the columns of the first row. None, NaN and infinity become empty cells."""
     stream = io.StringIO(newline="")
     writer = csv.DictWriter(stream, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
@@ -144,13 +144,13 @@ def _plain(value: Any) -> Any:
     return f"{value:.6g}" if math.isfinite(value) else None
 
 
-def save(figure: Figure, folder: Path, name: str, data: Sequence[Mapping[str, Any]]) -> list[Path]:
-    """Write ``name.svg``, ``name.png`` and ``name.csv``, what the figure was drawn from; returns their paths.
+def save_figure(figure: Figure, folder: Path, name: str, data: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Write ``name.svg``, ``name.png`` and the figure's data ``name.csv``. Return their paths.
 
     Raises:
         WadiError: if they cannot be written.
     """
-    written = {".svg": svg(figure), ".png": png(figure), ".csv": table(data)}
-    for suffix, content in written.items():
+    contents = {".svg": figure_svg(figure), ".png": figure_png(figure), ".csv": csv_table(data)}
+    for suffix, content in contents.items():
         write_whole(folder / f"{name}{suffix}", content)
-    return [folder / f"{name}{suffix}" for suffix in written]
+    return [folder / f"{name}{suffix}" for suffix in contents]

@@ -1,4 +1,4 @@
-"""A font for the texts of an image: one that has their glyphs, or the texts written so that they can be read."""
+"""Choose a font that can show the labels of an image."""
 
 from __future__ import annotations
 
@@ -11,48 +11,48 @@ from pathlib import Path
 from PIL import ImageFont
 
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
-# Fonts of many characters, DejaVu first, which comes with matplotlib; others are tried after them, by name
+# Fonts with many characters. DejaVu is first: it comes with matplotlib. Other fonts are tried after these, by name.
 PREFERRED = (
     "dejavusans", "notosanscjk", "sourcehansans", "pingfang", "hiragino", "msyh", "yahei", "malgun", "wqy",
     "droidsansfallback", "noto",
 )  # fmt: skip
-PLACEHOLDERS = ("lastresort", "adobeblank")  # fonts that have a box for every character
+PLACEHOLDERS = ("lastresort", "adobeblank")  # fonts that show a box for every character
 
 
-def readable(texts: Iterable[str], size: float) -> tuple[Font, list[str]]:
-    """Return a font and the texts for it: a character without a glyph in any installed font becomes ``\\\\u4e2d``.
+def choose_font(texts: Iterable[str], size: float) -> tuple[Font, list[str]]:
+    """Return a font, and the texts to write with it. A character that the font lacks becomes ``\\\\u4e2d``.
 
-    The font is Pillow's own where it has all the glyphs, otherwise the installed one that has most of them.
+    The font is Pillow's own if it has all the glyphs, otherwise the installed font that has most of them.
 
     Args:
-        size: of the font in pixels.
+        size: size of the font in pixels.
     """
     texts = list(texts)
     default = ImageFont.load_default(size)
-    wanted = {ord(character) for text in texts for character in text if not character.isspace()}
+    needed = {ord(character) for text in texts for character in text if not character.isspace()}
     font, glyphs = default, _default_glyphs()
-    if wanted - glyphs:
-        font, glyphs = _best(wanted, size) or (default, glyphs)
-    known = {chr(code) for code in glyphs} | {" ", "\n"}
-    return font, ["".join(c if c in known else c.encode("unicode_escape").decode("ascii") for c in text) for text in texts]
+    if needed - glyphs:
+        font, glyphs = _best_font(needed, size) or (default, glyphs)
+    available = {chr(code) for code in glyphs} | {" ", "\n"}
+    return font, ["".join(c if c in available else c.encode("unicode_escape").decode("ascii") for c in text) for text in texts]
 
 
-def _best(wanted: set[int], size: float) -> tuple[Font, frozenset[int]] | None:
-    """The first font with most of ``wanted``, if it has more of it than Pillow's own."""
-    best, count = None, len(wanted & _default_glyphs())
-    for path in installed():
+def _best_font(needed: set[int], size: float) -> tuple[Font, frozenset[int]] | None:
+    """Return the first font with most of the ``needed`` code points, and its glyphs; None if Pillow's own has as many."""
+    best, count = None, len(needed & _default_glyphs())
+    for path in installed_fonts():
         glyphs = _glyphs(path)
-        if len(wanted & glyphs) > count:
-            with suppress(OSError):  # fonts of bitmaps have no other sizes
-                best, count = (ImageFont.truetype(path, size), glyphs), len(wanted & glyphs)
-        if count == len(wanted):
+        if len(needed & glyphs) > count:
+            with suppress(OSError):  # a bitmap font does not exist in every size
+                best, count = (ImageFont.truetype(path, size), glyphs), len(needed & glyphs)
+        if count == len(needed):
             break
     return best
 
 
 @functools.cache
-def installed() -> tuple[str, ...]:
-    """Files of upright fonts of normal weight, preferred ones first."""
+def installed_fonts() -> tuple[str, ...]:
+    """Return the files of upright fonts of normal weight, preferred ones first."""
     from matplotlib.font_manager import fontManager
 
     files = {
@@ -70,7 +70,7 @@ def installed() -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def _glyphs(source: str | bytes) -> frozenset[int]:
-    """Code points that a font file, or its bytes, has glyphs for; none if it cannot be read."""
+    """Return the code points that a font file (or its bytes) has glyphs for; none if it cannot be read."""
     from matplotlib.ft2font import FT2Font
 
     try:
@@ -82,6 +82,6 @@ def _glyphs(source: str | bytes) -> frozenset[int]:
 @functools.cache
 def _default_glyphs() -> frozenset[int]:
     font = ImageFont.load_default(12)
-    if not isinstance(font, ImageFont.FreeTypeFont):  # Pillow without FreeType has a font for Latin
+    if not isinstance(font, ImageFont.FreeTypeFont):  # Pillow without FreeType has a Latin font only
         return frozenset(range(0x20, 0x100))
     return _glyphs(font.path.getvalue()) if isinstance(font.path, io.BytesIO) else _glyphs(str(font.path))

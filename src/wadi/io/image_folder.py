@@ -1,8 +1,8 @@
-"""A folder of generated images that knows how each was made, so that the same command continues where it stopped.
+"""A folder of generated images with a list of how each was generated. The same command continues where it was stopped.
 
-``images.jsonl`` has a line for each image: file, prompt, seed, settings, and the SHA-256 digest of the file. Lines are added
-before their images are written; of several lines for a file the last counts. An image is done if its file has the digest of its
-line. So an image that was not finished is generated again, and one that somebody changed is not taken for ours.
+``images.jsonl`` has one line per image: file, prompt, seed, settings, and the SHA-256 digest of the file. A line is added
+before its image is written. If a file has several lines, the last one counts. An image is finished if its file has the digest
+in its line: an unfinished image is generated again, and an image that somebody has changed is detected.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from wadi.errors import WadiError
-from wadi.io.files import sha256, unwritable, write_whole
-from wadi.io.records import JSON_BYTES, Count, Digest, Record, flatten, read_json_lines, written
+from wadi.io.files import sha256, write_whole
+from wadi.io.outputs import write_error
+from wadi.io.records import JSON_BYTES, Count, Digest, Record, as_json, flatten, read_json_lines
 from wadi.io.regular import read_bytes
 
 MANIFEST = "images.jsonl"
 
 
 @dataclass(frozen=True)
-class Image:
-    """An image of a folder: name of its file, and what it is generated from."""
+class PlannedImage:
+    """An image to generate: the name of its file, its prompt and its seed."""
 
     file: str
     prompt: str
@@ -33,7 +34,7 @@ class Image:
 
 
 class Line(Record):
-    """A line of the manifest."""
+    """A line of ``images.jsonl``."""
 
     file: str
     prompt: str
@@ -42,17 +43,19 @@ class Line(Record):
     settings: dict[str, Any]
 
 
-def missing(folder: Path, images: Sequence[Image], settings: Mapping[str, Any], overwrite: bool = False) -> list[int]:
-    """Return the indices of those ``images`` that are still to be generated.
+def missing_images(
+    folder: Path, images: Sequence[PlannedImage], settings: Mapping[str, Any], overwrite: bool = False
+) -> list[int]:
+    """Return the indices of the ``images`` that are not yet generated.
 
     Args:
-        settings: everything that decides about the images besides prompt and seed, as JSON values.
-        overwrite: generate anew what is there and differs.
+        settings: everything else that affects the images, as JSON values.
+        overwrite: generate existing files that differ again, instead of raising an error.
     Raises:
-        WadiError: if a file is there that was made otherwise, or not by this package, unless ``overwrite``; or if the manifest
-            is damaged.
+        WadiError: if an existing file was generated with other settings, or not by this package, unless ``overwrite``; or if
+            ``images.jsonl`` is damaged.
     """
-    known, settings = _read(folder / MANIFEST), written(dict(settings))
+    known, settings = _read(folder / MANIFEST), as_json(dict(settings))
     rows = []
     for index, image in enumerate(images):
         path = folder / image.file
@@ -61,15 +64,15 @@ def missing(folder: Path, images: Sequence[Image], settings: Mapping[str, Any], 
         elif reason := _difference(path, image, settings, known.get(image.file)):
             if not overwrite:
                 raise WadiError(
-                    f"{str(path)!r} is there already, and {reason}. Choose another folder with --out, or replace the image "
-                    "with --overwrite."
+                    f"{str(path)!r} already exists, and {reason}. Choose another folder with --out, or replace the image with "
+                    "--overwrite."
                 )
             rows.append(index)
     return rows
 
 
-def write(folder: Path, images: Sequence[Image], files: Sequence[bytes], settings: Mapping[str, Any]) -> None:
-    """Write ``images`` with the content ``files``, and their lines of the manifest.
+def write_images(folder: Path, images: Sequence[PlannedImage], files: Sequence[bytes], settings: Mapping[str, Any]) -> None:
+    """Write ``images`` with the contents ``files``, and add their lines to ``images.jsonl``.
 
     Raises:
         WadiError: if the folder cannot be written or the disk is full.
@@ -83,8 +86,8 @@ def write(folder: Path, images: Sequence[Image], files: Sequence[bytes], setting
         write_whole(folder / image.file, data)
 
 
-def _difference(path: Path, image: Image, settings: Mapping[str, Any], line: Line | None) -> str:
-    """How the file at ``path`` differs from ``image``; empty if it is that image."""
+def _difference(path: Path, image: PlannedImage, settings: Mapping[str, Any], line: Line | None) -> str:
+    """Return how the file at ``path`` differs from ``image``; empty if it does not."""
     if line is None:
         return f"{MANIFEST} does not list it"
     if (line.prompt, line.seed) != (image.prompt, image.seed):
@@ -92,19 +95,19 @@ def _difference(path: Path, image: Image, settings: Mapping[str, Any], line: Lin
     old, new = flatten(line.settings), flatten(dict(settings))
     changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if changed:
-        listed = ", ".join(f"{name} {old.get(name)!r} instead of {new.get(name)!r}" for name in changed[:3])
-        return f"was made with other settings: {listed}"
-    return "" if line.sha256 == sha256(path) else "was changed since it was written"
+        differences = ", ".join(f"{name} {old.get(name)!r} instead of {new.get(name)!r}" for name in changed[:3])
+        return f"was generated with other settings: {differences}"
+    return "" if line.sha256 == sha256(path) else "has changed since it was written"
 
 
 def _read(path: Path) -> dict[str, Line]:
-    """The last line of the manifest for each file; a last line that a killed process left unfinished is cut off."""
+    """Return the last line for each file. An unfinished line at the end, left by a killed process, is removed."""
     if not path.exists():
         return {}
     data = read_bytes(path, JSON_BYTES, "Image list")
-    whole = data[: data.rfind(b"\n") + 1]
-    if whole != data and (whole or data.startswith(b'{"file": ')):
-        write_whole(path, whole)
+    finished = data[: data.rfind(b"\n") + 1]
+    if finished != data and (finished or data.startswith(b'{"file": ')):
+        write_whole(path, finished)
     lines: list[Line] = read_json_lines(path, Line, "Image list")
     return {line.file: line for line in lines}
 
@@ -117,4 +120,4 @@ def _append(path: Path, data: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:
-        raise unwritable(path, error) from error
+        raise write_error(path, error) from error

@@ -1,4 +1,4 @@
-"""Write Markdown tables, and put them between the markers of a page. Any name stays text within its cell."""
+"""Write Markdown tables and escaped text, and replace the text between the markers of a page."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _SPECIAL = re.compile(r"([|`*\[\]\\])")
 
 
 def table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
-    """Return a Markdown table. Cells are Markdown: pass what a user named through `text` or `code`."""
+    """Return a Markdown table. Cells are Markdown: use `escape` or `code_span` for names that users chose."""
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows))
 
 
-def text(value: object) -> str:
-    """Return ``value`` so that it shows as it is, on one line: no markup, no HTML, no end of a table's cell."""
+def escape(value: object) -> str:
+    """Return ``value`` on one line, escaped so that Markdown shows it unchanged, also in a table's cell."""
     one_line = " ".join(str(value).split())
     return _SPECIAL.sub(r"\\\1", one_line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
 
 
-def code(value: object) -> str:
+def code_span(value: object) -> str:
     """Return ``value`` as code, on one line, also in a table."""
     one_line = " ".join(str(value).split()).replace("|", "\\|")
     longest = max((len(run) for run in re.findall("`+", one_line)), default=0)
@@ -47,7 +47,7 @@ def split_at_markers(page: Path, begin: str, end: str) -> tuple[str, str]:
 
 
 def write_between_markers(page: Path, begin: str, end: str, content: str) -> None:
-    """Replace what is between two markers of a Markdown file. The markers stay; ``content`` gets lines of its own.
+    """Replace the text between two markers of a Markdown file. The markers stay; ``content`` gets lines of its own.
 
     Raises:
         WadiError: as `split_at_markers`, or if the file cannot be written.

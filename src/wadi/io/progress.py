@@ -1,8 +1,7 @@
-"""What a person watching the terminal sees: a bar there, a line now and then where output goes to a file."""
+"""Progress on the terminal: a bar, or a line every few seconds if stderr is not a terminal."""
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,19 +21,19 @@ console = Console(stderr=True, highlight=False)
 
 
 class Bar:
-    """Progress of one task; `advance` carries the figures shown beside it."""
+    """The progress of one task. `advance` also takes numbers to show next to the bar."""
 
     def __init__(self, title: str, total: int, done: int, bar: Progress | None, quiet: bool = False) -> None:
         self.title, self.total, self.done, self.bar, self.quiet = title, total, done, bar, quiet
         self.start, self.last, self.first = time.monotonic(), time.monotonic(), done
-        self.task = bar.add_task(title, total=total, completed=done, figures="") if bar else None
+        self.task = bar.add_task(title, total=total, completed=done, metrics="") if bar else None
 
-    def advance(self, figures: Mapping[str, float | str] | None = None, by: int = 1) -> None:
-        """Count ``by`` more; ``figures`` are shown as ``name value``."""
+    def advance(self, metrics: Mapping[str, float | str] | None = None, by: int = 1) -> None:
+        """Count ``by`` more. ``metrics`` are shown as ``name value``."""
         self.done += by
-        text = "  ".join(f"{k} {v if isinstance(v, str) else f'{v:.3g}'}" for k, v in (figures or {}).items())
+        text = "  ".join(f"{k} {v if isinstance(v, str) else f'{v:.3g}'}" for k, v in (metrics or {}).items())
         if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=self.done, figures=text)
+            self.bar.update(self.task, completed=self.done, metrics=text)
         elif not self.quiet and (time.monotonic() - self.last > LINE_EVERY or self.done == self.total):
             self.last = time.monotonic()
             elapsed = self.last - self.start
@@ -47,25 +46,13 @@ class Bar:
 
 @contextmanager
 def progress(title: str, total: int, done: int = 0, quiet: bool = False) -> Iterator[Bar]:
-    """A bar from ``done`` to ``total``; ``quiet`` shows nothing (ranks other than the first)."""
+    """Show a bar from ``done`` to ``total``. ``quiet`` shows nothing (for all processes but the first)."""
     if quiet or not console.is_terminal:
         yield Bar(title, total, done, None, quiet)
         return
     columns = (
         TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(), TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(), TextColumn("{task.fields[metrics]}"),
     )  # fmt: skip
     with Progress(*columns, console=console) as bars:
         yield Bar(title, total, done, bars)
-
-
-@contextmanager
-def without_remarks(library: str) -> Iterator[None]:
-    """Within the block ``library``, 'diffusers' or 'transformers', logs errors only."""
-    logging = importlib.import_module(f"{library}.utils.logging")
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

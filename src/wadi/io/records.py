@@ -1,7 +1,8 @@
-"""Read our own JSON and YAML into types: the only place that parses either.
+"""Read JSON files into typed objects. This is the only place that parses JSON.
 
 A file is checked in this order: it is a regular file, not too large, UTF-8 (a byte-order mark is accepted), well formed, not
-nested too deeply, and of the wanted type (msgspec). What fails becomes one `WadiError` with the file, the field and the value.
+nested too deeply, and has the right type (msgspec). Each failure becomes one `WadiError` with the file, the field and the
+value.
 """
 
 from __future__ import annotations
@@ -14,18 +15,16 @@ from typing import Annotated, Any, NoReturn
 
 import msgspec
 
-from wadi.errors import WadiError
+from wadi.errors import WadiError, first_line, short_repr
 from wadi.io.regular import read_bytes
 
-asdict = msgspec.structs.asdict  # of a `Record`
+asdict = msgspec.structs.asdict  # for a `Record`
 
-JSON_BYTES = 256 * 2**20  # an analysis or a result with a row per layer has some MiB
-YAML_BYTES = 2**20
+JSON_BYTES = 256 * 2**20  # an analysis or a result with a row per layer has a few MiB
 REMEDY = "Restore the file as it was written."
-DEPTH = 64  # levels of nesting; ours have at most six
-NODES = 100_000  # of a YAML file, aliases written out
+DEPTH = 64  # levels of nesting; our own files have at most six
 
-Record = msgspec.Struct  # base of the types of files; fields that are not named in a type are ignored
+Record = msgspec.Struct  # base class for the contents of files; unknown fields are ignored
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
 Finite = Annotated[float, msgspec.Meta(ge=-1.7976931348623157e308, le=1.7976931348623157e308)]
@@ -39,7 +38,7 @@ def read_json(path: str | Path, kind: Any, what: str = "File", limit: int = JSON
     Args:
         what: name of the file's contents at the start of a message, such as ``Checkpoint state``.
         limit: largest size in bytes.
-        remedy: what to do, at the end of a message.
+        remedy: what the user can do; the end of a message.
     Raises:
         WadiError: see the module.
     """
@@ -55,13 +54,13 @@ def read_json_lines(
     remedy: str = REMEDY,
     bounded: bool = True,
 ) -> list[Any]:
-    """Return the objects of a file with one JSON value a line; blank lines are left out.
+    """Return the objects of a file with one JSON value per line. Blank lines are skipped.
 
     Args:
-        half_last_line: leave out a last line that is not JSON: a killed process leaves half a line.
-        bounded: whether files above `JSON_BYTES` are refused.
+        half_last_line: skip a last line that is not JSON, which a killed process may have left unfinished.
+        bounded: raise an error for files larger than `JSON_BYTES`.
     Raises:
-        WadiError: see the module; the line is named.
+        WadiError: see the module. The message names the line.
     """
     lines = read_bytes(path, JSON_BYTES if bounded else None, what).split(b"\n")
     last = max((number for number, line in enumerate(lines) if line.strip()), default=-1)
@@ -72,29 +71,29 @@ def read_json_lines(
         where = f"{what} {str(path)!r}"
         if half_last_line and number == last and not is_json(line):
             break
-        rows.append(parse_json(decoded(line, where, number + 1), kind, f"{where} line {number + 1}", remedy))
+        rows.append(parse_json(decode_utf8(line, where, number + 1), kind, f"{where} line {number + 1}", remedy))
     return rows
 
 
 def parse_json(data: bytes | str, kind: Any, where: str, remedy: str = REMEDY) -> Any:
-    """Return JSON text as ``kind``; ``where`` starts the message of an error.
+    """Return JSON text as ``kind``. ``where`` starts the message of an error.
 
     Raises:
         WadiError: see the module.
     """
-    text = data if isinstance(data, str) else decoded(data, where)
+    text = data if isinstance(data, str) else decode_utf8(data, where)
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise WadiError(f"{where} is not JSON: {error.msg} ({place}). {remedy}") from error
     except RecursionError as error:
-        raise WadiError(f"{where} is nested too deeply. At most {DEPTH} levels are read.") from error
-    except ValueError as error:  # a number of thousands of digits
-        raise WadiError(f"{where} holds a number that is too long: {_first(error)}. {remedy}") from error
-    _refuse_deep(value, where)
+        raise WadiError(f"{where} is nested too deeply. The limit is {DEPTH} levels.") from error
+    except ValueError as error:  # a number with thousands of digits
+        raise WadiError(f"{where} contains a number that is too long: {first_line(error)}. {remedy}") from error
+    _check_depth(value, where)
     if "\\u" in text:
-        _refuse_surrogates(value, where)
+        _check_surrogates(value, where)
     return convert(value, kind, where, remedy)
 
 
@@ -102,153 +101,88 @@ def convert(value: Any, kind: Any, where: str, remedy: str = REMEDY) -> Any:
     """Return plain lists, dictionaries and scalars as ``kind``.
 
     Raises:
-        WadiError: with the field and the value, if one has another type or is out of range.
+        WadiError: if a value has another type or is out of range. The message names the field and the value.
     """
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        _refuse(error, value, where, remedy)
-    except OverflowError as error:  # an integer that no float holds
-        raise WadiError(f"{where} holds a number that is too large. {remedy}") from error
+        _raise_invalid(error, value, where, remedy)
+    except OverflowError as error:  # an integer too large for a float
+        raise WadiError(f"{where} contains a number that is too large. {remedy}") from error
 
 
-def written(value: Any) -> Any:
-    """Return a value as JSON gives it back: tuples as lists, keys as strings."""
+def as_json(value: Any) -> Any:
+    """Return a value as it comes back from JSON: tuples as lists, keys as strings."""
     return json.loads(json.dumps(value))
 
 
-def decoded(data: bytes, where: str, first_line: int = 1) -> str:
-    """Return UTF-8 text without its byte-order mark; ``first_line`` is the number of its first line in the file.
+def decode_utf8(data: bytes, where: str, first_line_number: int = 1) -> str:
+    """Return UTF-8 bytes as text, without the byte-order mark.
 
+    Args:
+        first_line_number: number of the first line of ``data`` in its file.
     Raises:
-        WadiError: with the line and the byte, and the encoding if a byte-order mark names another.
+        WadiError: if it is not UTF-8. The message names the line and the byte, or the encoding if a byte-order mark shows it.
     """
     marks = ((b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
     for mark, name in marks:
         if data.startswith(mark):
-            raise WadiError(f"{where} is {name} text. Only UTF-8 is read: save it as UTF-8 (iconv -f {name} -t UTF-8).")
+            raise WadiError(f"{where} is {name} text. Save it as UTF-8 (iconv -f {name} -t UTF-8).")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + first_line
+        line = data.count(b"\n", 0, error.start) + first_line_number
         column = error.start - data.rfind(b"\n", 0, error.start)
         value = data[error.start]
         raise WadiError(
-            f"{where} is not UTF-8 text: byte 0x{value:02x} in line {line}, byte {column}. Only UTF-8 is read: save it as "
-            "UTF-8 (for Western European files: iconv -f LATIN1 -t UTF-8)."
+            f"{where} is not UTF-8 text: byte 0x{value:02x} in line {line}, byte {column}. Save it as UTF-8 (for Western "
+            "European files: iconv -f LATIN1 -t UTF-8)."
         ) from error
 
 
-# --- YAML -------------------------------------------------------------------------------------------------------------------
-
-
-def read_yaml(path: str | Path, what: str = "File") -> Any:
-    """Return the contents of a YAML file as plain dictionaries, lists and scalars.
-
-    Raises:
-        WadiError: see the module; or if aliases contain themselves or stand for more than `NODES` values.
-    """
-    where = f"{what} {str(path)!r}"
-    return parse_yaml(decoded(read_bytes(path, YAML_BYTES, what), where), where)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """`read_yaml` of text.
-
-    Raises:
-        WadiError: see `read_yaml`.
-    """
-    import yaml
-
+def is_json(line: bytes) -> bool:
+    """Return whether ``line`` is one JSON value, however deeply nested."""
     try:
-        _refuse_deep_yaml(text, where)
-        loader = yaml.SafeLoader(text)
-        try:
-            node = loader.get_single_node()
-            if node is None:
-                return None
-            _refuse_large(node, where)
-            value = loader.construct_document(node)
-        finally:
-            loader.dispose()
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise WadiError(f"{where} is not YAML: {error.problem or error.context}{place}. Correct the file.") from error
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError, AttributeError) as error:
-        if isinstance(error, WadiError):
-            raise
-        raise WadiError(f"{where} cannot be read as YAML: {_first(error)}. Correct the file.") from error
-    return value
+        json.loads(line)
+    except RecursionError:
+        return True
+    except ValueError:  # also raised for text that is not UTF-8
+        return False
+    return True
 
 
-def refuse_boundless_yaml(text: str, where: str) -> None:
-    """Check YAML that a library is about to parse: deep nesting crashes its parser, aliases of aliases fill the memory.
-
-    Text that is not YAML passes.
-
-    Raises:
-        WadiError: if it is nested too deeply, or if aliases contain themselves or stand for more than `NODES` values.
-    """
-    import yaml
-
-    try:
-        _refuse_deep_yaml(text, where)
-        if (node := yaml.compose(text, yaml.SafeLoader)) is not None:
-            _refuse_large(node, where)
-    except yaml.YAMLError:
-        pass
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dictionaries as one dictionary with dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
-def _refuse_deep_yaml(text: str, where: str) -> None:
-    """Read the events alone, which takes no recursion."""
-    import yaml
-
-    depth = 0
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEPTH:
-            raise WadiError(f"{where} is nested too deeply. At most {DEPTH} levels are read: correct the file.")
+# --- errors -----------------------------------------------------------------------------------------------------------------
 
 
-def _refuse_large(root: Any, where: str) -> None:
-    """Count the values with every alias written out; a node that is being counted already contains itself."""
-    sizes: dict[int, int] = {}
-
-    def size(node: Any) -> int:
-        if id(node) in sizes:
-            if not sizes[id(node)]:
-                line = node.start_mark.line + 1
-                raise WadiError(f"{where} has an alias that contains itself (line {line}). Write the values out instead.")
-            return sizes[id(node)]
-        sizes[id(node)] = 0
-        value = node.value if isinstance(node.value, list) else ()
-        parts = [part for item in value for part in (item if isinstance(item, tuple) else (item,))]
-        sizes[id(node)] = 1 + sum(size(part) for part in parts)
-        return sizes[id(node)]
-
-    if (count := size(root)) > NODES:
-        raise WadiError(f"{where} has {count:,} values with its aliases written out. At most {NODES:,} are read.")
-
-
-# --- what is wrong ----------------------------------------------------------------------------------------------------------
-
-
-def _refuse(error: msgspec.ValidationError, value: Any, where: str, remedy: str) -> NoReturn:
+def _raise_invalid(error: msgspec.ValidationError, value: Any, where: str, remedy: str) -> NoReturn:
     """Raise `WadiError` from msgspec's message: ``Expected `int`, got `str` - at `$.rows[0].images` ``."""
     problem, _, path = str(error).partition(" - at `$")
     path = path.rstrip("`").lstrip(".")
     field = f" in field {path!r}" if path else ""
-    found = _at(value, path)
-    received = "" if found is _NOWHERE else f" It is {shortened(found)}."
+    wrong = _value_at(value, path)
+    received = "" if wrong is _NOWHERE else f" It is {short_repr(wrong)}."
     raise WadiError(f"{where} is not valid{field}: {problem.replace('`', '')}.{received} {remedy}") from error
 
 
 _NOWHERE = object()
 
 
-def _at(value: Any, path: str) -> Any:
-    """What a path such as ``rows[0].images`` leads to; where msgspec does not say which value of a dictionary, all of it."""
+def _value_at(value: Any, path: str) -> Any:
+    """Return the value at a path such as ``rows[0].images``.
+
+    If msgspec does not say which value of a dictionary is wrong, return the whole dictionary.
+    """
     for name, index in re.findall(r"([^.\[\]]+)|\[([^\]]*)\]", path.partition("[...]")[0]):
         try:
             value = value[name] if name else value[int(index)]
@@ -257,16 +191,7 @@ def _at(value: Any, path: str) -> Any:
     return _NOWHERE if isinstance(value, (dict, list)) and not path else value
 
 
-def shortened(value: object) -> str:
-    """Return ``repr`` of a value in at most 80 characters."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits
-        return f"a very long {type(value).__name__}"
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _refuse_deep(value: Any, where: str) -> None:
+def _check_depth(value: Any, where: str) -> None:
     level, depth = [value], 0
     while level := [
         child
@@ -276,41 +201,13 @@ def _refuse_deep(value: Any, where: str) -> None:
     ]:
         depth += 1
         if depth > DEPTH:
-            raise WadiError(f"{where} is nested too deeply. At most {DEPTH} levels are read.")
+            raise WadiError(f"{where} is nested too deeply. The limit is {DEPTH} levels.")
 
 
-def _refuse_surrogates(value: Any, where: str) -> None:
-    """A lone surrogate (``\\ud800``) is no character: no tokenizer and no file takes it."""
+def _check_surrogates(value: Any, where: str) -> None:
+    """Raise `WadiError` for a lone surrogate (``\\ud800``): it is half a character, and no tokenizer or file accepts it."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        bad = error.object[error.start : error.start + 1].encode("unicode_escape").decode()
-        raise WadiError(
-            f"{where} holds {bad}, half of a surrogate pair. Only whole characters are read: correct the text."
-        ) from error
-
-
-def is_json(line: bytes) -> bool:
-    """Return whether bytes are one JSON value, of whatever depth."""
-    try:
-        json.loads(line)
-    except RecursionError:
-        return True
-    except ValueError:  # not UTF-8 included
-        return False
-    return True
-
-
-def _first(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200].rstrip(".")
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
+        surrogate = error.object[error.start : error.start + 1].encode("unicode_escape").decode()
+        raise WadiError(f"{where} contains {surrogate}, half of a surrogate pair. Correct the text.") from error

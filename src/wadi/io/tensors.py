@@ -1,38 +1,57 @@
-"""Tensors of files that people bring: read whole, checked where they are read, never unpickled."""
+"""Read tensors from safetensors files, and never from pickles."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from wadi.errors import WadiError
-from wadi.io.regular import regular
-from wadi.io.weights import opened, refuse_not_finite, refuse_not_floats
+from wadi.errors import WadiError, first_line
+from wadi.io.regular import require_file
+from wadi.io.weight_checks import check_finite, check_floats
 
-PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
-UNPICKLE = (
-    "Files like this are pickles, which can run code when they are read, and are never loaded. Where you trust the file, "
+PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
+PICKLE_REMEDY = (
+    "Files like this are pickles, which can run code when they are read, and are never loaded. If you trust the file, "
     "convert it: safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW_FILE)."
 )
 
 
-def read_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return tensors and header of a safetensors file.
+def open_tensors(file: Path, what: str = "Weights") -> Any:
+    """Open a safetensors file, to read its tensors one at a time.
 
     Args:
-        what: names the file in errors ("LoRA", "Token").
+        what: name of the file in errors, with a capital letter.
     Raises:
-        WadiError: if the file does not exist, is a pickle or of another format, is damaged, or has NaN or infinite
-            values, or tensors of whole numbers.
+        WadiError: if it is not a regular file, is damaged, or has another format.
     """
-    regular(path, what=what)
-    if path.suffix.lower() in PICKLES:
-        raise WadiError(f"{what} {str(path)!r} is not a .safetensors file. {UNPICKLE}")
-    with opened(path, what) as stored:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(require_file(file, what=what), framework="pt")  # safe_open alone would wait for ever on a named pipe
+    except (OSError, SafetensorError) as error:
+        raise WadiError(
+            f"{what} {str(file)!r} is damaged or cannot be read: {first_line(error)}. Give a safetensors file."
+        ) from error
+
+
+def read_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return all tensors of a safetensors file, and its header.
+
+    Args:
+        what: name of the file in errors ("LoRA", "Token").
+    Raises:
+        WadiError: if the file does not exist, is a pickle or has another format, is damaged, or has NaN or infinite values,
+            or tensors of integers.
+    """
+    require_file(path, what=what)
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        raise WadiError(f"{what} {str(path)!r} is not a .safetensors file. {PICKLE_REMEDY}")
+    with open_tensors(path, what) as stored:
         header = stored.metadata() or {}
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    matrices = {name: value for name, value in tensors.items() if value.ndim}  # single numbers, such as alphas, may be whole
-    refuse_not_floats(f"{what} {str(path)!r}", matrices)
-    refuse_not_finite(f"{what} {str(path)!r}", tensors)
+    matrices = {name: value for name, value in tensors.items() if value.ndim}  # single numbers, such as alphas, may be integers
+    check_floats(f"{what} {str(path)!r}", matrices)
+    check_finite(f"{what} {str(path)!r}", tensors)
     return tensors, header

@@ -1,4 +1,4 @@
-"""Versions of installed libraries, by name."""
+"""Versions of installed libraries."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
 
-def versions(names: Iterable[str]) -> dict[str, str | None]:
-    """The version of each package; None of one that is not installed."""
-    found: dict[str, str | None] = {}
+def installed_versions(names: Iterable[str]) -> dict[str, str | None]:
+    """Return the version of each package by name; None if it is not installed."""
+    versions: dict[str, str | None] = {}
     for name in names:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions

@@ -1,8 +1,10 @@
 """LoRaD, Low-rank Rotation of weight Direction, as a PEFT method (type ``LORAD``).
 
-Importing this package registers the method: ``peft.get_peft_model(model, LoRaDConfig(...))``,
+Importing this package registers the method. ``peft.get_peft_model(model, LoRaDConfig(...))``,
 ``model.add_adapter(LoRaDConfig(...))`` of diffusers and transformers, ``PeftModel.from_pretrained`` and the
-rest of PEFT then work as for its own methods. It knows nothing of diffusion.
+rest of PEFT then work as for PEFT's own methods. This package knows nothing about diffusion.
+
+Start with `rotation.py`, the mathematics. `layer.py` puts it into Linear and Conv2d layers, `model.py` into whole models.
 """
 
 from wadi.lorad.config import LoRaDConfig

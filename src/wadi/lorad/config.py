@@ -28,20 +28,21 @@ class LoRaDConfig(PeftConfig):
         exclude_modules: layers to leave alone, written like ``target_modules``.
         rank_pattern: ``{name ending or regular expression: rank}`` for layers whose rank is not ``r``.
         layers_to_transform: index or indices of the blocks to adapt; needs a list in ``target_modules``.
-        layers_pattern: name of the block list those indices count in, where PEFT does not find it.
-        modules_to_save: modules trained as a whole and saved beside the adapter.
-        bias: biases to train: ``"none"``, ``"all"`` or ``"lorad_only"`` (those of rotated layers).
+        layers_pattern: name of the block list that those indices refer to, if PEFT does not find it.
+        modules_to_save: modules that are fully trained and saved with the adapter.
+        bias: biases to train: ``"none"``, ``"all"`` or ``"lorad_only"`` (the biases of rotated layers).
         init_weights: True starts at the base model (``A`` zero, ``B`` Xavier-uniform); False at random
             angles.
-        recompute: False keeps the rotated weight for the backward pass (memory of one weight per layer); True
-            keeps nothing of that size and rotates again.
-        excess_rank: what to do where ``r`` exceeds ``min(out, fan_in // 2)``, the rank a full angle matrix
-            has: ``"allow"`` (as in the paper, whose rank 256 exceeds the 160 of SD 1.5's 320-wide layers),
-            ``"cap"`` to that number (same reachable angles, fewer parameters), or ``"refuse"``.
+        recompute: False keeps the rotated weight for the backward pass, which takes the memory of one weight per
+            layer. True keeps nothing of that size and rotates again.
+        excess_rank: behaviour if ``r`` exceeds ``min(out, fan_in // 2)``, the rank of a full angle matrix.
+            ``"allow"`` it (as in the paper: its rank 256 exceeds the 160 of SD 1.5's 320-wide layers), ``"cap"``
+            it to that number (the same angles with fewer parameters), or raise an error (``"refuse"``).
 
     Raises:
-        WadiError: rank not positive; a value outside the choices above; ``layers_to_transform`` or
-            ``layers_pattern`` combined with a regular expression, or the second without the first.
+        WadiError: if a rank is not positive; if a value is not one of the choices above; if
+            ``layers_to_transform`` or ``layers_pattern`` is combined with a regular expression; if
+            ``layers_pattern`` is set without ``layers_to_transform``.
     """
 
     r: int = field(default=8, metadata=_help("Rank of the angle matrix."))
@@ -59,10 +60,10 @@ class LoRaDConfig(PeftConfig):
         default=None, metadata=_help("Index or indices of the blocks to adapt.")
     )
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata=_help("Name of the block list that layers_to_transform counts in.")
+        default=None, metadata=_help("Name of the block list that layers_to_transform refers to.")
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata=_help("Modules trained as a whole and saved beside the adapter.")
+        default=None, metadata=_help("Modules that are fully trained and saved with the adapter.")
     )
     bias: str = field(default="none", metadata=_help("Biases to train: 'none', 'all' or 'lorad_only'."))
     init_weights: bool = field(default=True, metadata=_help("True starts at the base model, False at random angles."))
@@ -88,7 +89,7 @@ class LoRaDConfig(PeftConfig):
         self._check_layers()
 
     def _check_types(self) -> None:
-        """Files are written by anyone, and PEFT uses what they say as it is."""
+        """Check types: anybody can write an ``adapter_config.json``, and PEFT does not check its values."""
         kinds = {"target_modules": str, "exclude_modules": str, "layers_pattern": str, "modules_to_save": str}
         for name, kind in (kinds | {"layers_to_transform": int}).items():
             value = getattr(self, name)
@@ -106,7 +107,7 @@ class LoRaDConfig(PeftConfig):
             *((f"rank_pattern[{k!r}]", r) for k, r in (self.rank_pattern or {}).items()),
         ]:
             if not isinstance(r, int) or isinstance(r, bool) or r <= 0:
-                raise WadiError(f"LoRaD: {where} is {r!r}, a rank is a positive integer; try 16, or the paper's 256.")
+                raise WadiError(f"LoRaD: {where} is {r!r}. A rank is a positive integer: try 16, or 256 as in the paper.")
 
     def _check_choices(self) -> None:
         for name, choices in (("bias", BIAS), ("excess_rank", EXCESS_RANK)):

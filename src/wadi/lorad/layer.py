@@ -1,8 +1,8 @@
 """Linear and Conv2d layers whose weight is rotated by LoRaD adapters.
 
-All adapters of a layer rotate in the same fixed planes (neighbouring columns), so active adapters add as
-angles, a scale multiplies angles, and unmerging is a rotation back. The base layer's own product is computed
-once, with the rotated weight in the input's dtype (autocast's, under autocast).
+All adapters of a layer rotate in the same fixed planes (neighbouring columns). So the angles of active adapters
+add, a scale multiplies the angles, and unmerging rotates back. The layer's product is computed once, with the
+rotated weight, in the dtype of the input (under autocast, in autocast's dtype).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _HALF = (torch.float16, torch.bfloat16)
 class AngleDict(nn.ParameterDict):
     """Parameters by adapter name that stay float32 when the model around them is cast to half precision.
 
-    An angle's updates are smaller than what half precision resolves, so ``model.half()`` or
-    ``pipe.to(dtype)`` moves them but does not round them, and half-precision files are widened on loading.
+    Updates of an angle are too small for half precision. So ``model.half()`` and ``pipe.to(dtype)`` move the
+    angles but do not round them, and angles from half-precision files are converted to float32.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AngleDict:
@@ -47,10 +47,10 @@ class AngleDict(nn.ParameterDict):
 
 
 class LoRaDLayer(BaseTunerLayer):
-    """What LoRaD's Linear and Conv2d share.
+    """The base class of LoRaD's Linear and Conv2d.
 
-    By adapter name: factors ``lorad_A`` ``(out, r)`` and ``lorad_B`` ``(r, fan_in // 2)``, rank ``r``, scale
-    ``scaling`` of the angles.
+    Attributes, by adapter name: factors ``lorad_A`` ``(out, r)`` and ``lorad_B`` ``(r, fan_in // 2)``, rank
+    ``r``, and the scale ``scaling`` of the angles.
     """
 
     adapter_layer_names = ("lorad_A", "lorad_B")
@@ -70,17 +70,17 @@ class LoRaDLayer(BaseTunerLayer):
         self.in_features, self.out_features, self.fan_in = self._features()
 
     def _features(self) -> tuple[int, int, int]:
-        """``in_features, out_features, fan_in`` of the base layer (channels for a convolution)."""
+        """Return ``in_features, out_features, fan_in`` of the base layer (channels for a convolution)."""
         raise NotImplementedError
 
     def _convolution(self, x: Tensor) -> tuple[Tensor, Convolution | None]:
-        """The input as the product takes it, and how a kernel is applied (None for a linear layer)."""
+        """Return the input for the product, and how a kernel is applied (None for a linear layer)."""
         return x, None
 
     # --- adapters -----------------------------------------------------------------------------------------
 
     def update_layer(self, adapter_name: str, r: int, config: LoRaDConfig, key: str = "") -> None:
-        """Add an adapter of rank ``r``; ``key`` is the layer's name, for errors."""
+        """Add an adapter of rank ``r``. ``key`` is the layer's name in error messages."""
         r = self._checked_rank(r, config, key or type(self.get_base_layer()).__name__)
         self.r[adapter_name], self.scaling[adapter_name] = r, 1.0
         self.recompute[adapter_name] = config.recompute
@@ -99,13 +99,13 @@ class LoRaDLayer(BaseTunerLayer):
         if config.excess_rank == "cap":
             return most
         raise WadiError(
-            f"LoRaD: rank {r} on {key}, whose angles ({self.out_features} x {self.fan_in // 2}) have rank "
-            f"{most} at most; lower r, give this layer its own rank in rank_pattern, name it in "
+            f"LoRaD: the rank of {key} is {r}, but its angles ({self.out_features} x {self.fan_in // 2}) have rank "
+            f"{most} at most. Lower r, give this layer its own rank in rank_pattern, name it in "
             "exclude_modules, or set excess_rank to 'cap' or 'allow'."
         )
 
     def reset_lorad_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
-        """``B`` Xavier-uniform; ``A`` zero, so that the layer starts as its base, or Xavier as well."""
+        """Initialise ``B`` Xavier-uniform, and ``A`` to zero, so that the layer starts as its base (or Xavier-uniform)."""
         nn.init.xavier_uniform_(self.lorad_B[adapter_name])
         if init_weights:
             nn.init.zeros_(self.lorad_A[adapter_name])
@@ -120,7 +120,7 @@ class LoRaDLayer(BaseTunerLayer):
                 angles[adapter_name] = angles[adapter_name].to(device)
 
     def store_like_base(self, adapter_name: str) -> None:
-        """Store the factors of an adapter in the base weight's dtype, where that is a floating one."""
+        """Store the factors of an adapter in the base weight's dtype, if that is a floating-point dtype."""
         dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())[1]
         for angles in (self.lorad_A, self.lorad_B):
             if dtype is not None and dtype.is_floating_point:
@@ -129,7 +129,7 @@ class LoRaDLayer(BaseTunerLayer):
     # --- scales: multiples of the angles ------------------------------------------------------------------
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Multiply the angles of ``adapter`` by ``scale``: 0 is the base layer, exactly; 1 the adapter."""
+        """Multiply the angles of ``adapter`` by ``scale``. 0 gives exactly the base layer, 1 the adapter."""
         if adapter in self.scaling:
             self.scaling[adapter] = float(scale)
 
@@ -142,7 +142,7 @@ class LoRaDLayer(BaseTunerLayer):
     def unscale_layer(self, scale: float | None = None) -> None:
         """Undo ``scale_layer(scale)``; without ``scale``, set every active adapter's scale to 1."""
         if scale == 0:
-            raise WadiError("LoRaD: scale 0 cannot be divided out again; use set_scale(adapter, 1.0).")
+            raise WadiError("LoRaD: a scale of 0 cannot be undone by division. Use set_scale(adapter, 1.0).")
         for adapter in self.active_adapters:
             if adapter in self.scaling:
                 self.scaling[adapter] = 1.0 if scale is None else self.scaling[adapter] / scale
@@ -154,7 +154,7 @@ class LoRaDLayer(BaseTunerLayer):
         return [Factor(self.lorad_A[name], self.lorad_B[name], scaling[name]) for name in names]
 
     def _live_weight(self) -> Tensor:
-        """The base weight with its autograd history; dequantised if need be."""
+        """Return the base weight with its autograd history, dequantised if necessary."""
         if self.quantization_backend is not None:
             return self.quantization_backend.get_base_weight(self.get_base_layer())
         base: Any = self.get_base_layer()
@@ -162,7 +162,7 @@ class LoRaDLayer(BaseTunerLayer):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """``R - W`` of one adapter at its scale and the current base weight ``W``, in its shape and dtype."""
+        """Return ``R - W`` for one adapter at its scale, with the shape and dtype of the current base weight ``W``."""
         W = self.get_base_weight()
         return rotate(W, pair_angles(self._factors([adapter_name]))) - W
 
@@ -174,7 +174,7 @@ class LoRaDLayer(BaseTunerLayer):
         """Write the rotated weight of the given (default: active) adapters into the base layer.
 
         Raises:
-            WadiError: with ``safe_merge``, if the result is not finite; the base layer is then unchanged.
+            WadiError: with ``safe_merge``, if the result is not finite. The base layer is then unchanged.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.lorad_A]
         if not names:
@@ -188,7 +188,7 @@ class LoRaDLayer(BaseTunerLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Rotate the base weight back by the angles it was merged with: exact up to rounding."""
+        """Rotate the base weight back by the merged angles. This is exact up to rounding."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -208,15 +208,15 @@ class LoRaDLayer(BaseTunerLayer):
         return self._adapted(x, self.active_adapters, *args, **kwargs)
 
     def _adapted(self, x: Tensor, adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
-        """The product with the weight rotated by ``adapters``; the base layer itself if none rotates."""
+        """Return the product with the weight rotated by ``adapters``, or the base layer's output if none rotates."""
         names = [name for name in adapters if name in self.lorad_A and self.scaling[name] != 0]
         if not names:
             return self.base_layer(x, *args, **kwargs)
         W, bias, factors = self._live_weight(), self.bias, self._factors(names)
         if W.is_meta and not x.is_meta:
             raise WadiError(
-                "LoRaD: the weight of this layer is offloaded (on the meta device) and LoRaD reads it at "
-                "every forward; merge the adapter before offloading, or offload whole models, not layers."
+                "LoRaD: the weight of this layer is offloaded (on the meta device), but LoRaD reads it in "
+                "every forward pass. Merge the adapter before offloading, or offload whole models, not layers."
             )
         dtype = _product_dtype(x)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
@@ -226,11 +226,11 @@ class LoRaDLayer(BaseTunerLayer):
         return product(x, rotated_weight(W, factors, dtype), bias, conv)
 
     def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        """Sample ``k`` of the batch through adapter ``adapter_names[k]`` (``"__base__"``: through none)."""
+        """Use adapter ``adapter_names[k]`` for sample ``k`` of the batch (``"__base__"``: no adapter)."""
         if self.merged:
-            raise WadiError("LoRaD: `adapter_names` with merged adapters; call `unmerge_adapter` first.")
+            raise WadiError("LoRaD: `adapter_names` cannot be used with merged adapters. Call `unmerge_adapter` first.")
         if len(x) != len(adapter_names):
-            raise WadiError(f"LoRaD: {len(adapter_names)} `adapter_names` for a batch of {len(x)}; give one per sample.")
+            raise WadiError(f"LoRaD: {len(adapter_names)} `adapter_names` for a batch of {len(x)}. Give one per sample.")
         result: Tensor | None = None
         for name in dict.fromkeys(adapter_names):
             rows = torch.tensor([k for k, other in enumerate(adapter_names) if other == name], device=x.device)
@@ -242,7 +242,7 @@ class LoRaDLayer(BaseTunerLayer):
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype a linear layer computes in: autocast's where it applies, else the input's own."""
+    """Return the dtype in which a linear layer computes: autocast's if it applies, else the input's."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -250,7 +250,7 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 
 
 class Linear(nn.Module, LoRaDLayer):
-    """A linear layer ``x R^T + bias`` with ``R`` the base weight, rotated."""
+    """A linear layer ``x R^T + bias``, where ``R`` is the rotated base weight."""
 
     def __init__(
         self,
@@ -278,7 +278,7 @@ class Linear(nn.Module, LoRaDLayer):
 
 
 class Conv2d(Linear):
-    """A convolution whose kernel, ``(out, in/groups, kh, kw)``, is rotated as ``(out, in/groups kh kw)``."""
+    """A convolution whose kernel, ``(out, in/groups, kh, kw)``, is rotated as a matrix ``(out, in/groups kh kw)``."""
 
     def _features(self) -> tuple[int, int, int]:
         base: Any = self.get_base_layer()

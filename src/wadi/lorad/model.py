@@ -1,4 +1,4 @@
-"""LoRaD on a model: which layers can be rotated, and how their adapters are made and combined."""
+"""LoRaD on a whole model: which layers can be rotated, and how adapters are added and combined."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from wadi.lorad.layer import Conv2d, Linear, LoRaDLayer
 
 _READ_BY_THEIR_PARENT = ("NonDynamicallyQuantizableLinear",)  # out_proj of nn.MultiheadAttention
 
-try:  # one dequantising door for bitsandbytes, HQQ and torchao; PEFT before 0.21 has none
+try:  # dequantises layers of bitsandbytes, HQQ and torchao; new in PEFT 0.21
     from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 except ImportError:  # pragma: no cover
     get_quantization_kwargs = resolve_quantization_backend = None  # type: ignore[assignment]
 
 
 class LoRaDModel(BaseTuner):
-    """PEFT's tuner for LoRaD: replaces the targeted layers of a model by rotated ones.
+    """PEFT's tuner for LoRaD: it replaces the targeted layers of a model by rotated ones.
 
-    Usually made by ``peft.get_peft_model(model, LoRaDConfig(...))``.
+    Usually created by ``peft.get_peft_model(model, LoRaDConfig(...))``.
     """
 
     prefix: str = "lorad_"
@@ -60,11 +60,11 @@ class LoRaDModel(BaseTuner):
         layer_class = _layer_class(target, backend, current_key)
         layer = layer_class(target, adapter_name, r, config, current_key, quantization_backend=backend)
         if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # an additional adapter waits for set_adapter to be trained
+            layer.requires_grad_(False)  # an additional adapter is not trained until set_adapter activates it
         self._replace_module(parent, target_name, layer, target)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Keep angles float32; only an explicit ``autocast_adapter_dtype=False`` stores them as the base layer."""
+        """Keep angles in float32. Only an explicit ``autocast_adapter_dtype=False`` stores them in the base layer's dtype."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if autocast_adapter_dtype:
             return
@@ -73,8 +73,8 @@ class LoRaDModel(BaseTuner):
             layer.store_like_base(adapter_name)
         if any(layer.lorad_A[adapter_name].dtype != torch.float32 for layer in layers):
             warnings.warn(
-                "LoRaD: autocast_adapter_dtype=False stores angles in the base model's precision. They are computed "
-                "with in float32 all the same, but training in half precision loses small updates.",
+                "LoRaD: autocast_adapter_dtype=False stores angles in the base model's precision. The computation "
+                "still uses float32, but training in half precision loses small updates.",
                 stacklevel=2,
             )
 
@@ -82,12 +82,11 @@ class LoRaDModel(BaseTuner):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
     ) -> None:
-        """Add an adapter whose angles are ``sum weight_k scale_k theta_k``: exact, with the sum of the ranks.
+        """Add an adapter whose angles are ``sum weight_k scale_k theta_k``. This is exact; the ranks add up.
 
         Raises:
-            WadiError: unknown or taken names, lists of different length, another ``combination_type`` than
-            ``"cat"``,
-                or adapters chosen by settings that cannot be joined.
+            WadiError: if a name is unknown or already used, the lists have different lengths, ``combination_type``
+                is not ``"cat"``, or the settings of the adapters cannot be combined.
         """
         config, ranks = self._joint_config(adapters, weights, adapter_name, combination_type)
         self.peft_config[adapter_name] = config
@@ -103,16 +102,16 @@ class LoRaDModel(BaseTuner):
     def _joint_config(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
     ) -> tuple[LoRaDConfig, dict[str, int]]:
-        """The config of the combined adapter, and its rank by full layer name."""
+        """Return the config of the combined adapter, and its rank by full layer name."""
         unknown = [a for a in adapters if a not in self.peft_config]
         if unknown or not adapters or len(adapters) != len(weights) or adapter_name in self.peft_config:
             raise WadiError(
-                f"LoRaD: add_weighted_adapter got adapters {adapters}, weights {weights}, new name "
-                f"{adapter_name!r}; expected as many weights as adapters, names among "
-                f"{sorted(self.peft_config)}, and a new name."
+                f"LoRaD: add_weighted_adapter received adapters {adapters}, weights {weights} and the new name "
+                f"{adapter_name!r}. Give one weight per adapter, adapters from {sorted(self.peft_config)}, and a "
+                "name that is not in use."
             )
         if combination_type != "cat":
-            raise WadiError(f"LoRaD: combination_type {combination_type!r}; 'cat' adds angles exactly, use that.")
+            raise WadiError(f"LoRaD: combination_type is {combination_type!r}. Use 'cat', which adds angles exactly.")
         configs: list[Any] = [self.peft_config[a] for a in adapters]
         ranks = {
             name: sum(layer.r[a] for a in adapters if a in layer.r)
@@ -134,17 +133,17 @@ class LoRaDModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand ``adapter_names`` (one per sample of the batch) to every rotated layer for one forward."""
+        """Pass ``adapter_names`` (one per sample of the batch) to every rotated layer within the block."""
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
             yield
             return
         if self.training:
-            raise WadiError("LoRaD: `adapter_names` while training; mixed batches are for inference, call `eval()`.")
+            raise WadiError("LoRaD: `adapter_names` works only in inference. Call `eval()` first.")
         layers = [m for m in self.modules() if isinstance(m, LoRaDLayer)]
         known = {name for layer in layers for name in layer.lorad_A} | {"__base__"}
         if unknown := sorted(set(adapter_names) - known):
-            raise WadiError(f"LoRaD: non-existing adapter(s) {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
+            raise WadiError(f"LoRaD: non-existing adapter(s) {', '.join(unknown)}. Known are {', '.join(sorted(known))}.")
         hook = partial(_with_adapter_names, adapter_names=adapter_names)
         handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
         try:
@@ -159,7 +158,7 @@ def _with_adapter_names(_layer: nn.Module, args: Any, kwargs: Any, adapter_names
 
 
 def _joint_targets(configs: list[Any]) -> set[str] | str:
-    """Targets that match what any of ``configs`` matches."""
+    """Return targets that match every layer that any of ``configs`` matches."""
     selection = [(c.exclude_modules, c.layers_to_transform, c.layers_pattern) for c in configs]
     kinds = {type(c.target_modules) for c in configs}
     if any(s != selection[0] for s in selection) or len(kinds) != 1:
@@ -173,23 +172,27 @@ def _joint_targets(configs: list[Any]) -> set[str] | str:
 
 
 def _quantization_backend(model: nn.Module, target: nn.Module, key: str) -> Any:
-    """PEFT's access to a quantised layer's weight, None for a plain layer; refuses what cannot dequantise."""
+    """Return PEFT's access to a quantised layer's weight, or None for a plain layer.
+
+    Raises:
+        WadiError: if the layer's weight cannot be dequantised.
+    """
     if resolve_quantization_backend is None:
         return None
     backend = resolve_quantization_backend(target, **get_quantization_kwargs(model))
     if backend is None or type(backend).__name__ != "ForwardOnlyQuantizationBackend":
         return backend
     raise WadiError(
-        f"LoRaD: {key} is quantised by {backend.backend_name}, which cannot give its weight back; "
-        "LoRaD rotates the weight itself. Use bitsandbytes, HQQ, torchao or no quantisation, or exclude it."
+        f"LoRaD: {key} is quantised by {backend.backend_name}, which cannot dequantise its weight. LoRaD rotates "
+        "the weight itself. Use bitsandbytes, HQQ, torchao or no quantisation, or exclude the layer."
     )
 
 
 def _layer_class(target: nn.Module, backend: Any, key: str) -> type[Linear]:
-    """The LoRaD class for ``target``.
+    """Return the LoRaD class for ``target``.
 
     Raises:
-        WadiError: LoRaD cannot apply to it; the message says why.
+        WadiError: if LoRaD cannot rotate it. The message says why.
     """
     why = _why_not(target, backend)
     if why:
@@ -201,20 +204,21 @@ def _layer_class(target: nn.Module, backend: Any, key: str) -> type[Linear]:
 
 
 def _why_not(target: nn.Module, backend: Any) -> str:
+    """Return why LoRaD cannot rotate ``target``; empty if it can."""
     if isinstance(target, BaseTunerLayer):
         return (
-            "it already carries an adapter of another method, which would be ignored; merge and unload "
-            "that one first, or add it after LoRaD"
+            "it already has an adapter of another method, which LoRaD would ignore; merge and unload "
+            "that adapter first, or add it after LoRaD"
         )
     if backend is not None:
-        return "" if backend.layer_type == "linear" else "of quantised layers only linear ones are supported"
+        return "" if backend.layer_type == "linear" else "only linear layers are supported when quantised"
     plain = nn.Conv2d if isinstance(target, nn.Conv2d) else nn.Linear
     if not isinstance(target, plain):
         return "only Linear and Conv2d have a weight whose rows can be rotated"
-    # a subclass with its own forward, or attention that reads the weight behind the layer's back, bypasses R
+    # a subclass with its own forward, or attention that reads the layer's weight directly, would not use R
     hidden = type(target).forward is not plain.forward or type(target).__name__ in _READ_BY_THEIR_PARENT
     weight: Any = target.weight
     if hidden or is_parametrized(target) or not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
-        return "it hides its weight behind a forward, a parametrisation or a format of its own"
+        return "its weight is hidden by its own forward, a parametrisation or a special format"
     fan_in = weight[0].numel()
-    return "" if fan_in > 1 else f"its fan-in is {fan_in}, and a rotation needs pairs of inputs"
+    return "" if fan_in > 1 else f"its fan-in is {fan_in}, but a rotation needs pairs of inputs"

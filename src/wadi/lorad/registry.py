@@ -1,8 +1,8 @@
-"""Make LoRaD one of PEFT's methods.
+"""Register LoRaD as one of PEFT's methods.
 
-PEFT registers methods by a public function but keeps their names in a closed enum, so one member has to be
-added first. With the member in place everything that knows PEFT (diffusers, transformers, PEFT's status,
-errors) treats LoRaD as its own. A PEFT that brings its own LoRaD is left alone.
+PEFT has a public function to register a method, but the names of its methods are a closed enum. So one member
+is added to the enum first. After that, everything that uses PEFT (diffusers, transformers, PEFT's own status and
+errors) treats LoRaD like PEFT's own methods. A PEFT that has its own LoRaD is not changed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ NAME = "LORAD"
 
 
 def add_peft_type(name: str) -> PeftType:
-    """The member ``name`` of ``PeftType``, added if it is missing; equal to its own name as a string."""
+    """Return the member ``name`` of ``PeftType``; add it if it is missing. As a string it equals its name."""
     if name in PeftType.__members__:
         return PeftType[name]
     member = str.__new__(PeftType, name)
@@ -30,7 +30,7 @@ def add_peft_type(name: str) -> PeftType:
 
 
 def register(config_cls: type, model_cls: type) -> None:
-    """Register LoRaD with PEFT once; a second call, or a PEFT that has it, changes nothing."""
+    """Register LoRaD with PEFT. Does nothing if it is registered already."""
     if NAME in PEFT_TYPE_TO_TUNER_MAPPING:
         return
     add_peft_type(NAME)

@@ -1,6 +1,6 @@
-"""LoRaD's arithmetic: low-rank angles rotate neighbouring pairs of weight columns.
+"""The arithmetic of LoRaD: low-rank angles rotate neighbouring pairs of weight columns.
 
-Symbols (method.md of the paper, arXiv 2603.08258, section 3; ``o`` = fan-out, ``i`` = fan-in, ``r`` = rank):
+Symbols (arXiv 2603.08258, section 3; ``o`` = fan-out, ``i`` = fan-in, ``r`` = rank):
 
 - ``W``      ``(o, i)`` frozen weight; a convolution kernel ``(o, i/groups, kh, kw)`` is read as that matrix;
 - ``A``      ``(o, r)`` and ``B`` ``(r, i // 2)``: the trained factors of one adapter, with a scale ``s``;
@@ -9,9 +9,9 @@ Symbols (method.md of the paper, arXiv 2603.08258, section 3; ``o`` = fan-out, `
   ``R_e = W_e cos(theta) - W_o sin(theta)``, ``R_o = W_e sin(theta) + W_o cos(theta)``; an odd last column
   stays.
 
-A pair is a complex number and its rotation is a product with ``exp(i theta)``, which is how it is computed
-where the memory layout allows. The gradient needs no trigonometry: with ``G = dL/dR``, ``dL/dtheta = R_e G_o
-- R_o G_e``, ``dL/dA = s dL/dtheta B^T``, ``dL/dB = s A^T dL/dtheta``.
+Read as a complex number, a pair is rotated by a product with ``exp(i theta)``. It is computed in this way if the
+memory layout allows it. The gradient needs no trigonometry: with ``G = dL/dR``, ``dL/dtheta = R_e G_o - R_o G_e``,
+``dL/dA = s dL/dtheta B^T``, ``dL/dB = s A^T dL/dtheta``.
 
 Angles, sine and cosine are float32 under any autocast and for any weight (float64 for float64 factors).
 """
@@ -28,7 +28,7 @@ from torch.autograd import Function
 
 
 class Factor(NamedTuple):
-    """One adapter's share of the angles of a layer: ``scale * A @ B``."""
+    """One adapter's part of the angles of a layer: ``scale * A @ B``."""
 
     A: Tensor  # (o, r)
     B: Tensor  # (r, i // 2)
@@ -36,7 +36,7 @@ class Factor(NamedTuple):
 
 
 class Convolution(NamedTuple):
-    """How a kernel is applied: the arguments of ``F.conv2d`` behind the bias."""
+    """How a kernel is applied: the arguments of ``F.conv2d`` after the bias."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -45,7 +45,7 @@ class Convolution(NamedTuple):
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
-    """The dtype angles are computed in: float32, or float64 for float64 factors."""
+    """Return the dtype in which angles are computed: float32, or float64 for float64 factors."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -54,7 +54,7 @@ def _no_autocast(tensor: Tensor) -> Any:
 
 
 def pair_angles(factors: Sequence[Factor]) -> Tensor:
-    """Angles in radians, ``theta = sum s A B``, ``(o, i // 2)``, float32 (float64 for float64 factors)."""
+    """Return the angles in radians, ``theta = sum s A B``, ``(o, i // 2)``, float32 (float64 for float64 factors)."""
     (A, B, scale), *others = factors
     dtype = _exact(A.dtype)
     with _no_autocast(A):
@@ -67,9 +67,9 @@ def pair_angles(factors: Sequence[Factor]) -> Tensor:
 
 
 def _as_complex(W: Tensor) -> Tensor | None:
-    """``W`` ``(o, i)`` as complex numbers ``(o, i / 2)`` without a copy, or None where its layout forbids it.
+    """Return ``W`` ``(o, i)`` as complex numbers ``(o, i / 2)`` without a copy, or None if its layout does not allow it.
 
-    Compiled code gets None as well: the compiler fuses the real arithmetic and cannot generate complex one.
+    Compiled code gets None too: the compiler fuses the real arithmetic, and cannot generate complex arithmetic.
     """
     if torch.compiler.is_compiling() or W.device.type not in ("cpu", "cuda"):
         return None
@@ -83,9 +83,9 @@ def rotate(W: Tensor, theta: Tensor, dtype: torch.dtype | None = None) -> Tensor
 
     ``W`` is ``(o, i)`` or ``(o, ...)`` with ``i`` the product of the rest, ``theta`` ``(o, i // 2)`` in
     radians. Computed in ``theta``'s dtype (float64 for a float64 ``W``), returned in ``dtype`` (``W``'s if
-    None) and in ``W``'s shape. Row norms are kept, angle zero is the identity to the bit, and
-    ``rotate(rotate(W, a), b) = rotate(W, a + b)``. Differentiable by plain autograd: the reference for
-    :func:`rotated_weight`.
+    None) and in ``W``'s shape. Row norms are kept, angle zero is exactly the identity, and
+    ``rotate(rotate(W, a), b) = rotate(W, a + b)``. Plain autograd can differentiate it, so it is the reference
+    for :func:`rotated_weight`.
     """
     exact = torch.float64 if W.dtype == torch.float64 else theta.dtype
     matrix = W.flatten(1).to(exact)
@@ -104,7 +104,7 @@ def rotate(W: Tensor, theta: Tensor, dtype: torch.dtype | None = None) -> Tensor
 
 
 def _angle_gradient(R: Tensor, G: Tensor, dtype: torch.dtype) -> Tensor:
-    """``dL/dtheta = R_e G_o - R_o G_e``, shape ``(o, i // 2)``, in ``dtype``."""
+    """Return ``dL/dtheta = R_e G_o - R_o G_e``, shape ``(o, i // 2)``, in ``dtype``."""
     R, G = R.flatten(1), G.flatten(1)
     even = slice(0, R.shape[1] // 2 * 2, 2)
     R, G = R.to(dtype), G.to(dtype)
@@ -114,7 +114,7 @@ def _angle_gradient(R: Tensor, G: Tensor, dtype: torch.dtype) -> Tensor:
 def _factor_gradients(
     R: Tensor, G: Tensor, scales: Sequence[float], tensors: Sequence[Tensor], needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Gradients of ``(A1, B1, A2, B2, ...)``, None where not ``needed``."""
+    """Return the gradients of ``(A1, B1, A2, B2, ...)``, None where not ``needed``."""
     grads: list[Tensor | None] = [None] * len(tensors)
     if not any(needed):
         return grads
@@ -136,7 +136,7 @@ def _pack(scales: Sequence[float], tensors: Sequence[Tensor]) -> list[Factor]:
 
 
 class _RotatedWeight(Function):
-    """``W, A, B -> R``, keeping ``R`` alone beside the model's own factors."""
+    """``W, A, B -> R``. Autograd keeps only ``R``, and the model's own factors."""
 
     @staticmethod
     def forward(ctx: Any, W: Tensor, dtype: torch.dtype, scales: tuple[float, ...], *tensors: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class _RotatedWeight(Function):
 
 
 def rotated_weight(W: Tensor, factors: Sequence[Factor], dtype: torch.dtype | None = None) -> Tensor:
-    """``R`` in ``dtype`` (``W``'s if None), shape of ``W``. Autograd keeps ``R`` alone."""
+    """Return ``R`` in ``dtype`` (``W``'s if None), with the shape of ``W``. Autograd keeps only ``R``."""
     if not torch.is_grad_enabled():
         return rotate(W, pair_angles(factors), dtype)
     scales = tuple(factor.scale for factor in factors)
@@ -165,14 +165,14 @@ def rotated_weight(W: Tensor, factors: Sequence[Factor], dtype: torch.dtype | No
 
 
 def product(x: Tensor, R: Tensor, bias: Tensor | None, conv: Convolution | None) -> Tensor:
-    """The layer's own product: ``x R^T + bias``, or the convolution of ``x`` with ``R``."""
+    """Return the layer's product: ``x R^T + bias``, or the convolution of ``x`` with ``R``."""
     return F.linear(x, R, bias) if conv is None else F.conv2d(x, R, bias, *conv)
 
 
 def _product_backward(
     g: Tensor, x: Tensor, R: Tensor, conv: Convolution | None, need_x: bool, need_R: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``dL/dx`` and ``dL/dR`` of :func:`product` from ``g = dL/dy``."""
+    """Return ``dL/dx`` and ``dL/dR`` of :func:`product` from ``g = dL/dy``."""
     if conv is not None:
         dx, G, _ = torch.ops.aten.convolution_backward(
             g,
@@ -194,7 +194,7 @@ def _product_backward(
 
 
 class _RecomputedProduct(Function):
-    """``product(x, R, bias)``, keeping nothing of ``R``'s size: the backward pass rotates again."""
+    """``product(x, R, bias)`` that keeps nothing of the size of ``R``: the backward pass rotates again."""
 
     @staticmethod
     def forward(
@@ -233,10 +233,10 @@ class _RecomputedProduct(Function):
 def recomputed_product(
     x: Tensor, W: Tensor, bias: Tensor | None, conv: Convolution | None, factors: Sequence[Factor]
 ) -> Tensor:
-    """``product(x, rotated_weight(W, factors), bias, conv)`` that autograd keeps nothing of size ``W`` for.
+    """Return ``product(x, rotated_weight(W, factors), bias, conv)``. Autograd keeps nothing of the size of ``W``.
 
-    ``x`` ``(..., i)`` or ``(batch, channels, height, width)`` in the dtype of the product, ``bias`` in the
-    same. Costs one more rotation in the backward pass; the product itself is computed once.
+    ``x`` is ``(..., i)`` or ``(batch, channels, height, width)``, and has the dtype of the product, as has ``bias``.
+    It costs one more rotation in the backward pass. The product itself is computed once.
     """
     scales = tuple(factor.scale for factor in factors)
     tensors = [tensor for factor in factors for tensor in factor[:2]]

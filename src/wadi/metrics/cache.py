@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wadi.errors import WadiError
-from wadi.io.digests import cache_folder
+from wadi.errors import WadiError, first_line
 from wadi.io.files import write_whole
-from wadi.io.regular import regular
-from wadi.io.versions import versions
+from wadi.io.regular import require_file
+from wadi.io.user_cache import cache_folder
+from wadi.io.versions import installed_versions
 from wadi.metrics.checks import Images, as_bytes
 from wadi.metrics.features import Extractor
 
@@ -49,7 +49,11 @@ class FeatureCache:
 
     def __init__(self, extractor: Extractor, folder: Path | None = None, shard: int = SHARD) -> None:
         self.extractor = extractor
-        about = {**extractor.protocol(), "libraries": versions(LIBRARIES), "device": torch.device(extractor.device).type}
+        about = {
+            **extractor.protocol(),
+            "libraries": installed_versions(LIBRARIES),
+            "device": torch.device(extractor.device).type,
+        }
         name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:20]
         self.folder = (folder or cache_folder() / "features") / f"{extractor.name.replace(' ', '-').replace('/', '-')}-{name}"
         self.shard = shard
@@ -83,11 +87,11 @@ class FeatureCache:
         from safetensors import SafetensorError, safe_open
 
         try:
-            opened = safe_open(regular(file), framework="pt")
+            opened = safe_open(require_file(file), framework="pt")
             keys, shape = opened.get_tensor("keys"), opened.get_slice("features").get_shape()
         except (OSError, SafetensorError) as error:
             raise WadiError(
-                f"Cached features {str(file)!r} cannot be read ({str(error).splitlines()[0]}). Delete the file: its features "
+                f"Cached features {str(file)!r} cannot be read ({first_line(error)}). Delete the file: its features "
                 "are then computed again."
             ) from error
         if keys.shape != (len(keys), 32) or shape != [len(keys), self.extractor.dim]:

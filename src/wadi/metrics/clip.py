@@ -22,7 +22,7 @@ from torch import Tensor
 
 from wadi.errors import WadiError
 from wadi.io.records import Finite, Record, convert, parse_json
-from wadi.io.weights import load_complete
+from wadi.io.weight_checks import load_complete
 from wadi.metrics import hub
 from wadi.metrics.checks import Images, as_bytes, rows
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wadi.errors import WadiError
-from wadi.io.weights import load_complete
+from wadi.errors import WadiError, first_line
+from wadi.io.weight_checks import load_complete
 from wadi.metrics import hub
 from wadi.metrics.checks import Images, as_bytes, rows
 from wadi.metrics.resize import check_filter, resize
@@ -94,7 +94,7 @@ def inception(path: str | Path | None = None, resize: str = "clean", device: str
         layers = torch.jit.load(file, map_location=device).eval().layers
     except (RuntimeError, AttributeError) as error:
         raise WadiError(
-            f"{str(file)!r} is not the Inception network in TorchScript: {str(error).splitlines()[0]} Give the file "
+            f"{str(file)!r} is not the Inception network in TorchScript: {first_line(error)}. Give the file "
             f"{INCEPTION_FILE}, published at {INCEPTION_URL}"
         ) from error
     return Extractor(

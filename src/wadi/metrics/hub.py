@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wadi.errors import WadiError
-from wadi.io.digests import cache_folder
-from wadi.io.files import sha256, unwritable, whole_file
-from wadi.io.regular import regular
+from wadi.errors import WadiError, first_line
+from wadi.io.files import sha256, whole_file
+from wadi.io.outputs import write_error
+from wadi.io.regular import require_file
+from wadi.io.user_cache import cache_folder
+from wadi.io.weight_checks import shapes, tensor_differences
 
 NOT_SETTINGS = ("transformers_version", "dtype", "torch_dtype", "architectures")  # who saved a config
 
@@ -48,7 +50,7 @@ def _fetch(url: str, to: Path) -> None:
     except urllib.error.URLError as error:
         raise WadiError(f"Cannot download {url} ({error.reason}). Download it in another way to {to}") from error
     except OSError as error:
-        raise unwritable(to, error) from error
+        raise write_error(to, error) from error
 
 
 def hub_file(repository: str, name: str) -> Path:
@@ -88,17 +90,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         WadiError: if the file cannot be read, or contains anything but tensors.
     """
-    regular(path, what="Weights")
+    require_file(path, what="Weights")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state: Any = load_file(regular(path))
+            state: Any = load_file(require_file(path))
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's restricted reader and safetensors each have several classes of their own
         raise WadiError(
-            f"Weights {str(path)!r} cannot be read: {str(error).splitlines()[0]} Give a state dict of tensors, as .safetensors "
+            f"Weights {str(path)!r} cannot be read: {first_line(error)}. Give a state dict of tensors, as .safetensors "
             "or as torch.save writes it."
         ) from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
@@ -117,15 +119,8 @@ def load_into(module: torch.nn.Module, state: Mapping[str, Tensor], what: str) -
         WadiError: if a tensor is missing, unknown, or of another shape.
     """
     expected = module.state_dict()
-    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    reshaped = sorted(name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape)
-    problems = [
-        f"{len(names)} {kind} (first: {names[0]})"
-        for names, kind in ((missing, "missing"), (unknown, "unknown"), (reshaped, "of another shape"))
-        if names
-    ]
-    if problems:
-        raise WadiError(f"{what} has another architecture: tensors {', '.join(problems)}. Give the published weights.")
+    if differences := tensor_differences(shapes(expected), shapes(state)):
+        raise WadiError(f"{what} has another architecture: tensors {differences}. Give the published weights.")
     module.load_state_dict(state)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from wadi.errors import WadiError
+from wadi.errors import WadiError, first_line
 from wadi.io.regular import read_text
 
 
@@ -30,9 +30,7 @@ def find_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise WadiError(
-            f"Device {name!r} cannot be used: {str(error).splitlines()[0]} Expected cpu, cuda, cuda:1, mps, ..."
-        ) from error
+        raise WadiError(f"Device {name!r} cannot be used: {first_line(error)}. Expected cpu, cuda, cuda:1, mps, ...") from error
     return device
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from wadi.errors import WadiError
+from wadi.errors import WadiError, first_line
 
 PATIENCE = datetime.timedelta(hours=2)  # a process may wait that long while the first one writes
 
@@ -94,7 +94,7 @@ def _met() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise WadiError(
-            f"Another process of this run ended: {str(error).splitlines()[0]} Expected all of them to go on. The last "
+            f"Another process of this run ended: {first_line(error)}. Expected all of them to go on. The last "
             "checkpoint is untouched, and the same command continues from it."
         ) from error
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from wadi import roles
 from wadi.backbones import family, from_pipeline, load_pipeline
-from wadi.backbones.failures import running
-from wadi.diffusion.finite import finite_decoding
+from wadi.backbones.load_errors import explain_run_errors
+from wadi.diffusion.autoencoder import finite_decoding
 from wadi.diffusion.schedulers import one_step_scheduler
 from wadi.distill import config
 from wadi.errors import WadiError
@@ -27,7 +27,7 @@ from wadi.io import grids, image_folder
 from wadi.io.bounds import SEEDS
 from wadi.io.progress import progress
 from wadi.parallel.device import explained_when_full
-from wadi.zoo.paths import embedded, resolve_teacher
+from wadi.zoo.paths import embedded_path, resolve_teacher
 
 WHEN_FULL = (
     "Generate fewer images at once: set a lower --batch (of wadi eval: --draw_batch), or load the model with --dtype bfloat16 "
@@ -106,7 +106,7 @@ def locate(run: str | Path | None, adapter: str | Path | None, teacher: str | Pa
         if not folder.is_dir():
             raise WadiError(f"Run {str(run)!r} has saved no student yet. Expected a finished or interrupted run.")
     else:
-        folder = Path(adapter) if adapter is not None else embedded("student")
+        folder = Path(adapter) if adapter is not None else embedded_path("student")
         named = about_of(folder).teacher
     return folder, resolve_teacher(str(teacher or named))
 
@@ -177,7 +177,7 @@ def batches(
             begin = time.perf_counter()
             latents = {} if start is None else {"latents": start(generators)}
             full = explained_when_full(pipeline.device, lambda: f"generating {len(generators)} at once", WHEN_FULL)  # noqa: B023
-            able = running(f"{type(pipeline).__name__} cannot generate")
+            able = explain_run_errors(f"{type(pipeline).__name__} cannot generate")
             with full, able, _own_noise(pipeline.scheduler, generators), finite_decoding(pipeline.vae):
                 drawn = pipeline(prompt=list(prompts[part]), generator=generators, **arguments, **latents).images
             yield drawn, 1000 * (time.perf_counter() - begin) / len(drawn)
@@ -253,7 +253,7 @@ class Generated:
     ms_per_image: float
 
 
-def planned(prompts: Sequence[str], seed: int, count: int) -> list[image_folder.Image]:
+def planned(prompts: Sequence[str], seed: int, count: int) -> list[image_folder.PlannedImage]:
     """``count`` images of each prompt, with consecutive seeds, under names of their own in a folder.
 
     Raises:
@@ -267,7 +267,7 @@ def planned(prompts: Sequence[str], seed: int, count: int) -> list[image_folder.
         raise WadiError("Received no prompt. Expected at least one.")
     _check_seeds(seed, seed + len(prompts) * count - 1)
     rows = enumerate(prompt for prompt in prompts for _ in range(count))
-    return [image_folder.Image(file_name(i, prompt, seed + i), prompt, seed + i) for i, prompt in rows]
+    return [image_folder.PlannedImage(file_name(i, prompt, seed + i), prompt, seed + i) for i, prompt in rows]
 
 
 def generate(
@@ -298,17 +298,19 @@ def generate(
     images_of = planned(prompts, seed, count)
     if not folder:
         return _single(pipeline, images_of, out, batch, call, start)
-    rows = image_folder.missing(out, images_of, settings or {}, overwrite)
+    rows = image_folder.missing_images(out, images_of, settings or {}, overwrite)
     times, done = [], 0
     for pictures, ms in _batches_of(pipeline, [images_of[row] for row in rows], batch, call, start):
         part = [images_of[row] for row in rows[done : done + len(pictures)]]
-        image_folder.write(out, part, [grids.png(picture) for picture in pictures], settings or {})
+        image_folder.write_images(out, part, [grids.encode_png(picture) for picture in pictures], settings or {})
         done += len(pictures)
         times.append(ms)
     return Generated([out / image.file for image in images_of], len(images_of) - len(rows), median(times))
 
 
-def _single(pipeline: Any, wanted: Sequence[image_folder.Image], out: Path, batch: int, call: Any, start: Any) -> Generated:
+def _single(
+    pipeline: Any, wanted: Sequence[image_folder.PlannedImage], out: Path, batch: int, call: Any, start: Any
+) -> Generated:
     """One image at ``out``; of several a grid there, and each under its seed."""
     paths = [out] if len(wanted) == 1 else [out.with_name(f"{out.stem}-{image.seed}{out.suffix}") for image in wanted]
     pictures: list[Image.Image] = []
@@ -319,12 +321,12 @@ def _single(pipeline: Any, wanted: Sequence[image_folder.Image], out: Path, batc
             pictures.append(picture)
         times.append(ms)
     if len(wanted) > 1:
-        grids.save_png(grids.grid([pictures], [""], scale=enlargement(pictures[0])), out)
+        grids.save_png(grids.compose_grid([pictures], [""], scale=enlargement(pictures[0])), out)
     return Generated(paths, 0, median(times))
 
 
 def _batches_of(
-    pipeline: Any, wanted: Sequence[image_folder.Image], batch: int, call: Any, start: Any
+    pipeline: Any, wanted: Sequence[image_folder.PlannedImage], batch: int, call: Any, start: Any
 ) -> Iterator[tuple[list[Image.Image], float]]:
     if wanted:
         seeds = [image.seed for image in wanted]
@@ -355,7 +357,7 @@ def compare(
         f"teacher\n{steps} steps\n{slow.ms_per_image:.0f} ms",
         f"student\n{own} step{'s' * (own > 1)}\n{fast.ms_per_image:.0f} ms",
     ]
-    picture = grids.grid([slow.pictures, fast.pictures], labels, prompts, enlargement(slow.pictures[0]))
+    picture = grids.compose_grid([slow.pictures, fast.pictures], labels, prompts, enlargement(slow.pictures[0]))
     return picture, slow.ms_per_image, fast.ms_per_image
 
 

@@ -1,4 +1,5 @@
-"""Prompts: read from files, folders and data sets, in a reproducible order, and the cache of their embeddings.
+"""Read prompts, put them into a reproducible order, and cache their embeddings.
 
-Start with `prompts.py`. `sources.py` reads each file format; `cache.py` is the folder that `wadi embed` writes.
+Start with `reading.py`. `sources.py` reads each file format; `order.py` shuffles; `cache.py` is the folder that `wadi embed`
+writes.
 """

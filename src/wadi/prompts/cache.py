@@ -1,8 +1,11 @@
-"""Prompt embeddings on disk: encoded once, read as memory-mapped rows, refused when another encoder made them.
+"""Prompt embeddings on disk: encoded once, and read row by row from memory-mapped files.
 
-A cache is a folder: ``cache.json`` (what encoded it, digest and number of the prompts, row shapes) and ``shard-N.safetensors``,
-each with so many rows. Tensors with a token axis hold only the tokens that the network can see, one row after the other, with
-``NAME.starts``; texts are kept likewise. Restored tokens are zeros: what is cut is masked in every attention, or zero already.
+A cache is a folder with ``cache.json`` (the encoder, the digest and number of the prompts, the shapes of a row) and files
+``shard-N.safetensors`` with a fixed number of rows each.
+
+Tensors with a token axis are stored without the tokens that the network cannot see: the rows one after the other, and their
+first positions as ``NAME.starts``. Texts are stored in the same way. When a row is read, the missing tokens are zeros. This
+changes no result: they are masked in every attention, or were zeros already.
 """
 
 from __future__ import annotations
@@ -19,34 +22,37 @@ from torch import Tensor
 from wadi.errors import WadiError
 from wadi.io.files import write_whole
 from wadi.io.records import Count, Digest, Positive, Record, asdict, read_json
-from wadi.io.regular import regular
+from wadi.io.regular import require_file
 
 MANIFEST = "cache.json"
-DIGEST = "digest"  # of the files of text encoders and tokenizers, in what `Embeddings.encoder` says
-TOKENS = ("prompt_embeds", "mask")  # tensors of a condition whose second axis is tokens
-OPEN_SHARDS = 64  # memory maps held at once
+DIGEST = "digest"  # key in `Embeddings.encoder`: digest of the files of text encoders and tokenizers
+TOKENS = ("prompt_embeds", "mask")  # the tensors of a condition whose second axis is tokens
+OPEN_SHARDS = 64  # most memory maps open at once
 
 
 def is_cache(source: str | Path) -> bool:
-    """Whether ``source`` is a folder that this module wrote."""
+    """Return whether ``source`` is an embedding cache."""
     return (Path(source) / MANIFEST).is_file()
 
 
 def used_tokens(tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """Per row, tokens up to the last that the network can see, ``(B,)``: unmasked, or where there is no mask not zero."""
+    """Return, per row, the number of tokens up to the last one that the network can see, shape ``(B,)``.
+
+    A token can be seen if it is not masked, or, without a mask, if it is not zero. None if there is no token axis.
+    """
     if "prompt_embeds" not in tensors:
         return None
-    seen = tensors["mask"] != 0 if "mask" in tensors else (tensors["prompt_embeds"] != 0).any(-1)
-    positions = torch.arange(1, seen.shape[1] + 1, device=seen.device)
-    return (seen * positions).amax(1)
+    visible = tensors["mask"] != 0 if "mask" in tensors else (tensors["prompt_embeds"] != 0).any(-1)
+    positions = torch.arange(1, visible.shape[1] + 1, device=visible.device)
+    return (visible * positions).amax(1)
 
 
 def write_shard(path: Path, texts: Sequence[str], tensors: Mapping[str, Tensor], identity: Mapping[str, str]) -> None:
-    """One shard, whole or not at all.
+    """Write one shard, completely or not at all.
 
     Args:
-        tensors: of a condition, ``(rows, ...)`` each.
-        identity: kept in the file, compared by `Embeddings`.
+        tensors: the tensors of a condition, ``(rows, ...)`` each.
+        identity: stored in the file's header; `Embeddings` compares it.
     Raises:
         WadiError: if the disk is full.
     """
@@ -71,17 +77,17 @@ def _starts(lengths: Sequence[int]) -> Tensor:
 
 
 def shard_path(folder: Path, number: int) -> Path:
-    """Where shard ``number`` lies."""
+    """Return the path of shard ``number``."""
     return folder / f"shard-{number:05d}.safetensors"
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """``cache.json``; written before the shards, so that an interrupted cache knows what it is of."""
+    """Write ``cache.json``. It is written before the shards, so that an interrupted command can continue."""
     write_whole(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
 
 
 class Manifest(Record):
-    """``cache.json``: what encoded the prompts, their digest and number, rows per shard, shape of a row by tensor."""
+    """The contents of ``cache.json``: encoder, digest and number of the prompts, rows per shard, shapes of a row."""
 
     encoder: dict[str, Any]
     prompts: Digest
@@ -91,7 +97,7 @@ class Manifest(Record):
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `write_manifest` wrote.
+    """Return the contents of ``cache.json``.
 
     Raises:
         WadiError: if it is missing or damaged.
@@ -100,21 +106,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return asdict(manifest)
 
 
-def identity_of(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """What every shard of a cache says it belongs to."""
+def cache_identity(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Return the header fields that every shard of a cache has: its encoder and its prompts."""
     return {"encoder": json.dumps(manifest["encoder"], sort_keys=True), "prompts": manifest["prompts"]}
 
 
 def missing_shards(folder: Path, manifest: Mapping[str, Any]) -> list[int]:
-    """Numbers of the shards that are not there, are damaged, or belong to another cache."""
-    return [number for number in range(_shards(manifest)) if _trouble(folder, number, manifest) is not None]
+    """Return the numbers of the shards that are missing, damaged, or belong to another cache."""
+    return [number for number in range(_shard_count(manifest)) if _shard_problem(folder, number, manifest) is not None]
 
 
-def _shards(manifest: Mapping[str, Any]) -> int:
+def _shard_count(manifest: Mapping[str, Any]) -> int:
     return -(-manifest["count"] // manifest["shard_rows"])
 
 
-def _trouble(folder: Path, number: int, manifest: Mapping[str, Any]) -> str | None:
+def _shard_problem(folder: Path, number: int, manifest: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with a shard, or None."""
     from safetensors import SafetensorError, safe_open
 
     path = shard_path(folder, number)
@@ -122,19 +129,19 @@ def _trouble(folder: Path, number: int, manifest: Mapping[str, Any]) -> str | No
     if not path.exists():
         return "is missing"
     try:
-        with safe_open(regular(path), "pt") as shard:  # checks the file's length against its header
-            told = shard.metadata() or {}
+        with safe_open(require_file(path), "pt") as shard:  # checks the file's length against its header
+            header = shard.metadata() or {}
             names = set(shard.keys())
-            wrong = _misshapen(shard, names, rows, manifest["shapes"])
+            wrong_tensor = _wrong_tensor(shard, names, rows, manifest["shapes"])
     except (OSError, SafetensorError, WadiError) as error:
         return f"is damaged ({error})"
-    if told != {**identity_of(manifest), "rows": str(rows)} or not manifest["shapes"].keys() <= names:
+    if header != {**cache_identity(manifest), "rows": str(rows)} or not manifest["shapes"].keys() <= names:
         return "belongs to another cache"
-    return None if wrong is None else f"is damaged (tensor {wrong!r} is missing or has another shape or type)"
+    return None if wrong_tensor is None else f"is damaged (tensor {wrong_tensor!r} is missing or has another shape or type)"
 
 
-def _misshapen(shard: Any, names: set[str], rows: int, shapes: Mapping[str, Sequence[int]]) -> str | None:
-    """The first tensor of a shard from which its rows cannot be taken, or None; texts and conditions alike."""
+def _wrong_tensor(shard: Any, names: set[str], rows: int, shapes: Mapping[str, Sequence[int]]) -> str | None:
+    """Return the first tensor of a shard (texts included) that is missing or has the wrong shape or type, or None."""
     for name, shape in {"text": (2**62,), **shapes}.items():
         if name not in names:
             return name
@@ -159,28 +166,28 @@ def _misshapen(shard: Any, names: set[str], rows: int, shapes: Mapping[str, Sequ
     return None
 
 
-def refuse_stale(folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raise `WadiError` that names what differs, unless the cache's encoder is the one ``expected``."""
-    names = {*found, *expected}
-    if DIGEST not in found or DIGEST not in expected:  # caches of earlier versions, and encoders that are not of files
+def check_encoder(folder: Path, cached: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raise `WadiError` if the encoder of a cache differs from ``expected``. The message names the differences."""
+    names = {*cached, *expected}
+    if DIGEST not in cached or DIGEST not in expected:  # a cache of an earlier version, or an encoder without files
         names.discard(DIGEST)
-    different = [name for name in sorted(names) if found.get(name) != expected.get(name)]
+    different = [name for name in sorted(names) if cached.get(name) != expected.get(name)]
     if different:
-        told = "; ".join(f"{name}: {found.get(name)!r} in the cache, {expected.get(name)!r} here" for name in different)
+        details = "; ".join(f"{name}: {cached.get(name)!r} in the cache, {expected.get(name)!r} here" for name in different)
         raise WadiError(
-            f"Embedding cache {str(folder)!r} was made by another encoder or with other settings. Different: {told}. "
-            "Expected the same: make a new cache with `wadi embed`, or give the teacher it was made with."
+            f"Embedding cache {str(folder)!r} was written with another encoder or other settings ({details}). Write a new "
+            "cache with `wadi embed`, or give the teacher that it was written with."
         )
 
 
 class Embeddings(Sequence[str]):
-    """A complete cache, read row by row; as a sequence it is the prompts' texts.
+    """A complete cache, read row by row. As a sequence it contains the texts of the prompts.
 
     Attributes:
-        encoder: what encoded it.
-        digest: hash of its prompts.
+        encoder: description of the encoder.
+        digest: hash of the prompts.
     Raises:
-        WadiError: if a shard is missing, damaged or of another cache.
+        WadiError: if a shard is missing, damaged or from another cache.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -188,11 +195,11 @@ class Embeddings(Sequence[str]):
         self.manifest = read_manifest(self.folder)
         self.encoder: dict[str, Any] = self.manifest["encoder"]
         self.digest: str = self.manifest["prompts"]
-        for number in range(_shards(self.manifest)):
-            if (trouble := _trouble(self.folder, number, self.manifest)) is not None:
+        for number in range(_shard_count(self.manifest)):
+            if (problem := _shard_problem(self.folder, number, self.manifest)) is not None:
                 raise WadiError(
-                    f"Embedding cache {str(self.folder)!r} is not complete: {shard_path(self.folder, number).name} {trouble}. "
-                    "Expected all of it: run the same `wadi embed` again, which makes what is missing."
+                    f"Embedding cache {str(self.folder)!r} is not complete: {shard_path(self.folder, number).name} {problem}. "
+                    "Run the same `wadi embed` again: it writes the missing shards."
                 )
         self._shard = lru_cache(OPEN_SHARDS)(self._open)
 
@@ -206,32 +213,34 @@ class Embeddings(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        shard, row = self._place(range(len(self))[int(index)])
-        return bytes(self._part(shard, "text", row).numpy()).decode()
+        shard, row = self._locate(range(len(self))[int(index)])
+        return bytes(self._slice(shard, "text", row).numpy()).decode()
 
     def rows(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """The tensors of a condition for these prompts, ``(len(indices), ...)`` each, as the encoder gave them."""
+        """Return the tensors of a condition for these prompts, ``(len(indices), ...)`` each, as the encoder returned them."""
         return {name: torch.stack([self._row(name, int(i)) for i in indices]) for name in self.manifest["shapes"]}
 
     def _row(self, name: str, index: int) -> Tensor:
-        shard, row = self._place(index)
-        if f"{name}.starts" not in shard.keys():  # noqa: SIM118  (safetensors' handle is no dictionary)
+        shard, row = self._locate(index)
+        if f"{name}.starts" not in shard.keys():  # noqa: SIM118  (a safetensors handle is not a dictionary)
             value: Tensor = shard.get_slice(name)[row]
             return value
-        part = self._part(shard, name, row)
+        part = self._slice(shard, name, row)
         return torch.cat([part, part.new_zeros(self.manifest["shapes"][name][0] - len(part), *part.shape[1:])])
 
     @staticmethod
-    def _part(shard: Any, name: str, row: int) -> Tensor:
+    def _slice(shard: Any, name: str, row: int) -> Tensor:
+        """Return one row of a tensor that is stored as rows one after the other."""
         start, end = shard.get_slice(f"{name}.starts")[row : row + 2].tolist()
         part: Tensor = shard.get_slice(name)[start:end]
         return part
 
-    def _place(self, index: int) -> tuple[Any, int]:
+    def _locate(self, index: int) -> tuple[Any, int]:
+        """Return the shard of a prompt, and its row there."""
         number, row = divmod(index, self.manifest["shard_rows"])
         return self._shard(number), row
 
     def _open(self, number: int) -> Any:
         from safetensors import safe_open
 
-        return safe_open(regular(shard_path(self.folder, number)), "pt").__enter__()
+        return safe_open(require_file(shard_path(self.folder, number)), "pt").__enter__()

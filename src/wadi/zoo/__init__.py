@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wadi.zoo.concepts import COLOURS, CONCEPTS, STYLES
-from wadi.zoo.paths import embedded
+from wadi.zoo.paths import embedded_path
 from wadi.zoo.prompts import caption, captions, concept_of, eval_prompts, fixed_prompts, training_prompts
 
 if TYPE_CHECKING:
@@ -39,17 +39,17 @@ __all__ = [
 
 def teacher_path() -> Path:
     """Folder of the embedded teacher, which ``DiffusionPipeline.from_pretrained`` loads."""
-    return embedded("teacher")
+    return embedded_path("teacher")
 
 
 def student_path() -> Path:
     """Folder of the LoRaD adapter of the embedded one-step student."""
-    return embedded("student")
+    return embedded_path("student")
 
 
 def classifier_path() -> Path:
     """Folder of the classifier."""
-    return embedded("classifier")
+    return embedded_path("classifier")
 
 
 def load_teacher(dtype: torch.dtype | None = None) -> Any:

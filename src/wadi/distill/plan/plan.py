@@ -17,16 +17,16 @@ from torch import nn
 
 from wadi import roles
 from wadi.backbones import Backbone, family
-from wadi.backbones.base import Outline
-from wadi.backbones.failures import first_line, running
-from wadi.backbones.loading import build_network, check_config, pipeline_index, read_config
+from wadi.backbones.configs import build_network, check_config, pipeline_index, read_config
+from wadi.backbones.load_errors import explain_run_errors
+from wadi.backbones.outline import Outline
 from wadi.diffusion.schedulers import make_scheduler
 from wadi.distill.config import DistillConfig
 from wadi.distill.loop import attach_roles, student_timestep
 from wadi.distill.plan.memory import peak_bytes
-from wadi.errors import WadiError
-from wadi.io.records import read_json, shortened
-from wadi.io.weights import quiet
+from wadi.errors import WadiError, first_line, short_repr
+from wadi.io.quiet import errors_only
+from wadi.io.records import read_json
 from wadi.zoo.paths import resolve_teacher
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
@@ -142,7 +142,7 @@ def _part(teacher: str, name: str, value: Any) -> tuple[str, str] | None:
     if len(value) == 2 and all(isinstance(word, str) for word in value):
         return value[0], value[1]
     raise WadiError(
-        f"model_index.json of {teacher!r} has {shortened(value)} under {name!r}. It must name a library and a class."
+        f"model_index.json of {teacher!r} has {short_repr(value)} under {name!r}. It must name a library and a class."
     )
 
 
@@ -151,7 +151,7 @@ def _levels(teacher: str, vae: dict[str, Any]) -> int:
     widths = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
     if not isinstance(widths, list) or not 1 <= len(widths) <= 16:
         raise WadiError(
-            f"The config of the vae of {teacher!r} has {shortened(widths)} under 'block_out_channels'. It must list one to 16 "
+            f"The config of the vae of {teacher!r} has {short_repr(widths)} under 'block_out_channels'. It must list one to 16 "
             "widths: restore the file."
         )
     return len(widths)
@@ -176,7 +176,7 @@ def _count(path: str, component: str, place: tuple[str, str]) -> int:
         if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
             raise WadiError(f"model_index.json of {path!r} names {name!r} for {component}. It must be a model of transformers.")
         try:
-            with torch.device("meta"), quiet():
+            with torch.device("meta"), errors_only():
                 config_class: Any = model_class.config_class
                 model = model_class(config_class(**config))
         except Exception as error:  # each class has its own way to refuse a setting
@@ -194,7 +194,7 @@ def outline(found: Architecture, config: DistillConfig) -> Backbone:
         WadiError: if targets match nothing, or the resolution is one that the model cannot draw.
     """
     backbone_class = family(found.pipeline)
-    with torch.device("meta"), quiet():  # casting a network without any module to keep in float32 is remarked on
+    with torch.device("meta"), errors_only():  # casting a network without any module to keep in float32 is remarked on
         network = build_network(found.network).to(getattr(torch, config.dtype))
     stand_in = Outline(
         pipeline_class=found.pipeline,
@@ -260,7 +260,7 @@ def memory_of(backbone: Backbone, config: DistillConfig, timestep: int, found: A
     averaged = FLOAT32 * counts["student"] if config.student.ema else 0
     network = _bytes(backbone.network)
     gradients = FLOAT32 * counts["student"]
-    with running(f"No step of {found.model!r} can be computed"):
+    with explain_run_errors(f"No step of {found.model!r} can be computed"):
         peak = peak_bytes(backbone, config, backbone.condition_shapes(), timestep)
     rest = peak - network - both - averaged - MOMENTS * both - gradients
     if config.shard:  # a share of everything, and the block at work whole

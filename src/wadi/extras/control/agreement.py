@@ -155,7 +155,7 @@ def table(scores: Sequence[Score], slow: str) -> str:
     heads = ["", "edge F1 within 1 px", "sharpness", *(["concept named"] if judged else []), "ms per picture", "speed-up"]
     lines = []
     for s in scores:
-        cells = [markdown.text(s.name), f"{s.f1:.3f} ± {s.f1_spread:.3f}", f"{s.sharpness:.2f} ± {s.sharpness_spread:.2f}"]
+        cells = [markdown.escape(s.name), f"{s.f1:.3f} ± {s.f1_spread:.3f}", f"{s.sharpness:.2f} ± {s.sharpness_spread:.2f}"]
         if s.named is not None and s.named_spread is not None:
             cells.append(f"{s.named:.3f} ± {s.named_spread:.3f}")
         lines.append([*cells, f"{s.ms:.0f} ± {s.ms_spread:.0f}", f"{base / s.ms:.1f}"])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from wadi.errors import WadiError
 from wadi.io.images import PIXELS, is_transparent, read_image, to_rgb
-from wadi.io.weights import load_complete
+from wadi.io.weight_checks import load_complete
 
 LOW, HIGH, SIGMA = 0.1, 0.2, 0.8  # thresholds on the gradient (a black-white step is 1), blur in pixels
 SCRIBBLE_SIGMA, SCRIBBLE_WIDTH = 2.5, 5

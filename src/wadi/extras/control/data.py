@@ -17,7 +17,7 @@ from wadi.extras.control.conditions import edge_map
 from wadi.io.files import write_whole
 from wadi.io.progress import progress
 from wadi.io.records import parse_json
-from wadi.io.regular import regular
+from wadi.io.regular import require_file
 from wadi.sampling import decode_in_batches, many_steps, noise
 
 
@@ -109,7 +109,7 @@ def stored(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(regular(path), framework="pt") as file:
+        with safe_open(require_file(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise WadiError(f"{str(path)!r} is damaged ({error}). Expected it as it was written: delete it to {remedy}.") from error

@@ -8,12 +8,11 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from wadi.backbones.failures import first_line
-from wadi.backbones.stored import TRANSFORMERS, copies, names_in
-from wadi.errors import WadiError
+from wadi.backbones.weight_files import TRANSFORMERS, file_names, weight_copies
+from wadi.errors import WadiError, first_line
 from wadi.io.records import read_json
-from wadi.io.tensors import PICKLES, UNPICKLE, read_tensors
-from wadi.io.weights import listed, load_complete
+from wadi.io.tensors import PICKLE_REMEDY, PICKLE_SUFFIXES, read_tensors
+from wadi.io.weight_checks import first_names, load_complete
 
 PUBLISHED = ("models", "sdxl_models")  # folders of the published repository
 LONGEST, SMALLEST, LARGEST_SIDE = 20, 32, 4096  # ratio of sides, pixels a side
@@ -58,9 +57,8 @@ def width_of(weights: dict[str, dict[str, Tensor]]) -> tuple[str, int]:
         if name in shapes and len(shapes[name]) == 2:
             return entry, int(shapes[name][side])
     raise WadiError(
-        f"The IP-Adapter's image projection has {listed(list(shapes))}, which is of no kind known here. Use an IP-Adapter, "
-        f"Plus or "
-        "Full adapter."
+        f"The IP-Adapter's image projection has {first_names(list(shapes))}, which is of no kind known here. Use an "
+        "IP-Adapter, Plus or Full adapter."
     )
 
 
@@ -163,11 +161,12 @@ def load_encoder(folder: Path, dtype: Any) -> Any:
     what = f"Image encoder {str(folder)!r}"
     if not (folder / "config.json").is_file():
         raise WadiError(f"{what} does not exist or has no config.json. Give the folder of a CLIP vision model.")
-    names = names_in(folder)
-    found = copies(names, TRANSFORMERS)
+    names = file_names(folder)
+    found = weight_copies(names, TRANSFORMERS)
     if not found:
-        pickled = next((name for name in names if name.endswith(PICKLES)), None)
-        raise WadiError(f"{what} has {f'its weights only as {pickled}. {UNPICKLE}' if pickled else 'no .safetensors weights.'}")
+        pickled = next((name for name in names if name.endswith(PICKLE_SUFFIXES)), None)
+        problem = f"its weights only as {pickled}. {PICKLE_REMEDY}" if pickled else "no .safetensors weights."
+        raise WadiError(f"{what} has {problem}")
     variant = None if None in found else min(str(name) for name in found)
     try:
         return load_complete(

@@ -6,13 +6,19 @@ import re
 from pathlib import Path
 from typing import Any
 
-from wadi.backbones.failures import first_line
-from wadi.backbones.stored import DIFFUSERS, copies, names_in, weights_in
-from wadi.errors import WadiError
+from wadi.backbones.weight_files import DIFFUSERS, component_weights, file_names, weight_copies
+from wadi.errors import WadiError, first_line
+from wadi.io.quiet import errors_only
 from wadi.io.records import read_json
-from wadi.io.tensors import PICKLES, UNPICKLE, read_tensors
-from wadi.io.weights import listed, load_complete, opened, quiet, refuse_missing, refuse_whole_weights
-from wadi.zoo.paths import NAME, embedded
+from wadi.io.tensors import PICKLE_REMEDY, PICKLE_SUFFIXES, open_tensors, read_tensors
+from wadi.io.weight_checks import (
+    check_none_missing,
+    check_stored_floats,
+    load_complete,
+    shapes,
+    tensor_differences,
+)
+from wadi.zoo.paths import NAME, embedded_path
 
 KINDS = ("ControlNetModel", "SD3ControlNetModel", "FluxControlNetModel", "SanaControlNetModel", "T2IAdapter")
 _ORIGINAL = re.compile(r"^control_model\.|^input_hint_block\.|^zero_convs\.")  # names of the ControlNet authors' own code
@@ -26,7 +32,7 @@ def is_image_prompt(control: object) -> bool:
     """
     if not isinstance(control, (str, Path)) or not str(control).endswith(".safetensors"):
         return False
-    with opened(Path(control), "Control") as stored:
+    with open_tensors(Path(control), "Control") as stored:
         return any(name.startswith(("image_proj.", "ip_adapter.")) for name in stored.keys())  # noqa: SIM118
 
 
@@ -40,7 +46,7 @@ def load_control(control: str | Path, dtype: Any = None) -> Any:
         WadiError: if it is not there, its config names something else, it is a pickle, tensors are missing, or a value is NaN
             or infinite.
     """
-    path = Path(embedded("controlnet")) if str(control) == NAME else Path(control)
+    path = Path(embedded_path("controlnet")) if str(control) == NAME else Path(control)
     what = f"Control {str(control)!r}"
     try:
         if path.is_file():
@@ -61,7 +67,7 @@ def load_control(control: str | Path, dtype: Any = None) -> Any:
         ) from error
     if dtype is None:
         return model
-    with quiet():  # diffusers remarks on every cast
+    with errors_only():  # diffusers remarks on every cast
         return model.to(dtype)
 
 
@@ -84,9 +90,9 @@ def _class(config: Any) -> Any:
 def _from_folder(path: Path, what: str) -> Any:
     kind = _class(read_json(path / "config.json", dict[str, Any], "ControlNet config"))
     variant = variant_in(path, what)
-    for file in weights_in(path, variant).files:
-        with opened(file, what) as stored:
-            refuse_whole_weights(what, stored)
+    for file in component_weights(path, variant).files:
+        with open_tensors(file, what) as stored:
+            check_stored_floats(what, stored)
     return _loaded(kind, str(path), what, variant=variant)
 
 
@@ -110,8 +116,8 @@ def variant_in(folder: Path, what: str) -> str | None:
     Raises:
         WadiError: if there are only pickles, or several variants and no plain copy.
     """
-    names = names_in(folder)
-    found = copies(names)
+    names = file_names(folder)
+    found = weight_copies(names)
     if None in found:
         return None
     if len(found) == 1:
@@ -119,18 +125,18 @@ def variant_in(folder: Path, what: str) -> str | None:
     if found:
         there = ", ".join(sorted(str(variant) for variant in found))
         raise WadiError(f"{what} has several variants of its weights: {there}. Keep one of them in the folder.")
-    if pickled := [name for name in names if name.endswith(PICKLES)]:
-        raise WadiError(f"{what} has its weights only as {pickled[0]}. {UNPICKLE}")
+    if pickled := [name for name in names if name.endswith(PICKLE_SUFFIXES)]:
+        raise WadiError(f"{what} has its weights only as {pickled[0]}. {PICKLE_REMEDY}")
     raise WadiError(f"{what} has no weights: {DIFFUSERS}.safetensors is missing in its folder. Download or save it again.")
 
 
 def _from_file(path: Path, what: str) -> Any:
-    if path.suffix.lower() in PICKLES:
+    if path.suffix.lower() in PICKLE_SUFFIXES:
         raise WadiError(
-            f"{what} is a pickle ({path.suffix}). {UNPICKLE} Or use the folder of a ControlNet in diffusers' format."
+            f"{what} is a pickle ({path.suffix}). {PICKLE_REMEDY} Or use the folder of a ControlNet in diffusers' format."
         )
-    with opened(path, what) as stored:
-        refuse_whole_weights(what, stored)
+    with open_tensors(path, what) as stored:
+        check_stored_floats(what, stored)
     tensors, _ = read_tensors(path, "Control")
     if any(_ORIGINAL.search(name) for name in tensors):
         raise WadiError(
@@ -147,12 +153,8 @@ def _from_file(path: Path, what: str) -> Any:
     kind = _class(read_json(beside, dict[str, Any], "ControlNet config"))
     model = kind.from_config(kind.load_config(str(path.parent)))
     own = model.state_dict()
-    refuse_missing(what, own.keys() - tensors.keys())
-    if unknown := tensors.keys() - own.keys():
-        raise WadiError(
-            f"{what} has {len(unknown)} tensors that its config.json has no place for: {listed(unknown)}. Use its own."
-        )
-    if reshaped := [name for name, value in own.items() if value.shape != tensors[name].shape]:
-        raise WadiError(f"{what} has {len(reshaped)} tensors of another shape than its config.json says: {listed(reshaped)}.")
+    check_none_missing(what, own.keys() - tensors.keys())
+    if differences := tensor_differences(shapes(own), shapes(tensors)):
+        raise WadiError(f"{what} does not fit its config.json: tensors {differences}. Use the config.json that belongs to it.")
     model.load_state_dict(tensors)
     return model.eval()

@@ -22,13 +22,13 @@ from typing import Any
 from PIL import Image
 
 from wadi.backbones import from_pipeline
-from wadi.backbones.loading import register_family
+from wadi.backbones.registry import register_family
 from wadi.errors import WadiError
 from wadi.extras.control.conditions import as_rgb, finished, fitted
 from wadi.extras.control.fit import refuse_misfit
 from wadi.extras.control.load import is_image_prompt, load_control
 from wadi.io.images import open_image
-from wadi.io.progress import without_remarks
+from wadi.io.quiet import errors_only
 
 __all__ = ["arguments_of_several", "control_arguments", "is_image_prompt", "load_control", "with_control", "with_controls"]
 
@@ -160,7 +160,7 @@ def _switched(pipeline: Any, name: str, argument: str, model: Any) -> Any:
     given: dict[str, Any] = {}
     if "requires_safety_checker" in inspect.signature(new_class.__init__).parameters:
         given["requires_safety_checker"] = False
-    with without_remarks("diffusers"):  # it remarks on every cast, also to the dtype that is there already
+    with errors_only("diffusers"):  # it remarks on every cast, also to the dtype that is there already
         given[argument] = model.to(device=backbone.device, dtype=pipeline.dtype).eval()
         made = new_class.from_pipe(pipeline, dtype=pipeline.dtype, **given)  # float32 unless told
     made.set_progress_bar_config(disable=True)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,13 +30,12 @@ from torch import Tensor, nn
 
 from wadi.backbones import Backbone, Condition, from_pipeline
 from wadi.backbones.digest import loaded_digest, tensors_digest
-from wadi.diffusion import autoencoder
 from wadi.diffusion.schedulers import timestep_of
 from wadi.distill.checkpoints import fingerprint
 from wadi.distill.objectives.denoise import denoising_loss
 from wadi.distill.run_folder import stop_on_signals
 from wadi.distill.schedules import cosine, rise
-from wadi.errors import WadiError
+from wadi.errors import WadiError, first_line
 from wadi.extras.control.conditions import soft_edges
 from wadi.extras.control.data import Pictures, chosen_prompts, draw_pictures, load, save, stored
 from wadi.extras.control.fit import refuse_misfit
@@ -116,10 +114,9 @@ def student_x0(
 
 def edge_loss(backbone: Backbone, x0: Tensor, target: Tensor) -> Tensor:
     """Mean absolute difference of the soft edge maps of two batches of latents, decoded."""
-    decode, vae = inspect.unwrap(autoencoder.decode), backbone.pipeline.vae  # as the backbone decodes, without its no_grad
     with torch.no_grad():
-        wanted = soft_edges(decode(vae, target))
-    return (soft_edges(decode(vae, x0)) - wanted).abs().mean()
+        target_edges = soft_edges(backbone.decode_with_gradient(target))
+    return (soft_edges(backbone.decode_with_gradient(x0)) - target_edges).abs().mean()
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------------
@@ -339,5 +336,5 @@ class _Run:
             self.step = int(about["step"])
             self.controlnet.load_state_dict(weights)
         except (KeyError, ValueError, RuntimeError) as error:
-            raise WadiError(f"{str(path)!r} is damaged ({str(error).splitlines()[0]}). Delete it to start anew.") from error
+            raise WadiError(f"{str(path)!r} is damaged ({first_line(error)}). Delete it to start anew.") from error
         restore_moments(self.optimizer, tensors, "adam.")

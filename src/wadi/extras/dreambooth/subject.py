@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wadi.errors import WadiError
 from wadi.io.images import HEIC, SUFFIXES, read_image
-from wadi.io.regular import is_dir, shown, unreadable
+from wadi.io.regular import is_dir, quoted, read_error
 
 
 def image_paths(folder: Path) -> list[Path]:
@@ -20,17 +20,18 @@ def image_paths(folder: Path) -> list[Path]:
         WadiError: if the folder is missing, cannot be read, has no image, or has a HEIC image, as phones write them.
     """
     if not is_dir(folder):
-        raise WadiError(f"The subject {shown(folder)} is not a folder. Give a folder with a few images of one subject.")
+        raise WadiError(f"The subject {quoted(folder)} is not a folder. Give a folder with a few images of one subject.")
     try:
         files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
-        raise unreadable(folder, error, "Subject's folder") from error
+        raise read_error(folder, error, "Subject's folder") from error
     if heic := next((path for path in files if path.suffix.lower() in HEIC), None):
-        raise WadiError(f"The subject's image {shown(heic)} is HEIC, which is not read. Convert it to JPEG, or take it out.")
+        raise WadiError(f"The subject's image {quoted(heic)} is HEIC, which is not read. Convert it to JPEG, or take it out.")
     images = [path for path in files if path.suffix.lower() in SUFFIXES]
     if not images:
         raise WadiError(
-            f"The subject's folder {shown(folder)} has no image. Put a few there, with names that end in {', '.join(SUFFIXES)}."
+            f"The subject's folder {quoted(folder)} has no image. Put a few there, with names that end in "
+            f"{', '.join(SUFFIXES)}."
         )
     return images
 

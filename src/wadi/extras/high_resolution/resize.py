@@ -116,6 +116,6 @@ def _controls(pipeline: Any) -> list[Any]:
 
 
 def _tokens(pipeline: Any, resolution: tuple[int, int]) -> tuple[int, int]:
-    patch = 2 if type(pipeline.transformer).__name__.startswith("Flux") else int(pipeline.transformer.config.patch_size)
-    height, width = (side // (int(pipeline.vae_scale_factor) * patch) for side in resolution)
+    backbone = from_pipeline(pipeline)
+    height, width = (side // (backbone.scale * backbone.patch) for side in resolution)
     return height, width

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from wadi.errors import WadiError
 from wadi.extras.lora.other_formats import MERGE
-from wadi.io.weights import listed
+from wadi.io.weight_checks import first_names
 
 LORA, LOHA, LOKR = ("down", "up"), ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), ("lokr_w1", "lokr_w2")
 NOT_MATRICES = ("alpha", "dora_scale", "lora_magnitude_vector", "up_bias", "down_bias")
@@ -81,7 +81,8 @@ def check_complete(entry: Entry) -> None:
     )
     if not complete:
         raise WadiError(
-            f"The LoRA is incomplete: of layer {entry.module!r} it has only {listed(list(entry.keys.values()))}. Save it again."
+            f"The LoRA is incomplete: of layer {entry.module!r} it has only {first_names(list(entry.keys.values()))}. Save it "
+            "again."
         )
     for name, tensor in entry.tensors.items():
         if name in NOT_MATRICES:

@@ -7,7 +7,7 @@ from pathlib import Path
 from wadi.errors import WadiError
 from wadi.extras.lora.file import LORA_FILE, PEFT_CONFIG, PEFT_FILE, read_peft_type
 from wadi.extras.lora.other_formats import MERGE
-from wadi.io.tensors import PICKLES, UNPICKLE
+from wadi.io.tensors import PICKLE_REMEDY, PICKLE_SUFFIXES
 
 PEFT_TYPES = ("LORA", "LOHA", "LOKR")
 
@@ -24,7 +24,9 @@ def locate_lora(file: str | Path) -> Path:
     if not path.is_file():
         raise WadiError(f"LoRA {str(path)!r} does not exist. Give a .safetensors file or an adapter's folder.")
     if path.suffix.lower() != ".safetensors":
-        raise WadiError(f"LoRA {str(path)!r} is not a .safetensors file. {UNPICKLE if path.suffix in PICKLES else ''}".rstrip())
+        raise WadiError(
+            f"LoRA {str(path)!r} is not a .safetensors file. {PICKLE_REMEDY if path.suffix in PICKLE_SUFFIXES else ''}".rstrip()
+        )
     return path
 
 
@@ -45,8 +47,8 @@ def _locate_in_folder(folder: Path) -> Path:
         return folder / PEFT_FILE if (folder / PEFT_FILE).is_file() else files[0]
     if files:
         raise WadiError(f"{str(folder)!r} contains {len(files)} .safetensors files. Name one of them, such as {files[0].name}.")
-    if pickles := [file.name for file in sorted(folder.iterdir()) if file.suffix in PICKLES]:
-        raise WadiError(f"{str(folder)!r} contains its adapter only as {pickles[0]}. {UNPICKLE}")
+    if pickles := [file.name for file in sorted(folder.iterdir()) if file.suffix in PICKLE_SUFFIXES]:
+        raise WadiError(f"{str(folder)!r} contains its adapter only as {pickles[0]}. {PICKLE_REMEDY}")
     raise WadiError(
         f"{str(folder)!r} contains no adapter. Give a folder with {LORA_FILE} or {PEFT_FILE}, or the file of the LoRA itself."
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wadi.extras.lora.entries import group_by_layer
-from wadi.io.weights import quiet
+from wadi.io.quiet import errors_only
 from wadi.lorad.stored import PEFT_PREFIX
 
 Place = tuple[str, str]  # (part of the pipeline, layer in it)
@@ -102,7 +102,7 @@ def _name_from_checkpoint(pipeline: Any, module: str) -> str:
     # diffusers' converter renames the tensors of a LoRA. Zeros of one number serve for LoHa and LoKr too.
     stand_ins = {f"{underscored}.{side}.weight": torch.zeros(1, 1) for side in ("lora_down", "lora_up")}
     try:
-        with quiet():
+        with errors_only():
             renamed, _ = pipeline.lora_state_dict(stand_ins, unet_config=unet.config)
         (entry,), _ = group_by_layer(renamed)
     except Exception:  # the converter raises errors of many types on a name that it does not know
@@ -123,6 +123,6 @@ def convert_names(pipeline: Any, tensors: Mapping[str, Tensor]) -> dict[str, Ten
             side = {"lora_A": "lora_down", "lora_B": "lora_up"}.get(match[2], match[2])
             key = f"lora_unet_{match[1].replace('.', '_')}.{side}{match[3] or ''}"
         renamed[key] = tensor
-    with quiet():
+    with errors_only():
         converted = pipeline.lora_state_dict(renamed)
     return dict(converted[0] if isinstance(converted, tuple) else converted)

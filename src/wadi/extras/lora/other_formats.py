@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from wadi.errors import WadiError
-from wadi.io.weights import listed
+from wadi.io.weight_checks import first_names
 from wadi.lorad.stored import is_factor
 
 MERGE = "Merge it into the teacher with the tool that trained it, and use the merged model."
@@ -42,7 +42,7 @@ def check_known_keys(path: Path, unknown_keys: list[str], total: int) -> None:
     if unknown_keys:
         raise WadiError(
             f"LoRA {str(path)!r} has {len(unknown_keys)} of {total} keys that fit no layer and no format known here: "
-            f"{listed(unknown_keys)}. Supported are LoRA (with Tucker decomposition, DoRA), LoHa and LoKr."
+            f"{first_names(unknown_keys)}. Supported are LoRA (with Tucker decomposition, DoRA), LoHa and LoKr."
         )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from wadi import roles
 from wadi.backbones import from_pipeline
-from wadi.errors import WadiError
+from wadi.errors import WadiError, first_line
 from wadi.extras.lora import ADAPTER_NAME
 
 
@@ -33,7 +33,7 @@ def attach_lora(network: nn.Module, rank: int, target_modules: str) -> list[nn.P
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=exact), network, adapter_name=ADAPTER_NAME)
     except ValueError as error:
         raise WadiError(
-            f"The LoRA could not be attached: {_first_line(error)}. target_modules is {target_modules!r:.300}. Give a regular "
+            f"The LoRA could not be attached: {first_line(error)}. target_modules is {target_modules!r:.300}. Give a regular "
             "expression that matches whole names of Linear or Conv2d layers."
         ) from error
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -56,7 +56,3 @@ def write_lora(pipeline: Any, folder: Path) -> None:
     tensors = get_peft_model_state_dict(getattr(pipeline, component), adapter_name=ADAPTER_NAME)
     layers = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     type(pipeline).save_lora_weights(folder, **{f"{component}_lora_layers": layers})
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:300]

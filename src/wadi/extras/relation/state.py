@@ -16,7 +16,7 @@ from wadi.errors import WadiError
 from wadi.io.files import write_whole
 from wadi.io.moments import moments_of, restore_moments
 from wadi.io.records import Count, Record, parse_json
-from wadi.io.regular import regular
+from wadi.io.regular import require_file
 
 MOMENTS = {"exp_avg": "m", "exp_avg_sq": "v"}  # Adam's names, and those in the file
 
@@ -79,7 +79,7 @@ def resume(out: Path, state: State, job: str, networks: Sequence[str]) -> None:
         return
     advice = f"Expected the same command as before; to begin anew, delete {str(path)!r}."
     try:
-        with safe_open(regular(path), framework="pt") as file:
+        with safe_open(require_file(path), framework="pt") as file:
             text = (file.metadata() or {})["note"]
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, KeyError) as error:

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wadi.backbones.pooling import pool_at_end_token
+from wadi.backbones.clip_pooling import pool_at_end_token
 from wadi.errors import WadiError
 from wadi.io.files import write_whole
-from wadi.io.progress import without_remarks
-from wadi.io.tensors import PICKLES, read_tensors
-from wadi.io.weights import listed
+from wadi.io.quiet import errors_only
+from wadi.io.tensors import PICKLE_SUFFIXES, read_tensors
+from wadi.io.weight_checks import first_names
 
 KEYS = ("clip_l", "clip_g")  # of a file for two encoders
 NAMELESS = ("emb_params", "*")  # keys that name no token; A1111 calls it as the file
@@ -156,7 +156,7 @@ def insert(pipeline: Any, token: str, rows: Sequence[Tensor]) -> None:
             f"at most "
             f"{longest}, which is what a prompt can hold."
         )
-    with without_remarks("transformers"):  # it remarks that a table grew, at every new token
+    with errors_only("transformers"):  # it remarks that a table grew, at every new token
         for tower, row in zip(found, rows, strict=True):
             pipeline.load_textual_inversion(row, token=token, tokenizer=tower.tokenizer, text_encoder=tower.encoder)
             pool_at_end_token(tower.tokenizer, tower.encoder)
@@ -203,7 +203,7 @@ def read_token(path: Path) -> tuple[str | None, list[Tensor]]:
     Raises:
         WadiError: if it is something else, a pickle, or has NaN or infinite values.
     """
-    if path.suffix.lower() in PICKLES and path.is_file():
+    if path.suffix.lower() in PICKLE_SUFFIXES and path.is_file():
         raise WadiError(
             f"Token {str(path)!r} is a pickle, which can run code when it is read, and is never loaded. Where you trust the "
             f"file, convert it: {CONVERT}"
@@ -216,8 +216,8 @@ def read_token(path: Path) -> tuple[str | None, list[Tensor]]:
         rows, token = [tensors[key] for key in KEYS if key in tensors], header.get("token")
     if not rows or len(rows) != len(tensors):
         raise WadiError(
-            f"{str(path)!r} holds {listed(list(tensors)) or 'nothing'}: no textual inversion. Expected one tensor named as its "
-            f"token, {NAMELESS[0]}, or {' and '.join(KEYS)}."
+            f"{str(path)!r} holds {first_names(list(tensors)) or 'nothing'}: no textual inversion. Expected one tensor named "
+            f"as its token, {NAMELESS[0]}, or {' and '.join(KEYS)}."
         )
     for name, row in tensors.items():
         if row.ndim not in (1, 2) or not row.numel() or not row.is_floating_point():

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 import json
 import time
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wadi.backbones import Backbone, Condition, from_pipeline, refuse_distilled
+from wadi.backbones import Backbone, Condition, check_not_distilled, from_pipeline
 from wadi.backbones.digest import tensors_digest
 from wadi.distill.checkpoints import fingerprint
 from wadi.distill.objectives.denoise import denoising_loss
@@ -46,7 +45,7 @@ from wadi.extras.relation.token import (
     towers,
     write_token,
 )
-from wadi.io import bounds, files
+from wadi.io import bounds, outputs
 from wadi.io.progress import progress
 
 __all__ = ["InversionConfig", "Learned", "add_token", "encode", "invert_relation", "read_token"]
@@ -122,7 +121,7 @@ def invert_relation(
     init = first_word(pipeline, ("and", *PREPOSITIONS)) if init is None else init
     rows = first_rows(pipeline, init)
     backbone = from_pipeline(pipeline)
-    refuse_distilled(pipeline, backbone.network)
+    check_not_distilled(pipeline, backbone.network)
     if backbone.network.dtype == torch.float16:
         raise WadiError("The teacher is in float16, in which gradients vanish. Expected float32 or bfloat16.")
     found = read_exemplars(exemplars, token, backbone.resolution)
@@ -150,8 +149,8 @@ def invert_relation(
 
 def check_out(out: Path) -> None:
     """Raise `WadiError` unless a new file can be written at ``out``, and its name ends in .safetensors."""
-    files.check_out(out, folder=False)
-    files.check_writable(out, (".safetensors",))
+    outputs.check_out(out, folder=False)
+    outputs.check_writable(out, (".safetensors",))
 
 
 def _check_length(pipeline: Any, token: str, exemplars: Exemplars) -> None:
@@ -177,8 +176,7 @@ def _job(config: InversionConfig, token: str, exemplars: Exemplars, x0: Tensor, 
 
 def encode(backbone: Backbone, prompts: Sequence[str]) -> Condition:
     """What ``backbone.encode`` makes of the prompts, with the gradient that it leaves out: the same code without its guard."""
-    condition: Condition = inspect.unwrap(type(backbone).encode)(backbone, prompts)
-    return condition
+    return backbone.encode_with_gradient(prompts)
 
 
 def nearest(tower: Tower, row: Tensor, token: str, count: int = 5) -> list[str]:

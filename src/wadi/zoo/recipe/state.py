@@ -15,7 +15,7 @@ from wadi.errors import WadiError
 from wadi.io.files import write_whole
 from wadi.io.moments import moments_of, restore_moments
 from wadi.io.records import parse_json
-from wadi.io.regular import regular
+from wadi.io.regular import require_file
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], note: dict[str, Any] | None = None) -> None:
@@ -33,7 +33,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise WadiError(f"{path} does not exist; run the earlier stages of the recipe first")
     try:
-        with safe_open(regular(path), framework="pt") as file:
+        with safe_open(require_file(path), framework="pt") as file:
             text = (file.metadata() or {}).get("note", "{}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:

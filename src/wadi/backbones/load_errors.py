@@ -1,4 +1,4 @@
-"""Whatever a library raises while a pipeline is loaded, as one line that says what failed and what to do."""
+"""Turn the errors that libraries raise while a pipeline is loaded or runs into one line: what failed, and what to do."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ from pathlib import Path
 
 import torch
 
-from wadi.errors import WadiError
+from wadi.errors import WadiError, first_line
+from wadi.io.quiet import errors_only
 from wadi.io.regular import exists
-from wadi.io.weights import opened, quiet
+from wadi.io.tensors import open_tensors
 from wadi.parallel.device import out_of_memory
 
 
 @contextmanager
-def loading(
+def explain_load_errors(
     path: object,
     part: str = "",
     files: Sequence[Path] = (),
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Iterator[None]:
-    """Turn what a library raises within the block into one `WadiError` about the pipeline ``path``.
+    """Turn any error within the block into a `WadiError` about the pipeline ``path``. Library messages are turned off.
 
     Args:
-        part: what of it is loaded, such as ``"unet/config.json"``.
+        part: the part of the pipeline that is loaded, such as ``"unet/config.json"``.
         files, dtype, device: safetensors files, and how they are loaded, for the message when memory runs out.
     """
     try:
-        with quiet():
+        with errors_only():
             yield
     except WadiError:
         raise
@@ -43,19 +44,19 @@ def loading(
                 "again with save_pretrained()."
             ) from error
         raise WadiError(
-            f"{subject} could not be loaded. The Hub could not deliver it: {first_line(error)}. Check the id, the network and, "
-            "for a gated model, `hf auth login`; or give a local folder."
+            f"{subject} could not be downloaded from the Hub: {first_line(error)}. Check the id, the network and, for a gated "
+            "model, `hf auth login`; or give a local folder."
         ) from error
 
 
 @contextmanager
-def moving(path: object, files: Sequence[Path], dtype: torch.dtype, device: str | torch.device) -> Iterator[None]:
+def explain_move_errors(path: object, files: Sequence[Path], dtype: torch.dtype, device: str | torch.device) -> Iterator[None]:
     """Raise `WadiError` if memory runs out within the block, which moves the pipeline ``path`` to ``device``.
 
-    Anything else passes through: a driver that fails says nothing about the files.
+    Other errors pass through: a failing driver has nothing to do with the files.
 
     Args:
-        files, dtype, device: see `loading`.
+        files, dtype, device: see `explain_load_errors`.
     """
     try:
         yield
@@ -66,13 +67,13 @@ def moving(path: object, files: Sequence[Path], dtype: torch.dtype, device: str 
 
 
 @contextmanager
-def running(what: str) -> Iterator[None]:
-    """Turn what a library raises within the block, while models of files compute, into one `WadiError`.
+def explain_run_errors(what: str) -> Iterator[None]:
+    """Turn errors within the block, in which loaded models compute, into a `WadiError`.
 
     Many values of a config are first used there. Running out of memory passes through.
 
     Args:
-        what: what could not be done, as ``"Pipeline X cannot generate"``.
+        what: what could not be done, such as ``"Pipeline X cannot generate"``.
     """
     try:
         yield
@@ -88,16 +89,12 @@ def running(what: str) -> Iterator[None]:
 
 
 def bytes_in(files: Sequence[Path], dtype: torch.dtype) -> int:
-    """Return the bytes that the floating-point tensors of safetensors files need in ``dtype``, by their headers."""
+    """Return the bytes that the tensors of safetensors files need in ``dtype``, from the headers of the files."""
     values = 0
     for file in files:
-        with opened(file) as stored:
-            values += sum(_count(stored.get_slice(name).get_shape()) for name in stored.keys())  # noqa: SIM118
+        with open_tensors(file) as stored:
+            values += sum(torch.Size(stored.get_slice(name).get_shape()).numel() for name in stored.keys())  # noqa: SIM118
     return values * dtype.itemsize
-
-
-def _count(shape: Sequence[int]) -> int:
-    return int(torch.Size(shape).numel())
 
 
 def _too_large(path: object, files: Sequence[Path], dtype: torch.dtype, device: str | torch.device) -> str:
@@ -107,10 +104,5 @@ def _too_large(path: object, files: Sequence[Path], dtype: torch.dtype, device: 
     half = f" in bfloat16 ({needed / dtype.itemsize * 2 / 2**30:.1f} GiB)" if needed and dtype.itemsize > 2 else ""
     return (
         f"Memory on {device} ran out while the teacher {str(path)!r} was loaded.{size} Load it{half or ' where more is free'}: "
-        "see --dtype and --device; `wadi plan --teacher` prints what training needs."
+        "see --dtype and --device; `wadi plan --teacher` prints how much memory training needs."
     )
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, at most 300 characters, without the final stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:300]

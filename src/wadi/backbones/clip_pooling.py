@@ -1,22 +1,22 @@
-"""Where CLIP's pooled embedding is taken: at the end token, also when the vocabulary has grown.
+"""Take CLIP's pooled embedding at the end token, also after new tokens were added to the vocabulary.
 
-Published text encoders (SDXL's second one, for instance) say ``eos_token_id: 2``, which is wrong. `transformers` then pools at
-the largest id of the prompt. That is the end token of the original vocabulary, but a learned token has a larger id and would be
-pooled instead, so that the words after it did not enter the pooled embedding.
+The configs of published text encoders (such as SDXL's second one) have ``eos_token_id: 2``, which is wrong. For this value
+`transformers` pools at the largest token id of the prompt. In the original vocabulary that is the end token. But a learned
+token has a larger id: the encoder would pool there, and the pooled embedding would not include the words after it.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-LEGACY = 2  # the value of `eos_token_id` with which transformers pools at the largest id
+LEGACY = 2  # the `eos_token_id` for which transformers pools at the largest id
 
 
 def pool_at_end_token(tokenizer: Any, encoder: Any) -> None:
-    """Correct ``eos_token_id`` of a CLIP text encoder whose vocabulary has more tokens than CLIP's own; in place.
+    """Correct, in place, the ``eos_token_id`` of a CLIP text encoder whose vocabulary has more tokens than CLIP's own.
 
     Prompts without new tokens have the same embeddings before and after, bit for bit: their end token is their largest id.
-    ``save_pretrained`` keeps the correction. Any other encoder is left as it is.
+    ``save_pretrained`` saves the correction. Other encoders are not changed.
     """
     end = getattr(tokenizer, "eos_token_id", None)
     config: Any = getattr(encoder, "config", None)
@@ -30,6 +30,6 @@ def pool_at_end_token(tokenizer: Any, encoder: Any) -> None:
 
 
 def pool_pipeline_at_end_token(pipeline: Any) -> None:
-    """`pool_at_end_token` for each text encoder of a pipeline that has its tokenizer."""
+    """Apply `pool_at_end_token` to each text encoder of a pipeline that has its tokenizer."""
     for suffix in ("", "_2", "_3"):
         pool_at_end_token(getattr(pipeline, f"tokenizer{suffix}", None), getattr(pipeline, f"text_encoder{suffix}", None))
