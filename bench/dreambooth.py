@@ -37,7 +37,8 @@ from wadi.distill.presets import ZOO_PROMPTS
 from wadi.extras.dreambooth.subject import read_subject
 from wadi.extras.lora.apply import apply_lora
 from wadi.io import grids
-from wadi.pipelines.generate import draw, load
+from wadi.pipelines.generate import Sampling, generate_images
+from wadi.pipelines.load import load
 from wadi.zoo import COLOURS, caption, eval_prompts, load_classifier
 from wadi.zoo.paths import embedded_path
 
@@ -130,7 +131,7 @@ def pipeline_of(row: Row, folder: Path | None) -> Any:
 def pictures(pipeline: Any, model: str, prompts: Sequence[str], seed: int, steps: int = JUDGED_STEPS) -> Tensor:
     """``(N, 3, 64, 64)`` in [0, 1]; ``steps`` are a teacher's."""
     steps, guidance = (steps, GUIDANCE) if model == "teacher" else (1, None)
-    drawn = draw(pipeline, prompts, range(seed, seed + len(prompts)), steps, guidance, batch=32).pictures
+    drawn = generate_images(pipeline, prompts, range(seed, seed + len(prompts)), Sampling(steps, guidance, batch=32)).images
     return (
         torch.stack([torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).view(64, 64, 3) for p in drawn]).permute(
             0, 3, 1, 2
@@ -237,10 +238,10 @@ def latency(model: str, count: int) -> float:
     """Median milliseconds of one picture at a time, decoding included."""
     pipeline, times = pipeline_of(Row("", model), None), []
     steps, guidance = (STEPS, GUIDANCE) if model == "teacher" else (1, None)
-    draw(pipeline, ["red apple"], [0], 1)
+    generate_images(pipeline, ["red apple"], [0], Sampling(1))
     for seed in range(count):
         start = time.perf_counter()
-        draw(pipeline, ["red apple"], [seed], steps, guidance)
+        generate_images(pipeline, ["red apple"], [seed], Sampling(steps, guidance))
         times.append(1000 * (time.perf_counter() - start))
     return statistics.median(times)
 

@@ -9,24 +9,25 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import wadi.pipelines.generate
+import wadi
 from wadi.extras.control.conditions import canny
 from wadi.extras.control.pipeline import control_arguments, with_control
 from wadi.io import grids
+from wadi.pipelines.generate import Sampling, generate_images
 
 STRENGTHS = (0.0, 0.5, 1.0, 1.5)
 PROMPTS = ["red apple, on a white background", "pizza, on a blue background", "basketball, on a green background"]
 
 
 def main(out: Path) -> None:
-    student = wadi.pipelines.generate.load()  # an ordinary StableDiffusionPipeline that draws in one step
-    source = wadi.pipelines.generate.draw(student, ["tomato, on a grey background"], [3]).pictures[0]
+    student = wadi.load()  # an ordinary StableDiffusionPipeline that draws in one step
+    source = generate_images(student, ["tomato, on a grey background"], [3]).images[0]
     edges = canny(source)
     pipeline = with_control(student, "zoo")  # an ordinary StableDiffusionControlNetPipeline
     rows = []
     for strength in STRENGTHS:
         more = control_arguments(pipeline, edges, strength)
-        rows.append(wadi.pipelines.generate.draw(pipeline, PROMPTS, [11, 12, 13], call=more).pictures)
+        rows.append(generate_images(pipeline, PROMPTS, [11, 12, 13], Sampling(call=more)).images)
     labels = [f"strength {strength:g}" for strength in STRENGTHS]
     grids.save_png(grids.compose_grid([[source, edges, edges], *rows], ["source, edges", *labels], PROMPTS, 2), out)
     print(out)

@@ -19,7 +19,8 @@ from wadi.extras.dreambooth.subject import read_subject
 from wadi.extras.dreambooth.training import train_subject
 from wadi.extras.lora.apply import apply_lora
 from wadi.io.grids import compose_grid, save_png
-from wadi.pipelines.generate import draw, load
+from wadi.pipelines.generate import generate_images
+from wadi.pipelines.load import load
 
 SUBJECT = Path(__file__).parent / "subject" / "green-apple"
 OUT = Path("runs/green-apple")
@@ -37,9 +38,9 @@ def main() -> None:
 
     student = load()  # an ordinary pipeline that generates in one step
     prompts = ["sks apple", "sks apple, on a purple background", "sks apple, on a red background", "red apple", "pizza"]
-    before = draw(student, prompts, range(5)).pictures
+    before = generate_images(student, prompts, range(5)).images
     apply_lora(student, OUT)  # the student's weights now include the subject
-    after = draw(student, prompts, range(5)).pictures
+    after = generate_images(student, prompts, range(5)).images
     labels = ["the subject", "student\nbefore", "student\nafter"]
     save_png(compose_grid([images[:5], before, after], labels, prompts, scale=2), OUT.with_suffix(".png"))
 

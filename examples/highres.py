@@ -26,7 +26,7 @@ from report import SEED_STEP, machine, rewrite, row, small, tensor
 from wadi import zoo
 from wadi.extras.high_resolution.resize import enlarged, resize
 from wadi.io import grids
-from wadi.pipelines import generate
+from wadi.pipelines import generate, load
 
 NATIVE = (64, 64)
 SQUARE, WIDE = (128, 128), (128, 224)
@@ -61,10 +61,10 @@ def ways(pipeline: object, size: tuple[int, int]) -> dict[str, Way]:
     }
 
 
-def drawn(pipeline: object, way: Way, prompts: Sequence[str], seeds: Sequence[int], batch: int = 16) -> generate.Drawn:
+def drawn(pipeline: object, way: Way, prompts: Sequence[str], seeds: Sequence[int], batch: int = 16) -> generate.Generated:
     """Pictures, and milliseconds of each."""
     with way():
-        return generate.draw(pipeline, prompts, seeds, batch=batch)
+        return generate.generate_images(pipeline, prompts, seeds, generate.Sampling(batch=batch))
 
 
 def windows(x: Tensor, side: int, step: int) -> Tensor:
@@ -130,15 +130,15 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=Path("docs/images/highres.png"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    pipeline, judge = generate.load(args.run), zoo.load_classifier()
+    pipeline, judge = load.load(args.run), zoo.load_classifier()
     rows = zoo.eval_prompts()[: 2 * args.count : 2]
     head = "| named | small copies | objects | ms |"
     table, sheets = [f"| drawn in one step {head}", "|---|---|---|---|---|"], []
 
-    def stretched(prompts: Sequence[str], seeds: Sequence[int], batch: int = 16) -> generate.Drawn:
+    def stretched(prompts: Sequence[str], seeds: Sequence[int], batch: int = 16) -> generate.Generated:
         one = drawn(pipeline, nullcontext, prompts, seeds, batch)
         larger = [picture.resize(SQUARE[::-1], Image.Resampling.BICUBIC) for picture in one.pictures]
-        return generate.Drawn(larger, one.ms_per_image)
+        return generate.Generated(larger, one.ms_per_image)
 
     table.append(row("64 x 64, enlarged to 128 x 128 (what is right)", measured(judge, rows, args.sets, stretched)))
     shown = {"64 x 64,\nenlarged": stretched(SHOWN, range(len(SHOWN))).pictures}
@@ -151,12 +151,12 @@ def main() -> None:
             shown[label.replace(", ", ",\n")] = drawn(pipeline, way, SHOWN, range(len(SHOWN))).pictures
         sheets.append(grids.compose_grid(list(shown.values()), list(shown), SHOWN))
         shown = {}
-    slow = generate.teacher_of(args.run)
+    slow = load.load_teacher_pipeline(args.run)
     resize(slow, SQUARE)
 
-    def many(prompts: Sequence[str], seeds: Sequence[int], batch: int = 16) -> generate.Drawn:
+    def many(prompts: Sequence[str], seeds: Sequence[int], batch: int = 16) -> generate.Generated:
         with enlarged(slow, NATIVE, SQUARE):
-            return generate.draw(slow, prompts, seeds, TEACHER_STEPS, TEACHER_GUIDANCE, batch)
+            return generate.generate_images(slow, prompts, seeds, generate.Sampling(TEACHER_STEPS, TEACHER_GUIDANCE, batch))
 
     name = f"128 x 128, re-dilated 2, deepest blocks, the teacher in {TEACHER_STEPS} steps (one set)"
     table.append(row(name, measured(judge, rows, 1, many)))

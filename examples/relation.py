@@ -38,7 +38,7 @@ from wadi.io.files import write_whole
 from wadi.io.grids import compose_grid, save_png, to_pil
 from wadi.io.images import read_image
 from wadi.parallel.device import keep_freed_memory
-from wadi.pipelines.generate import load, teacher_of
+from wadi.pipelines.load import load, load_teacher_pipeline
 from wadi.zoo import load_classifier, load_teacher
 from wadi.zoo.recipe.icons import load_sprites
 
@@ -196,7 +196,7 @@ def main() -> None:
         make(options.make)
     if options.make or options.learn:
         learn()
-    teacher, student = teacher_of(options.run), load(options.run)
+    teacher, student = load_teacher_pipeline(options.run), load(options.run)
     for pipeline in (teacher, student):
         for relation in RELATIONS:
             add_token(pipeline, FOLDER / f"{relation}.safetensors")

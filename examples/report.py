@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from wadi.io.markdown import write_between_markers
-from wadi.pipelines.generate import draw
+from wadi.pipelines.generate import Sampling, generate_images
 
 SEED_STEP = 10_000  # between the seeds of two repetitions
 TIMED = 20  # images that the time is the median of
@@ -27,7 +27,7 @@ Drawer = Callable[[Sequence[str], Sequence[int]], Tensor]
 
 def drawer(pipeline: Any, steps: int = 1, guidance: float | None = None) -> Drawer:
     """Return a pipeline as a function from prompts and seeds to images ``(B, 3, h, w)`` in [0, 1]."""
-    return lambda prompts, seeds: tensor(draw(pipeline, prompts, seeds, steps, guidance, batch=64).pictures)
+    return lambda prompts, seeds: tensor(generate_images(pipeline, prompts, seeds, Sampling(steps, guidance, batch=64)).images)
 
 
 def tensor(images: Sequence[Image.Image]) -> Tensor:

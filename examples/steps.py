@@ -33,7 +33,7 @@ from wadi.extras.image_to_image import image_tensor, start
 from wadi.extras.steps import schedule
 from wadi.io import grids, markdown
 from wadi.io.metric_names import metric_label
-from wadi.pipelines import generate
+from wadi.pipelines import generate, load
 
 STEPS = (1, 2, 4, 8)
 METRICS = ("fd-zoo", "top1")
@@ -48,21 +48,23 @@ class Student:
     """A one-step pipeline that also generates in several steps, or from an image. Each call sets its scheduler."""
 
     def __init__(self, run: str | None) -> None:
-        self.pipeline = generate.load(run)
+        self.pipeline = load.load(run)
         self.one_step_scheduler = self.pipeline.scheduler
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int], steps: int = 1, batch: int = 64) -> list[Image.Image]:
         """Generate images in ``steps`` steps."""
         several = schedule(self.one_step_scheduler, steps)
         self.pipeline.scheduler = several.scheduler
-        return generate.draw(self.pipeline, prompts, seeds, batch=batch, call=several.call).pictures
+        return generate.generate_images(self.pipeline, prompts, seeds, generate.Sampling(batch=batch, call=several.call)).images
 
     def redraw(self, image: Image.Image, prompt: str, seed: int, strength: float, steps: int = 1) -> Image.Image:
         """Generate ``image`` again under another prompt."""
         partial = schedule(self.one_step_scheduler, steps, strength)
         self.pipeline.scheduler = partial.scheduler
         begin = start(from_pipeline(self.pipeline), image_tensor(image, image.size[::-1]), partial)
-        return generate.draw(self.pipeline, [prompt], [seed], call=partial.call, start=begin).pictures[0]
+        return generate.generate_images(
+            self.pipeline, [prompt], [seed], generate.Sampling(call=partial.call, start=begin)
+        ).images[0]
 
 
 def steps_table(student: Student, args: argparse.Namespace) -> str:
@@ -81,7 +83,9 @@ def steps_table(student: Student, args: argparse.Namespace) -> str:
             metrics[plural(steps)] = quality.row(images).metrics | variety.row(student.draw(prompts, seeds, steps)).metrics
     pipeline = teacher.open()
     ways: dict[str, Callable] = {
-        teacher.name: lambda p, s: generate.draw(pipeline, p, s, args.teacher_steps, args.guidance_scale),
+        teacher.name: lambda p, s: generate.generate_images(
+            pipeline, p, s, generate.Sampling(args.teacher_steps, args.guidance_scale)
+        ),
         **{plural(steps): partial(student.draw, steps=steps) for steps in STEPS},
     }
     rows = []
@@ -146,10 +150,14 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=Path("docs/images/steps.png"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    student, judge, slow = Student(args.run), zoo.load_classifier(), generate.teacher_of(args.run)
+    student, judge, slow = Student(args.run), zoo.load_classifier(), load.load_teacher_pipeline(args.run)
 
     def teacher(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        return tensor(generate.draw(slow, prompts, seeds, args.teacher_steps, args.guidance_scale, batch=64).pictures)
+        return tensor(
+            generate.generate_images(
+                slow, prompts, seeds, generate.Sampling(args.teacher_steps, args.guidance_scale, batch=64)
+            ).images
+        )
 
     grids.save_png(small(sheet(student, teacher, args.teacher_steps)), args.picture)
     note = f"± is the standard deviation over {args.sets} sets of seeds. {machine()}"

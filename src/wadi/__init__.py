@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from wadi.distill.config import DistillConfig
     from wadi.distill.loop import distill
     from wadi.lorad import LoRaDConfig, LoRaDModel
-    from wadi.pipelines.generate import load
+    from wadi.pipelines.load import load
 
 __version__ = "0.1.0"
 
@@ -25,7 +25,7 @@ _HOMES = {
     "LoRaDConfig": "wadi.lorad",
     "LoRaDModel": "wadi.lorad",
     "distill": "wadi.distill.loop",
-    "load": "wadi.pipelines.generate",
+    "load": "wadi.pipelines.load",
 }
 __all__ = ["DistillConfig", "LoRaDConfig", "LoRaDModel", "WadiError", "distill", "load"]
 

@@ -222,7 +222,7 @@ def test_swap_eval_measures_student_and_hybrids_alike(finished_run, sd_folder, p
     out, page = tmp_path / "out", tmp_path / "page.md"
     page.write_text("before\n<!-- wadi analyze: begin -->old<!-- wadi analyze: end -->\nafter\n")
     command = [
-        "analyze", str(sd_folder), str(finished_run), "--out", str(out), "--swap-eval", "--by_kind",
+        "analyze", str(sd_folder), str(finished_run), "--out", str(out), "--swap-eval", "--by-kind",
         "--prompts", str(prompts_path), "--metrics", "fd-zoo", "--steps", "2", "--page", str(page),
         "--pictures", str(tmp_path / "pictures"),
     ]  # fmt: skip

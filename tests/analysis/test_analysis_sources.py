@@ -13,7 +13,7 @@ from wadi.analysis.sources import AdaptedNetwork, open_student, open_teacher
 from wadi.backbones.lazy_tensors import LazyTensors
 from wadi.distill.plan.memory import LiveBytes
 from wadi.lorad.rotation import Factor, pair_angles, rotate
-from wadi.pipelines import generate
+from wadi.pipelines import load
 
 
 def weights_of(pipeline):
@@ -38,7 +38,7 @@ def changed(sd_folder, tmp_path):
 
 
 def test_a_run_its_adapter_its_export_and_its_state_dict_are_one_student(finished_run, sd_folder, tmp_path):
-    pipeline = generate.load(finished_run)
+    pipeline = load.load(finished_run)
     pipeline.save_pretrained(tmp_path / "export")
     shutil.copy(tmp_path / "export" / "unet" / "diffusion_pytorch_model.safetensors", tmp_path / "plain.safetensors")
     forms = (finished_run, finished_run / "student", tmp_path / "export", tmp_path / "plain.safetensors")
@@ -59,7 +59,7 @@ def test_a_run_its_adapter_its_export_and_its_state_dict_are_one_student(finishe
 def test_an_adapter_is_applied_as_the_layers_do(finished_run, sd_folder):
     teacher = open_teacher(str(sd_folder))
     student = open_student(str(finished_run), teacher)
-    network = generate.load(finished_run).unet.state_dict()
+    network = load.load(finished_run).unet.state_dict()
     assert list(student) == list(teacher)
     for name in student:
         assert torch.equal(student[name], network[name])

@@ -20,7 +20,7 @@ from wadi.errors import WadiError
 from wadi.extras import steps
 from wadi.lorad import LoRaDConfig
 from wadi.lorad.rotation import rotate
-from wadi.pipelines import generate
+from wadi.pipelines import load
 
 
 @pytest.mark.parametrize("shape", [(6, 8), (5, 7), (4, 3, 3, 3)])
@@ -74,7 +74,7 @@ def students(folder_of, tmp_path_factory):
                 parameter.normal_(std=0.3)
         timestep = 700 if name == "sd1" else backbone.process.last_timestep
         roles.save(backbone.network, "student", folder / "adapter", extra={"timestep": timestep, "teacher": str(teacher)})
-        generate.load(adapter=folder / "adapter").save_pretrained(folder / "pipeline")
+        load.load(adapter=folder / "adapter").save_pretrained(folder / "pipeline")
         made[name] = teacher, folder / "pipeline", folder / "adapter", timestep
     return made
 
@@ -95,7 +95,7 @@ def test_what_lorad_made_is_found_again(students, name, tmp_path, capsys):
     assert about["timestep"] == timestep
     report = json.loads((out / "extraction.json").read_text())
     assert report["outside"] == []
-    again = generate.load(adapter=out)
+    again = load.load(adapter=out)
     network, original = from_pipeline(again).network, from_pipeline(load_pipeline(pipeline)).network
     for key, tensor in original.state_dict().items():
         torch.testing.assert_close(network.state_dict()[key], tensor, rtol=0, atol=1e-5)

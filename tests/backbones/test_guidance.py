@@ -15,7 +15,7 @@ from wadi.cli.main import main
 from wadi.distill.loop import distill
 from wadi.errors import WadiError
 from wadi.evaluate.generators import Source
-from wadi.pipelines.generate import draw
+from wadi.pipelines.generate import Sampling, generate_images
 
 
 def renormalised(mixture, conditional):
@@ -103,10 +103,10 @@ def received(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize(("given", "passes"), [((), 1), (("--guidance_scale", "2"), 2)])
+@pytest.mark.parametrize(("given", "passes"), [((), 1), (("--guidance-scale", "2"), 2)])
 def test_fluxs_network_gets_the_guidance_of_its_training_in_compare(flux_run, received, tmp_path, given, passes):
     out = str(tmp_path / "o.png")
-    assert main(["generate", "a", "--run", str(flux_run), "--compare", "--teacher_steps", "3", "--out", out, *given]) == 0
+    assert main(["generate", "a", "--run", str(flux_run), "--compare", "--teacher-steps", "3", "--out", out, *given]) == 0
     assert {scale for _, scales in received for scale in scales} == {3.5}
     assert len(received) == 2 + 3 * passes + 1  # warming up, the teacher, the student
 
@@ -118,7 +118,7 @@ def test_fluxs_network_gets_the_guidance_of_its_training_in_evaluation(flux_run,
     for scale, rows in ((1.0, 2), (2.0, 4)):
         teacher = source.many_steps(2, scale)
         received.clear()
-        draw(teacher.open(), PROMPTS, [0, 1], teacher.steps, teacher.guidance_scale)
+        generate_images(teacher.open(), PROMPTS, [0, 1], Sampling(teacher.steps, teacher.guidance_scale))
         assert sum(count for count, _ in received) == 2 * rows
         assert {tuple(scales) for _, scales in received} == {(3.5,)}
     assert source.many_steps(2, 2.0).key != source.many_steps(2, 3.0).key
@@ -143,7 +143,7 @@ def test_a_pipeline_that_no_family_serves_is_not_measured_at_a_guidance_of_its_o
     pipeline = load_pipeline(folder_of("flux"))
     pipeline.__class__ = type("Unknown", (type(pipeline),), {})
     with pytest.raises(WadiError, match="Unknown"):
-        draw(pipeline, ["a"], [0], 4, 3.0)
+        generate_images(pipeline, ["a"], [0], Sampling(4, 3.0))
 
 
 @pytest.mark.parametrize(("family", "scale"), [("flux", 1.0), ("sd1", 2.5)])
@@ -153,6 +153,6 @@ def test_the_teacher_of_analyze_has_its_familys_guidance(folder_of, tmp_path, mo
 
     monkeypatch.setattr(Source, "many_steps", noted)
     (tmp_path / "prompts.txt").write_text("a\nb\n")
-    options = ["--swap_eval", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out")]
+    options = ["--swap-eval", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out")]
     assert main(["analyze", str(folder_of(family)), str(folder_of(family)), *options]) == 2
     assert f"25 steps, guidance {scale}." in capsys.readouterr().err

@@ -14,7 +14,7 @@ from wadi.backbones import from_pipeline, load_pipeline
 from wadi.distill.config import DistillConfig, FakeConfig, StudentConfig
 from wadi.distill.loop import distill
 from wadi.distill.plan import plan
-from wadi.pipelines import generate
+from wadi.pipelines import generate, load
 
 
 def make(folder):
@@ -69,10 +69,10 @@ def test_it_is_planned_distilled_and_drawn_like_ours(family, tmp_path):
     )  # fmt: skip
     assert plan.plan(config, plan.architecture_of(str(teacher))).student.rank == 2
     run = distill(config)
-    student = generate.load(run)
-    drawn = generate.draw(student, ["red apple"], [5]).pictures[0]
+    student = load.load(run)
+    drawn = generate.generate_images(student, ["red apple"], [5]).images[0]
     assert drawn.size == (16, 24)
     student.save_pretrained(tmp_path / "exported")
     again = load_pipeline(tmp_path / "exported")
     assert from_pipeline(again).resolution == (24, 16)
-    assert list(generate.draw(again, ["red apple"], [5]).pictures[0].getdata()) == list(drawn.getdata())
+    assert list(generate.generate_images(again, ["red apple"], [5]).images[0].getdata()) == list(drawn.getdata())

@@ -1,4 +1,4 @@
-"""Input that was made to hurt ends in one line that names it: deep or endless YAML, patterns, wrong kinds of numbers, paths."""
+"""Hostile input ends in one line that names it: deep or endless YAML, slow patterns, wrong types of numbers, odd paths."""
 
 import errno
 import json
@@ -28,8 +28,8 @@ ENDLESS = r"(\w|\w\w|\.|\w\.)+[#!]"
 
 
 @pytest.fixture
-def refused(capsys):
-    """``refused(*argv)`` runs a command that must end with one line and code 2, and returns the line."""
+def error_of(capsys):
+    """``error_of(*argv)`` runs a command that must end with one line and code 2, and returns the line."""
 
     def run(*argv):
         assert main([str(word) for word in argv]) == BAD_INPUT
@@ -45,27 +45,27 @@ def refused(capsys):
 
 
 @pytest.mark.parametrize("value", ["[" * 100_000, "[" * 70 + "]" * 70, "&a [*a]", '{"a":' * 100_000])
-def test_values_without_bound_are_refused(value, refused):
+def test_a_value_without_bound_is_an_error(value, error_of):
     """A C parser crashes the process at some ten thousand levels."""
-    assert "sample_prompts" in refused("plan", f"--sample_prompts={value}")
+    assert "sample-prompts" in error_of("plan", f"--sample_prompts={value}")
 
 
-def test_aliases_of_aliases_are_refused(refused):
+def test_aliases_of_aliases_are_an_error(error_of):
     rows = "".join(f"{'abcdefghi'[i + 1]}: &{'abcdefghi'[i + 1]} [{','.join(['*' + 'abcdefghi'[i]] * 10)}], " for i in range(6))
-    assert "sample_prompts" in refused("plan", "--sample_prompts={a: &a [x, x], " + rows + "}")
+    assert "sample-prompts" in error_of("plan", "--sample_prompts={a: &a [x, x], " + rows + "}")
 
 
-def test_text_that_is_no_yaml_stays_text(refused):
+def test_text_that_is_not_yaml_stays_text(error_of):
     check_yaml_size("*foo: [", "The value")
-    assert "[*" in refused("distill", "--teacher", "[*", "--prompts", "x", "--out", "y", "--steps", "0", "--dtype", "[*")
+    assert "[*" in error_of("distill", "--teacher", "[*", "--prompts", "x", "--out", "y", "--steps", "0", "--dtype", "[*")
 
 
-def test_a_file_for_a_group_of_settings_is_a_regular_file(refused, tmp_path):
+def test_a_file_for_a_group_of_settings_is_a_regular_file(error_of, tmp_path):
     (tmp_path / "deep.yaml").write_text('{"a":' * 100_000)
     (tmp_path / "latin.yaml").write_bytes(b"rank: \xe9")
     os.mkfifo(tmp_path / "fifo")
     for name in ("deep.yaml", "latin.yaml", "fifo"):
-        assert name in refused("plan", "--student", tmp_path / name)
+        assert name in error_of("plan", "--student", tmp_path / name)
 
 
 def test_a_group_of_settings_is_still_read_from_a_file(sd_folder, tmp_path, capsys):
@@ -87,13 +87,14 @@ def test_a_group_of_settings_is_still_read_from_a_file(sd_folder, tmp_path, caps
 # --- patterns ----------------------------------------------------------------------------------------------------------------
 
 
-def test_patterns_that_take_for_ever_are_refused(sd_folder, monkeypatch):
+def test_a_pattern_that_never_ends_is_named(sd_folder, monkeypatch):
     monkeypatch.setattr(roles, "PATTERN_SECONDS", 0.2)
     network = load_pipeline(sd_folder).unet
     with pytest.raises(WadiError, match="--layers"):
         matching(r"(a|aa)+$")("a" * 60 + "b")
-    with pytest.raises(WadiError, match=r"takes more than .* seconds"):
+    with pytest.raises(WadiError) as error:
         attach_lora(network, 2, ENDLESS)
+    assert repr(ENDLESS) in str(error.value)
     assert roles.full_rank(network, ENDLESS) is None
 
 
@@ -109,17 +110,17 @@ def test_a_lora_is_put_on_what_its_pattern_matches(sd_folder):
 
 
 @pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.complex64])
-def test_weights_of_whole_or_complex_numbers_are_refused(kind, finished_run, tmp_path, refused):
+def test_adapters_of_integer_or_complex_numbers_are_an_error(kind, finished_run, tmp_path, error_of):
     for folder in (tmp_path / "student", tmp_path / "lora"):
         folder.mkdir()
     for name in ("adapter_config.json", "wadi.json"):
         (tmp_path / "student" / name).write_text((finished_run / "student" / name).read_text())
     tensors = load_file(finished_run / "student/adapter_model.safetensors")
     save_file({name: value.to(kind) for name, value in tensors.items()}, tmp_path / "student/adapter_model.safetensors")
-    assert str(kind)[6:] in refused("generate", "red", "--adapter", tmp_path / "student", "--out", tmp_path / "x.png")
+    assert str(kind)[6:] in error_of("generate", "red", "--adapter", tmp_path / "student", "--out", tmp_path / "x.png")
     rows = {"unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.ones(2, 32).to(kind)}
     save_file(rows, tmp_path / "lora.safetensors")
-    line = refused(
+    line = error_of(
         "generate", "red", "--run", finished_run, "--lora", tmp_path / "lora.safetensors", "--out", tmp_path / "x.png"
     )
     assert str(kind)[6:] in line
@@ -153,7 +154,7 @@ def _short_generator(tensors):
 
 
 @pytest.mark.parametrize("change", [_none, _flat_moment, _halves, _no_steps, _short_generator])
-def test_a_checkpoint_of_other_tensors_is_refused(change, finished_run, sd_folder, prompts_path, tmp_path):
+def test_a_checkpoint_with_other_tensors_is_named(change, finished_run, sd_folder, prompts_path, tmp_path):
     import shutil
 
     from wadi.distill.loop import distill
@@ -175,7 +176,7 @@ def test_a_checkpoint_of_other_tensors_is_refused(change, finished_run, sd_folde
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ELOOP, errno.EIO, errno.EISDIR, errno.EROFS])
-def test_a_path_that_the_system_refuses_is_bad_input(number, capsys):
+def test_a_path_that_the_system_does_not_allow_is_bad_input(number, capsys):
     def act():
         raise OSError(number, os.strerror(number), "/some/place")
 
@@ -185,7 +186,7 @@ def test_a_path_that_the_system_refuses_is_bad_input(number, capsys):
     assert os.strerror(number) in line
 
 
-def test_a_folder_with_a_nul_in_its_name_is_refused(tmp_path):
+def test_a_folder_with_a_nul_in_its_name_is_an_error(tmp_path):
     with pytest.raises(WadiError, match="out"), whole_folder(Path(f"{tmp_path}/out\0x")):
         pass
 
@@ -196,21 +197,23 @@ def test_an_image_that_opens_and_cannot_be_read():
         open_image("/proc/self/mem")
 
 
-def test_a_condition_of_a_size_that_no_image_has(tmp_path, refused):
+def test_a_condition_size_that_is_too_large_is_named(tmp_path, error_of):
     Image.new("RGB", (8, 8)).save(tmp_path / "in.png")
-    assert "65536" in refused("control", "condition", tmp_path / "in.png", "--size", "65536x65536", "--out", tmp_path / "x.png")
+    assert "65536" in error_of(
+        "control", "condition", tmp_path / "in.png", "--size", "65536x65536", "--out", tmp_path / "x.png"
+    )
 
 
-def test_control_train_looks_at_its_folder_before_it_generates(sd_folder, prompts_path, tmp_path, refused):
+def test_control_train_checks_its_folder_before_it_generates(sd_folder, prompts_path, tmp_path, error_of):
     (tmp_path / "out").write_text("mine")
     files = ["--teacher", sd_folder, "--prompts", prompts_path, "--out", tmp_path / "out"]
-    refused("control", "train", *files, "--pictures", "1", "--picture_steps", "1", "--steps", "1", "--device", "cpu")
+    error_of("control", "train", *files, "--pictures", "1", "--picture_steps", "1", "--steps", "1", "--device", "cpu")
     assert (tmp_path / "out").read_text() == "mine"
 
 
 @pytest.mark.parametrize("option", ["--json", "--picture", "--page"])
-def test_control_eval_looks_at_its_files_before_it_loads(option, tmp_path, refused):
-    assert str(tmp_path) in refused("control", "eval", "--teacher", "./nowhere", option, tmp_path)
+def test_control_eval_checks_its_files_before_it_loads(option, tmp_path, error_of):
+    assert str(tmp_path) in error_of("control", "eval", "--teacher", "./nowhere", option, tmp_path)
 
 
 # --- caches ------------------------------------------------------------------------------------------------------------------
@@ -246,7 +249,7 @@ def _no_starts(tensors):
 
 
 @pytest.mark.parametrize("change", [_float_starts, _starts_beyond, _backward_starts, _narrow_rows, _no_starts])
-def test_a_shard_of_other_tensors_is_refused(change, cache, tmp_path):
+def test_a_shard_with_other_tensors_is_named(change, cache, tmp_path):
     import shutil
 
     from safetensors import safe_open
@@ -275,34 +278,34 @@ def test_a_shard_of_other_tensors_is_refused(change, cache, tmp_path):
         ("modules_to_save", "abc"), ("layers_pattern", [[]]), ("rank_pattern", "abc"), ("task_type", "abc"), ("r", "4"),
     ],
 )  # fmt: skip
-def test_an_adapter_config_of_wrong_types_is_refused(setting, value, finished_run, tmp_path, refused):
+def test_an_adapter_config_with_a_wrong_type_is_named(setting, value, finished_run, tmp_path, error_of):
     import shutil
 
     shutil.copytree(finished_run / "student", tmp_path / "student")
     config = tmp_path / "student" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), setting: value}))
-    line = refused("generate", "red", "--adapter", tmp_path / "student", "--out", tmp_path / "x.png")
+    line = error_of("generate", "red", "--adapter", tmp_path / "student", "--out", tmp_path / "x.png")
     assert setting.replace("_", " ") in line.replace("_", " ")
     assert str(tmp_path / "student") in line
 
 
-def test_a_config_value_that_fails_while_generating_is_one_line(finished_run, tmp_path, refused):
+def test_a_config_value_that_fails_while_generating_is_one_line(finished_run, tmp_path, error_of):
     assert main(["export", "--run", str(finished_run), "--out", str(tmp_path / "student")]) == 0
     config = tmp_path / "student" / "vae" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": "abc"}))
-    line = refused("generate", "red", "--run", tmp_path / "student", "--out", tmp_path / "x.png")
+    line = error_of("generate", "red", "--run", tmp_path / "student", "--out", tmp_path / "x.png")
     assert "config" in line
     assert not (tmp_path / "x.png").exists()
 
 
-def test_a_config_whose_step_cannot_be_planned_is_one_line(sd_folder, tmp_path, refused):
+def test_a_config_whose_step_cannot_be_planned_is_one_line(sd_folder, tmp_path, error_of):
     import shutil
 
     shutil.copytree(sd_folder, tmp_path / "teacher")
     config = tmp_path / "teacher" / "unet" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "mid_block_scale_factor": "abc"}))
     argv = ["plan", "--teacher", tmp_path / "teacher", "--student.rank", "4", "--fake.rank", "2"]
-    assert str(tmp_path / "teacher") in refused(*argv)
+    assert str(tmp_path / "teacher") in error_of(*argv)
 
 
 def test_memory_that_runs_out_keeps_its_own_message():
@@ -316,8 +319,8 @@ def test_memory_that_runs_out_keeps_its_own_message():
 
 @pytest.mark.parametrize(("part", "file"), [("vae", "diffusion_pytorch_model"), ("text_encoder", "model")])
 @pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.complex64])
-def test_a_pipeline_of_whole_numbers_is_refused(part, file, kind, sd_folder, tmp_path):
-    """Both libraries would cast them: all weights below 1 become 0."""
+def test_a_pipeline_of_integers_is_an_error(part, file, kind, sd_folder, tmp_path):
+    """diffusers and transformers would cast them, so that all weights below 1 become 0."""
     import shutil
 
     shutil.copytree(sd_folder, tmp_path / "teacher")
@@ -336,7 +339,7 @@ def test_layers_of_8_bit_floats_are_checked():
         _refuse_not_finite("layer", fine, (torch.ones(2, 2) * torch.nan).to(torch.float8_e4m3fn))
 
 
-def test_a_condition_for_which_memory_runs_out_says_so(tmp_path, refused, monkeypatch):
+def test_a_condition_for_which_memory_runs_out_says_so(tmp_path, error_of, monkeypatch):
     from wadi.extras.control import conditions
 
     def full(*_):
@@ -344,9 +347,9 @@ def test_a_condition_for_which_memory_runs_out_says_so(tmp_path, refused, monkey
 
     monkeypatch.setattr(conditions, "condition", full)
     Image.new("RGB", (12, 8)).save(tmp_path / "in.png")
-    assert "12 x 8" in refused("control", "condition", tmp_path / "in.png", "--out", tmp_path / "x.png")
+    assert "12 x 8" in error_of("control", "condition", tmp_path / "in.png", "--out", tmp_path / "x.png")
 
 
-def test_only_a_student_of_the_embedded_teacher_is_shipped(finished_run, sd_folder, tmp_path, refused):
-    assert str(sd_folder) in refused("zoo", "ship", finished_run, "--weights", tmp_path / "weights")
+def test_only_a_student_of_the_embedded_teacher_is_shipped(finished_run, sd_folder, tmp_path, error_of):
+    assert str(sd_folder) in error_of("zoo", "ship", finished_run, "--weights", tmp_path / "weights")
     assert not (tmp_path / "weights").exists()

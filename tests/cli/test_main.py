@@ -14,27 +14,30 @@ import yaml
 from PIL import Image
 
 import tiny
-from wadi.cli.main import distill_config, main
+from wadi.cli.distill import add_options, prepare
+from wadi.cli.main import main
+from wadi.cli.parser import Command
+from wadi.cli.settings import config_from
 from wadi.distill import loop
 from wadi.distill.config import from_dict
 from wadi.distill.presets import preset
 
 
 @pytest.fixture
-def refused(capsys):
-    """Run a command that must end with one line on stderr and code 2; returns the line."""
+def error_of(capsys):
+    """Run a command that must end with code 2 and one line on stderr, apart from the progress of a run; return the line."""
 
-    def run(*argv, beside=False):
+    def run(*argv, progress=False):
         code = main([str(word) for word in argv])
         out, err = capsys.readouterr()
         lines = err.splitlines()
         assert code == 2, err
         assert "Traceback" not in err
         assert out == ""
-        said = [line for line in lines if line.startswith("wadi: ")]
-        assert len(said) == 1, err
-        assert beside or lines == said, err  # a run's progress may stand beside it
-        return said[0]
+        errors = [line for line in lines if line.startswith("wadi: ")]
+        assert len(errors) == 1, err
+        assert progress or lines == errors, err
+        return errors[0]
 
     return run
 
@@ -52,7 +55,7 @@ def everything_in(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# --- what is asked for --------------------------------------------------------------------------------------------------------
+# --- commands -----------------------------------------------------------------------------------------------------------------
 
 
 def test_help_and_version(capsys):
@@ -64,31 +67,21 @@ def test_help_and_version(capsys):
     assert "wadi 0." in capsys.readouterr().out
 
 
-def test_every_setting_has_a_flag_and_help(capsys):
-    with pytest.raises(SystemExit) as done:
-        main(["distill", "--help"])
-    assert done.value.code == 0
-    told = capsys.readouterr().out
-    for config, prefix in ((loop.DistillConfig(), ""), *((getattr(preset("demo"), n), n + ".") for n in ("student", "fake"))):
-        for field in dataclasses.fields(config):
-            assert f"--{prefix}{field.name}" in told
-
-
 def test_preset_then_file_then_flags(tmp_path):
     first, second = tmp_path / "1.yaml", tmp_path / "2.yaml"
     first.write_text("steps: 11\nbatch: 7\nstudent: {rank: 9, lr: 1e-5}\n")
     second.write_text(yaml.safe_dump({"batch": 5}))
     argv = ["--config", str(first), "--steps", "3", "--preset=demo", "--out", "runs/x", "--student.ema", "0.5"]
-    config, dry_run = distill_config([*argv, "--config", str(second)])  # flags win, also over a file named after them
+    argv += ["--config", str(second)]  # flags win, also over a file named after them
+    config = config_from(Command("", add_options, lambda _: 0, prepare).read("distill", argv).options)
     demo = preset("demo")
     student = dataclasses.replace(demo.student, rank=9, lr=1e-5, ema=0.5)
-    assert not dry_run
     assert config == dataclasses.replace(demo, out="runs/x", batch=5, steps=3, student=student)
 
 
-def test_a_dry_run_prints_what_would_run(capsys, tmp_path):
+def test_a_dry_run_prints_the_settings_and_writes_nothing(capsys, tmp_path):
     assert (
-        main(["distill", "--preset", "sd15", "--teacher", "t", "--prompts", "p", "--out", str(tmp_path / "x"), "--dry_run"])
+        main(["distill", "--preset", "sd15", "--teacher", "t", "--prompts", "p", "--out", str(tmp_path / "x"), "--dry-run"])
         == 0
     )
     printed = from_dict(yaml.safe_load(capsys.readouterr().out))
@@ -96,7 +89,7 @@ def test_a_dry_run_prints_what_would_run(capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_from_prompts_to_pictures(sd_folder, prompts_path, tmp_path, capsys):
+def test_from_prompts_to_images(sd_folder, prompts_path, tmp_path, capsys):
     run = tmp_path / "run"
     assert main(short(sd_folder, prompts_path, run)) == 0
     out = capsys.readouterr().out
@@ -111,15 +104,17 @@ def test_from_prompts_to_pictures(sd_folder, prompts_path, tmp_path, capsys):
     assert main(["generate", "red apple", "--run", str(run), "--out", str(target), "--seed", "7"]) == 0
     assert Image.open(target).size == (16, 16)
     assert "ms" in capsys.readouterr().out
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     assert main(["generate", "--prompts", str(prompts_path), "--run", str(run), "--out", str(folder), "--batch", "3"]) == 0
     assert len(list(folder.glob("*.png"))) == 4
-    beside = tmp_path / "beside.png"
-    assert main(["generate", "a", "--run", str(run), "--out", str(beside), "--compare", "--teacher_steps=2", "--count=2"]) == 0
-    assert Image.open(beside).size[0] > 32
+    compared = tmp_path / "compared.png"
+    assert (
+        main(["generate", "a", "--run", str(run), "--out", str(compared), "--compare", "--teacher-steps=2", "--count=2"]) == 0
+    )
+    assert Image.open(compared).size[0] > 32
 
 
-def test_a_stop_is_told_by_the_exit_code(sd_folder, prompts_path, tmp_path, capsys, monkeypatch):
+def test_the_exit_code_names_the_signal_of_a_stop(sd_folder, prompts_path, tmp_path, capsys, monkeypatch):
     plain, command = loop.train_step, short(sd_folder, prompts_path, tmp_path / "run", steps=3)
 
     def train_step(*arguments):
@@ -140,16 +135,17 @@ def test_a_stop_is_told_by_the_exit_code(sd_folder, prompts_path, tmp_path, caps
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["distil"], ("'distil'", "distill")),
+        (["distil"], ("'distil'",)),
         (["distill", "--out", "x", "--prompts", "y"], ("--teacher",)),
         (["distill", "--preset", "huge"], ("'huge'", "demo")),
         (["distill", "--preset"], ("--preset",)),
         (["distill", "--stdent.rank", "3"], ("stdent",)),
-        (["distill", "--steps", "many"], ("steps", "many")),
-        (["distill", "--student.rank", "1.5"], ("rank", "1.5")),
+        (["distill", "--steps", "many"], ("--steps", "many", "int")),
+        (["distill", "--student.rank", "1.5"], ("--student.rank", "1.5")),
+        (["distill", "--student.timestep", "late"], ("--student.timestep", "late", "int or null")),
         (["distill", "--student.rank", "0"], ("student.rank", "0")),
         (["distill", "--fake.rank", "-3"], ("fake.rank", "-3")),
-        (["distill", "--t_range", "[0.9, 0.1]"], ("t_range",)),
+        (["distill", "--t-range", "[0.9, 0.1]"], ("0.9, 0.1",)),
         (["distill", "--seed", "-1"], ("seed", "-1")),
         (["distill", "--dtype", "float8"], ("dtype", "float8")),
         (["distill", "--config", "/nowhere.yaml"], ("nowhere.yaml",)),
@@ -159,48 +155,43 @@ def test_a_stop_is_told_by_the_exit_code(sd_folder, prompts_path, tmp_path, caps
         (["generate", "apple", "--seed", "x"], ("seed",)),
         (["generate", "apple", "--device", "toaster"], ("toaster",)),
         (["generate", "apple", "--dtype", "int8"], ("int8",)),
-        (["generate", "apple", "--run", "/nowhere"], ("/nowhere", "no run")),
+        (["generate", "apple", "--run", "/nowhere"], ("/nowhere",)),
         (["generate", "apple", "--run", "/nowhere", "--adapter", "/nowhere"], ("--run", "--adapter")),
-        (["generate", "apple", "--adapter", "/nowhere"], ("/nowhere", "adapter")),
+        (["generate", "apple", "--adapter", "/nowhere"], ("/nowhere",)),
         (["generate", "--prompts", "/nowhere.txt"], ("/nowhere.txt",)),
         (["export", "--run", "/nowhere"], ("out",)),
-        (["export", "--run", "/nowhere", "--out", "/tmp"], ("exists",)),
-        (["report", "/nowhere"], ("/nowhere", "no run")),
+        (["export", "--run", "/nowhere", "--out", "/tmp"], ("'/tmp'",)),
+        (["report", "/nowhere"], ("/nowhere",)),
         (["report"], ("run",)),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_one_line_and_code_2(argv, words, refused):
-    line = refused(*argv)
+def test_one_line_and_code_2(argv, words, error_of):
+    line = error_of(*argv)
     assert all(word in line for word in words), line
 
 
-@pytest.mark.parametrize(("content", "word"), [(None, "does not exist"), (b"\n \n", "no prompt"), (b"\x89PNG\xff", "UTF-8")])
-def test_bad_prompts_files(content, word, sd_folder, tmp_path, refused):
+@pytest.mark.parametrize("content", [None, b"\n \n", b"\x89PNG\xff"])
+def test_a_bad_prompts_file_is_named_and_nothing_is_written(content, sd_folder, tmp_path, error_of):
     if content is not None:
         (tmp_path / "p.txt").write_bytes(content)
-    assert word in refused(*short(sd_folder, tmp_path / "p.txt", tmp_path / "run"))
-    assert word in refused("generate", "--prompts", tmp_path / "p.txt", "--out", tmp_path / "out")
+    assert str(tmp_path / "p.txt") in error_of(*short(sd_folder, tmp_path / "p.txt", tmp_path / "run"))
+    assert str(tmp_path / "p.txt") in error_of("generate", "--prompts", tmp_path / "p.txt", "--out", tmp_path / "out")
     assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_config_that_is_no_yaml(tmp_path, refused):
-    for content in (b"steps: [unclosed", b"\x00\xff", b"- a\n", b"stepz: 3\n", b"student: {rnk: 3}\n"):
-        (tmp_path / "c.yaml").write_bytes(content)
-        refused("distill", "--config", tmp_path / "c.yaml")
-
-
-def test_a_teacher_that_is_no_pipeline(prompts_path, sd_folder, tmp_path, refused):
+def test_a_teacher_that_is_not_a_pipeline_is_named(prompts_path, sd_folder, tmp_path, error_of):
     (tmp_path / "empty").mkdir()
     hollow = shutil.copytree(sd_folder, tmp_path / "hollow")
     shutil.rmtree(hollow / "unet")
     for teacher in (tmp_path / "nowhere", tmp_path / "empty", prompts_path, hollow, "owner/name"):
-        assert str(teacher) in refused(*short(teacher, prompts_path, tmp_path / "run"))
+        assert str(teacher) in error_of(*short(teacher, prompts_path, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_whose_teacher_and_prompts_moved_is_continued(sd_folder, prompts_path, tmp_path, capsys, monkeypatch, refused):
-    """Fingerprint and digest decide, not names; other contents are still refused."""
+def test_a_run_continues_after_its_teacher_and_prompts_moved(sd_folder, prompts_path, tmp_path, capsys, monkeypatch, error_of):
+    """Contents count, not names; other contents are an error."""
     teacher, prompts = shutil.copytree(sd_folder, tmp_path / "teacher"), shutil.copy(prompts_path, tmp_path / "p.txt")
     monkeypatch.chdir(tmp_path)
     assert main(short(teacher, "p.txt", "run")) == 0
@@ -212,16 +203,19 @@ def test_a_run_whose_teacher_and_prompts_moved_is_continued(sd_folder, prompts_p
     assert main(["generate", "red apple", "--run", "run", "--out", "a.png"]) == 0
     capsys.readouterr()
     (tmp_path / "q.txt").write_text("another\n")
-    assert "prompts" in refused(*short(moved, "q.txt", "run", steps=5), beside=True)
+    assert "prompts" in error_of(*short(moved, "q.txt", "run", steps=5), progress=True)
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"teacher: caf\xe9", ("UTF-8", "0xe9")),
-        (b"a: &a [*a]", ("contains itself",)),
-        (b"[" * 100_000, ("nested",)),
-        (b"steps: " + b"9" * 5000, ("digits",)),
+        (b"teacher: caf\xe9", ("0xe9",)),
+        (b"steps: [unclosed", ()),
+        (b"\x00\xff", ()),
+        (b"stepz: 3", ("stepz", "steps")),
+        (b"a: &a [*a]", ()),
+        (b"[" * 100_000, ()),
+        (b"steps: " + b"9" * 5000, ()),
         (b"resolution: [16]", ("resolution", "[16]")),
         (b"stdent: {rank: 3}", ("stdent", "student")),
         (b"student: {rnk: 3}", ("student.rnk", "student.rank")),
@@ -229,14 +223,14 @@ def test_a_run_whose_teacher_and_prompts_moved_is_continued(sd_folder, prompts_p
         (b"student: {lr: .nan}", ("student.lr", "nan")),
         (b"preset: demo", ("preset",)),
         (b"- 1", ("list",)),
-        (None, ("folder",)),
+        (None, ()),
     ],
 )
-def test_what_is_wrong_in_a_config_file_is_named(content, words, tmp_path, refused):
+def test_an_error_in_a_config_file_names_the_file_and_the_setting(content, words, tmp_path, error_of):
     path = tmp_path / "c.yaml"
     path.mkdir() if content is None else path.write_bytes(content)
-    for command in (["distill", "--dry_run"], ["plan"]):
-        line = refused(*command, "--preset=demo", "--out=x", "--config", path)
+    for command in (["distill", "--dry-run"], ["plan"]):
+        line = error_of(*command, "--preset=demo", "--out=x", "--config", path)
         assert all(word in line for word in words), line
         assert str(path) in line or "nan" in words
 
@@ -265,12 +259,12 @@ def test_what_is_wrong_in_a_config_file_is_named(content, words, tmp_path, refus
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_numbers_out_of_bounds_are_refused_before_anything_is_loaded(argv, refused, tmp_path, monkeypatch):
+def test_a_number_out_of_bounds_is_named_before_anything_is_loaded(argv, error_of, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     option = next(word.lstrip("-").partition("=")[0] for word in reversed(argv) if word.startswith("--"))
     more = ["--teacher=t", "--prompts=p", "--out=o"] if argv[0] in ("distill", "plan") else []
-    line = refused(*argv, *more)
-    assert option.rpartition(".")[2] in line
+    line = error_of(*argv, *more)
+    assert option.rpartition(".")[2].replace("_", "-") in line.replace("_", "-")
     assert len(line) < 1000
     assert list(tmp_path.iterdir()) == []
 
@@ -279,8 +273,8 @@ def test_numbers_out_of_bounds_are_refused_before_anything_is_loaded(argv, refus
     "changes",
     [{"batch": 65536, "resolution": "[65536, 65536]"}, {"warm_start.pairs": 10_000_000, "resolution": "[4096, 4096]"}],
 )
-def test_sizes_that_cannot_fit_are_refused_with_their_bytes(changes, sd_folder, prompts_path, tmp_path, refused):
-    line = refused(*short(sd_folder, prompts_path, tmp_path / "run", **changes))
+def test_sizes_that_cannot_fit_are_reported_with_their_bytes(changes, sd_folder, prompts_path, tmp_path, error_of):
+    line = error_of(*short(sd_folder, prompts_path, tmp_path / "run", **changes))
     assert next(iter(changes)) in line
     assert int(re.search(r"([\d,]+) bytes", line)[1].replace(",", "")) > 2**40
     assert not (tmp_path / "run").exists()
@@ -289,97 +283,107 @@ def test_sizes_that_cannot_fit_are_refused_with_their_bytes(changes, sd_folder, 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["analyze", "zoo", "zoo", "--out=c", "--by_kind"], ("by_kind", "swap_eval")),
-        (["analyze", "zoo", "zoo", "--out=c", "--prompts=p"], ("prompts", "swap_eval")),
-        (["analyze", "zoo", "zoo", "--out=c", "--count=3"], ("count", "swap_eval")),
-        (["analyze", "zoo", "zoo", "--out=c", "--metrics=fd"], ("metrics", "swap_eval")),
-        (["analyze", "zoo", "zoo", "--out=c", "--steps=25"], ("steps", "swap_eval")),
-        (["analyze", "zoo", "zoo", "--out=c", "--guidance_scale=2"], ("guidance_scale", "swap_eval")),
-        (["analyze", "zoo", "zoo", "--out=c", "--draw_batch=2"], ("draw_batch", "swap_eval")),
-        (["analyze", "zoo", "zoo", "--out=c", "--pictures=x"], ("pictures", "swap_eval")),
+        (["analyze", "zoo", "zoo", "--out=c", "--by_kind"], ("--by-kind", "--swap-eval")),
+        (["analyze", "zoo", "zoo", "--out=c", "--prompts=p"], ("--prompts", "--swap-eval")),
+        (["analyze", "zoo", "zoo", "--out=c", "--count=3"], ("--count", "--swap-eval")),
+        (["analyze", "zoo", "zoo", "--out=c", "--metrics=fd"], ("--metrics", "--swap-eval")),
+        (["analyze", "zoo", "zoo", "--out=c", "--steps=25"], ("--steps", "--swap-eval")),
+        (["analyze", "zoo", "zoo", "--out=c", "--guidance_scale=2"], ("--guidance-scale", "--swap-eval")),
+        (["analyze", "zoo", "zoo", "--out=c", "--draw_batch=2"], ("--draw-batch", "--swap-eval")),
+        (["analyze", "zoo", "zoo", "--out=c", "--pictures=x"], ("--pictures", "--swap-eval")),
         (["analyze", "zoo", "zoo", "--out=c", "--swap_eval", "--prompts=p"], ("prompts", "zoo")),
-        (["control", "train", "--edge_weight=1"], ("edge_weight", "student")),
-        (["control", "train", "--keep_weight=1"], ("keep_weight", "student")),
-        (["control", "train", "--picture_weight", "1"], ("picture_weight", "student")),
-        (["control", "train", "--start=zoo", "--slim=false"], ("slim", "start")),
+        (["control", "train", "--edge_weight=1"], ("--edge-weight", "--student")),
+        (["control", "train", "--keep_weight=1"], ("--keep-weight", "--student")),
+        (["control", "train", "--picture_weight", "1"], ("--picture-weight", "--student")),
+        (["control", "train", "--start=zoo", "--slim=false"], ("--slim", "--start")),
         (["embed", "--teacher=zoo", "--prompts=zoo", "--out=c", "--prompts_field=x"], ("prompts_field", "'x'")),
         (["distill", "--preset=demo", "--out=c", "--prompts_field=x"], ("prompts_field", "'x'")),
         (["distill", "--preset=sd15", "--teacher=t", "--prompts=p", "--out=c", "--warm_start.weight=1"], ("weight", "pairs")),
     ],
     ids=lambda value: " ".join(value),
 )  # fmt: skip
-def test_an_option_that_would_be_ignored_is_refused(argv, words, refused, tmp_path, monkeypatch):
+def test_an_option_without_effect_is_named(argv, words, error_of, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    line = refused(*argv)
+    line = error_of(*argv)
     assert all(word in line for word in words), line
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_of_another_config(finished_run, tmp_path, refused):
+def test_a_run_of_another_config(finished_run, tmp_path, error_of):
     run = shutil.copytree(finished_run, tmp_path / "run")
     before = everything_in(run)
     settings = yaml.safe_load((run / "config.yaml").read_text())
-    line = refused(*short(settings["teacher"], settings["prompts"], run))
+    line = error_of(*short(settings["teacher"], settings["prompts"], run))
     assert "student.rank: 4 -> 2" in line
     assert everything_in(run) == before
 
 
-def test_no_checkpoint_is_intact(finished_run, tmp_path, refused):
+def test_no_checkpoint_is_intact(finished_run, tmp_path, error_of):
     run = shutil.copytree(finished_run, tmp_path / "run")
     file = run / "checkpoints" / "step-0000003" / "training.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     student = everything_in(run / "student")
-    line = refused("distill", "--config", run / "config.yaml", "--out", run)
-    assert "training.safetensors is truncated" in line
+    line = error_of("distill", "--config", run / "config.yaml", "--out", run)
+    assert "training.safetensors" in line
     assert everything_in(run / "student") == student
 
 
-def test_an_adapter_of_another_architecture(finished_run, tmp_path, refused, capsys):
+def test_an_adapter_of_another_architecture(finished_run, tmp_path, error_of, capsys):
     other = tmp_path / "other"
     tiny.stable_diffusion(tmp_path / "parts", block_out_channels=(16, 16)).save_pretrained(other)
     capsys.readouterr()  # the library's bar over the files it writes
-    line = refused("generate", "apple", "--adapter", finished_run / "student", "--teacher", other)
-    assert "of another shape (first: " in line
+    line = error_of("generate", "apple", "--adapter", finished_run / "student", "--teacher", other)
+    assert str(finished_run / "student") in line
     assert ".lorad_" in line
 
 
-def test_numbers_out_of_range(finished_run, tmp_path, refused):
+def test_numbers_out_of_range(finished_run, tmp_path, error_of):
     out = tmp_path / "x.png"
     for flags in (["--seed", "-1"], ["--seed", str(2**63)], ["--count", "0"], ["--count", "-1"], ["--batch", "0"]):
-        refused("generate", "apple", "--run", finished_run, "--out", out, *flags)
-    for flags in (["--count", "0"], ["--teacher_steps", "0"], ["--steps", "0"]):
-        refused("generate", "apple", "--run", finished_run, "--out", out, "--compare", *flags)
+        line = error_of("generate", "apple", "--run", finished_run, "--out", out, *flags)
+        assert all(word in line for word in flags)
+    for flags in (["--count", "0"], ["--teacher-steps", "0"], ["--steps", "0"]):
+        line = error_of("generate", "apple", "--run", finished_run, "--out", out, "--compare", *flags)
+        assert all(word in line for word in flags)
     assert not out.exists()
 
 
-def test_places_that_take_no_files(finished_run, sd_folder, prompts_path, tmp_path, refused):
+def test_a_path_that_cannot_be_written_is_named_and_left_alone(finished_run, sd_folder, prompts_path, tmp_path, error_of):
     (tmp_path / "taken").write_text("mine")
     (tmp_path / "folder").mkdir()
-    for out, told in (("taken/apple.png", "Cannot write"), ("folder", ".png")):
-        assert told in refused("generate", "apple", "--run", finished_run, "--out", tmp_path / out)
-    assert "Cannot write" in refused("export", "--run", finished_run, "--out", tmp_path / "taken" / "export")
-    assert "Cannot write" in refused(*short(sd_folder, prompts_path, tmp_path / "taken" / "run"))
-    assert "no run" in refused(*short(sd_folder, prompts_path, tmp_path / "taken"))
+    taken = tmp_path / "taken"
+    for argv in (
+        ("generate", "apple", "--run", finished_run, "--out", taken / "apple.png"),
+        ("generate", "apple", "--run", finished_run, "--out", tmp_path / "folder"),
+        ("export", "--run", finished_run, "--out", taken / "export"),
+        short(sd_folder, prompts_path, taken / "run"),
+        short(sd_folder, prompts_path, taken),
+    ):
+        line = error_of(*argv)
+        assert str(taken) in line or str(tmp_path / "folder") in line
     assert (tmp_path / "taken").read_text() == "mine"
     assert list((tmp_path / "folder").iterdir()) == []
 
 
-def test_what_is_not_finite(sd_folder, prompts_path, tmp_path, refused):
+def test_a_run_stops_after_skipping_too_many_steps(sd_folder, prompts_path, tmp_path, error_of):
     command = short(sd_folder, prompts_path, tmp_path / "run", steps=30, max_skipped=2, **{"fake.lr": 1e25})
-    assert "not finite 2 times" in refused(*command, beside=True)
+    line = error_of(*command, progress=True)
+    assert "fake" in line
+    assert "2" in line
 
 
-def test_a_full_disk(finished_run, tmp_path, refused, full_disk):
+def test_a_full_disk(finished_run, tmp_path, error_of, full_disk):
     with full_disk(1_000):
-        export = refused("export", "--run", finished_run, "--out", tmp_path / "export", beside=True)
-        assert "Cannot write" in export
-        assert "Cannot write" in refused("generate", "apple", "--run", finished_run, "--out", tmp_path / "a.png", "--count", 8)
+        line = error_of("export", "--run", finished_run, "--out", tmp_path / "export", progress=True)
+        assert str(tmp_path / "export") in line
+        line = error_of("generate", "apple", "--run", finished_run, "--out", tmp_path / "a.png", "--count", 8)
+        assert str(tmp_path) in line
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
     assert not (tmp_path / "a.png").exists()
 
 
-def test_a_fresh_process_says_one_line(sd_folder, prompts_path, tmp_path):
-    """With all that the libraries have to say at their import."""
+def test_an_error_is_one_line_in_a_fresh_process(sd_folder, prompts_path, tmp_path):
+    """Also when the libraries print something while they are imported."""
     hollow = shutil.copytree(sd_folder, tmp_path / "hollow")
     shutil.rmtree(hollow / "vae")
     command = [sys.executable, "-m", "wadi", *map(str, short(hollow, prompts_path, tmp_path / "run"))]
@@ -391,12 +395,12 @@ def test_a_fresh_process_says_one_line(sd_folder, prompts_path, tmp_path):
     assert str(hollow) in line
 
 
-def test_the_embedded_student_answers_at_once_in_a_fresh_process(tmp_path):
-    picture = tmp_path / "apple.png"
-    command = [sys.executable, "-m", "wadi", "generate", "red apple", "--out", str(picture), "--seed", "7", "--device", "cpu"]
+def test_the_embedded_student_generates_in_a_fresh_process(tmp_path):
+    image = tmp_path / "apple.png"
+    command = [sys.executable, "-m", "wadi", "generate", "red apple", "--out", str(image), "--seed", "7", "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert Image.open(picture).size == (64, 64)
+    assert Image.open(image).size == (64, 64)
     assert main(["generate", "red apple", "--out", str(tmp_path / "again.png"), "--seed", "7", "--device", "cpu"]) == 0
-    first, again = (np.asarray(Image.open(path)).astype(int) for path in (picture, tmp_path / "again.png"))
+    first, again = (np.asarray(Image.open(path)).astype(int) for path in (image, tmp_path / "again.png"))
     assert abs(first - again).max() <= 1  # threads may round otherwise

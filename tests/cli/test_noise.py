@@ -1,4 +1,4 @@
-"""What commands print, each in a process of its own: our lines, and nothing of the libraries'."""
+"""Commands print their own lines, and nothing that the libraries print."""
 
 import json
 import os
@@ -109,7 +109,7 @@ def printed(folder, sd_folder, finished_run, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_prints_our_lines_alone(name, printed):
+def test_a_command_prints_only_its_own_lines(name, printed):
     code, out, err = printed[name]
     assert code == (2 if "missing" in name else 0), err
     assert [line for line in out + err if FOREIGN.search(line)] == []
@@ -117,7 +117,7 @@ def test_a_command_prints_our_lines_alone(name, printed):
 
 
 def test_no_home_is_needed(finished_run, tmp_path):
-    """In containers there is often none, or one that cannot be written."""
+    """Containers often have no home folder, or one that cannot be written."""
     caches = {"HF_HOME", "XDG_CACHE_HOME", "HF_HUB_CACHE", "TORCH_HOME", "MPLCONFIGDIR"}
     environment = {name: value for name, value in os.environ.items() if name not in caches} | {"HOME": "/dev/null/none"}
     argv = [sys.executable, "-m", "wadi", "generate", "apple", "--run", finished_run, "--out", tmp_path / "a.png"]
@@ -127,13 +127,13 @@ def test_no_home_is_needed(finished_run, tmp_path):
     assert Image.open(tmp_path / "a.png").size == (16, 16)
 
 
-def test_who_asks_for_warnings_gets_them(monkeypatch):
-    with warnings.catch_warnings(record=True) as seen:
+def test_python_s_warning_options_turn_warnings_on(monkeypatch):
+    with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
         monkeypatch.setattr(sys, "warnoptions", ["default"])
         quiet_libraries()
-        warnings.warn("asked for", stacklevel=1)
+        warnings.warn("turned on", stacklevel=1)
         monkeypatch.setattr(sys, "warnoptions", [])
         quiet_libraries()
-        warnings.warn("not asked for", stacklevel=1)
-    assert [str(warning.message) for warning in seen] == ["asked for"]
+        warnings.warn("off", stacklevel=1)
+    assert [str(warning.message) for warning in shown] == ["turned on"]

@@ -173,7 +173,7 @@ def test_generating_says_how_many_images_were_too_many(sd_folder, monkeypatch):
     pipeline = load_pipeline(sd_folder)
     monkeypatch.setattr(type(pipeline), "__call__", lambda *a, **b: allocate())
     with pytest.raises(WadiError, match=r"generating 3 at once.*--batch"):
-        generate.draw(pipeline, ["a"] * 3, [0, 1, 2])
+        generate.generate_images(pipeline, ["a"] * 3, [0, 1, 2])
 
 
 def test_another_error_stays_what_it_is(sd_folder, prompts_path, tmp_path, monkeypatch):

@@ -207,7 +207,7 @@ def test_a_run_of_constant_rate_may_be_lengthened(sd_folder, prompts_path, tmp_p
 
 
 def test_a_run_is_used_and_continued_from_any_folder(sd_folder, prompts_path, tmp_path, monkeypatch):
-    from wadi.pipelines.generate import load
+    from wadi.pipelines.load import load
 
     config = tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=1)
     monkeypatch.chdir(sd_folder.parent)

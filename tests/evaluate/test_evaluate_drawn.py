@@ -20,7 +20,7 @@ from wadi.evaluate.generators import Source, find, same_family
 from wadi.evaluate.pairs import read_pairs
 from wadi.evaluate.result import read_result
 from wadi.io.grids import to_pil
-from wadi.pipelines import generate
+from wadi.pipelines import generate, load
 from wadi.sampling import noise, one_step
 
 PROMPTS = ["red apple", "blue car", "green tree", "yellow sun", "red car"]
@@ -38,7 +38,7 @@ def pixels(folder):
 
 def test_pictures_are_what_generate_draws(student, finished_run, tmp_path):
     assert draw_missing(student, PROMPTS, SEEDS, tmp_path / "all", batch=5) == 5
-    alone = [generate.draw(generate.load(finished_run), [PROMPTS[i]], [SEEDS[i]]).pictures[0] for i in (0, 3)]
+    alone = [generate.generate_images(load.load(finished_run), [PROMPTS[i]], [SEEDS[i]]).images[0] for i in (0, 3)]
     found = pixels(tmp_path / "all")
     for i, picture in zip((0, 3), alone, strict=True):
         assert np.abs(found[i] - np.asarray(picture).astype(int)).max() <= 1  # a batch may round a pixel otherwise
@@ -66,7 +66,7 @@ def test_only_what_is_missing_is_drawn(student, tmp_path):
 
 
 def test_an_interrupted_drawing_leaves_whole_pictures(student, tmp_path, monkeypatch):
-    plain, calls = drawn.draw, []
+    plain, calls = drawn.generate_images, []
 
     def draw(*arguments, **keywords):
         calls.append(1)
@@ -74,7 +74,7 @@ def test_an_interrupted_drawing_leaves_whole_pictures(student, tmp_path, monkeyp
             raise KeyboardInterrupt
         return plain(*arguments, **keywords)
 
-    monkeypatch.setattr(drawn, "draw", draw)
+    monkeypatch.setattr(drawn, "generate_images", draw)
     with pytest.raises(KeyboardInterrupt):
         draw_missing(student, PROMPTS, SEEDS, tmp_path / "set", batch=1)
     assert sorted(path.name for path in (tmp_path / "set").glob("*.png")) == [file_name(0), file_name(1)]
@@ -169,7 +169,7 @@ def test_undistilled_is_the_teachers_own_single_step(finished_run, timestep):
     teacher = from_pipeline(source.many_steps(2, 3.0).open())
     x0 = one_step(teacher, teacher.encode(["red apple"]), noise(teacher.latent_shape, [1]), timestep)
     wanted = np.asarray(to_pil(teacher.decode(x0)[0])).astype(int)
-    found = generate.draw(source.undistilled(timestep).open(), ["red apple"], [1]).pictures[0]
+    found = generate.generate_images(source.undistilled(timestep).open(), ["red apple"], [1]).images[0]
     assert np.abs(np.asarray(found).astype(int) - wanted).max() <= 1
 
 

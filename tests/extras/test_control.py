@@ -16,7 +16,8 @@ from wadi.extras.control.agreement import edge_f1, stacked
 from wadi.extras.control.network import controlled, controlnet_of
 from wadi.extras.control.pipeline import control_arguments, with_control
 from wadi.extras.control.training import student_x0
-from wadi.pipelines.generate import draw, load
+from wadi.pipelines.generate import Sampling, generate_images
+from wadi.pipelines.load import load
 from wadi.sampling import noise
 
 UNETS = ("sd1", "sd2", "sdxl")
@@ -202,20 +203,21 @@ def draw_controlled(pipeline, prompts, seeds, args):
 
 def test_plain_drawing_still_works_beside_a_control(tmp_path):
     plain = student("sd1", tmp_path)
-    before = draw(plain, ["red apple"], [1]).pictures[0].tobytes()
+    before = generate_images(plain, ["red apple"], [1]).images[0].tobytes()
     with_control(plain, control_for("sd1", plain))
-    assert draw(plain, ["red apple"], [1]).pictures[0].tobytes() == before
+    assert generate_images(plain, ["red apple"], [1]).images[0].tobytes() == before
 
 
 def test_the_embedded_controlnet_puts_edges_where_they_belong():
     prompts = ["ghost, on a green background", "red apple", "bomb, noto style", "frog, on a black background"] * 2
     pipeline = load()
-    sources = stacked(draw(pipeline, prompts, range(100, 108)).pictures)
+    sources = stacked(generate_images(pipeline, prompts, range(100, 108)).images)
     edges = conditions.edge_map(sources)
     under = with_control(pipeline, "zoo")
     shown = [conditions.to_picture(mask) for mask in edges]
     free, steered = (
-        draw(under, prompts, range(8), call=control_arguments(under, shown, strength)).pictures for strength in (0.0, 1.0)
+        generate_images(under, prompts, range(8), Sampling(call=control_arguments(under, shown, strength))).images
+        for strength in (0.0, 1.0)
     )
     f1 = [edge_f1(conditions.edge_map(stacked(pictures)), edges) for pictures in (free, steered)]
     assert f1[1] > f1[0] + 0.15

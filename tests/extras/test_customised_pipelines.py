@@ -51,10 +51,10 @@ def options(parts):
     return {
         "control": ["--control", str(parts / "control"), "--condition", str(parts / "square.png"), "--control-scale", "1.5"],
         "lora": ["--lora", str(parts / "lora"), "--lora-scale", "0.8"],
-        "lorad": ["--lora", str(parts / "lorad"), "--lora_scale", "0.8"],
+        "lorad": ["--lora", str(parts / "lorad"), "--lora-scale", "0.8"],
         "token": ["--token", str(parts / "token.safetensors")],
         "size": ["--size", "32x32"],
-        "disperse": ["--size", "32x32", "--disperse", "--redilate_blocks", "all", "--tiled_vae"],
+        "disperse": ["--size", "32x32", "--disperse", "--redilate-blocks", "all", "--tiled-vae"],
         "steps": ["--steps", "3"],
         "init": ["--init", str(parts / "square.png"), "--strength", "0.7"],
     }
@@ -135,12 +135,12 @@ def image(parts, finished_run, tmp_path, *flags, prompt="a <R> b"):
 
 def test_several_loras_add_up(parts, finished_run, tmp_path):
     lora_, lorad = ("--lora", parts / "lora"), ("--lora", parts / "lorad")
-    scales = ("--lora_scale", "0.8", "--lora_scale", "0")
+    scales = ("--lora-scale", "0.8", "--lora-scale", "0")
     first, second = (image(parts, finished_run, tmp_path, *one) for one in (lora_, lorad))
     both = image(parts, finished_run, tmp_path, *lora_, *lorad)
     assert (both != first).any()
     assert (both != second).any()
-    weaker = image(parts, finished_run, tmp_path, *lora_, "--lora_scale", "0.8")
+    weaker = image(parts, finished_run, tmp_path, *lora_, "--lora-scale", "0.8")
     assert np.array_equal(image(parts, finished_run, tmp_path, *lora_, *lorad, *scales), weaker)
     assert np.array_equal(image(parts, finished_run, tmp_path, *lorad, *lora_, *scales[2:], *scales[:2]), weaker)
 
@@ -150,7 +150,7 @@ def test_several_tokens(parts, finished_run, tmp_path):
 
     save_file({"emb_params": 3 * torch.randn(1, 32)}, tmp_path / "other.safetensors")
     one, other = ("--token", parts / "token.safetensors"), ("--token", tmp_path / "other.safetensors")
-    names = ("--token_name", "<R>", "--token_name", "<S>")
+    names = ("--token-name", "<R>", "--token-name", "<S>")
     alone = image(parts, finished_run, tmp_path, *one)
     assert np.array_equal(image(parts, finished_run, tmp_path, *one, *other, *names), alone)
     assert (image(parts, finished_run, tmp_path, *one, *other, *names, prompt="a <S> b") != alone).any()
@@ -158,10 +158,10 @@ def test_several_tokens(parts, finished_run, tmp_path):
 
 def test_several_controlnets(parts, finished_run, tmp_path):
     control, shown = ("--control", parts / "control"), ("--condition", parts / "square.png")
-    made = ("--condition_from", "canny", "--condition_from", "none")
-    alone = image(parts, finished_run, tmp_path, *control, *shown, "--condition_from", "canny")
+    made = ("--condition-from", "canny", "--condition-from", "none")
+    alone = image(parts, finished_run, tmp_path, *control, *shown, "--condition-from", "canny")
     twice = (*control, *shown, *control, *shown, *made)
-    off = image(parts, finished_run, tmp_path, *twice, "--control_scale", "1", "--control_scale", "0")
+    off = image(parts, finished_run, tmp_path, *twice, "--control-scale", "1", "--control-scale", "0")
     assert np.abs(off - alone).max() <= 1
     assert (image(parts, finished_run, tmp_path, *twice) != alone).any()
 
@@ -169,7 +169,7 @@ def test_several_controlnets(parts, finished_run, tmp_path):
 def test_compare_takes_lora_token_and_steps(parts, finished_run, tmp_path):
     flags = [flag for name in ("lora", "token", "steps") for flag in options(parts)[name]]
     out = tmp_path / "beside.png"
-    argv = ["generate", "a <R> b", "--run", str(finished_run), "--device", "cpu", "--compare", "--teacher_steps", "2", *flags]
+    argv = ["generate", "a <R> b", "--run", str(finished_run), "--device", "cpu", "--compare", "--teacher-steps", "2", *flags]
     assert main([*argv, "--out", str(out)]) == 0
     assert Image.open(out).size[1] > 32
 
@@ -183,36 +183,36 @@ def test_compare_takes_lora_token_and_steps(parts, finished_run, tmp_path):
         (["--size", "-32x32"], ("size",)),
         (["--size", "32x32", "--redilate", "0.5"], ("factor", "0.5")),
         (["--size", "32x32", "--redilate", "twice"], ("'twice'", "factor")),
-        (["--size", "32x32", "--redilate_blocks", "up_blocks.9"], ("'up_blocks.9'", "mid_block")),
+        (["--size", "32x32", "--redilate-blocks", "up_blocks.9"], ("'up_blocks.9'", "mid_block")),
         (["--size", "24x24", "--disperse"], ("Dispersion doubles",)),
         (["--redilate", "2"], ("--redilate", "--size")),
-        (["--redilate_blocks", "all"], ("--redilate_blocks", "--size")),
+        (["--redilate-blocks", "all"], ("--redilate-blocks", "--size")),
         (["--disperse"], ("--disperse", "--size")),
         (["--control", "CONTROL"], ("--control", "--condition")),
         (["--condition", "SQUARE"], ("--condition", "--control")),
-        (["--control_scale", "1"], ("--control_scale", "--control")),
-        (["--condition_from", "canny"], ("--condition_from", "--control")),
-        (["--lora_scale", "1"], ("--lora_scale", "--lora")),
+        (["--control-scale", "1"], ("--control-scale", "--control")),
+        (["--condition-from", "canny"], ("--condition-from", "--control")),
+        (["--lora-scale", "1"], ("--lora-scale", "--lora")),
         (["--compare", "--size", "32x32"], ("--compare and --size",)),
         (["--compare", "--control", "CONTROL", "--condition", "SQUARE"], ("--compare and --control",)),
         (["--control", "/nowhere", "--condition", "SQUARE"], ("/nowhere",)),
         (["--control", "CONTROL", "--condition", "/nowhere.png"], ("/nowhere.png",)),
         (["--control", "CONTROL", "--condition", "SQUARE", "--size", "32x16"], ("aspect ratio",)),
-        (["--control", "CONTROL", "--condition", "SQUARE", "--condition_from", "sketch"], ("'sketch'", "canny")),
+        (["--control", "CONTROL", "--condition", "SQUARE", "--condition-from", "sketch"], ("'sketch'", "canny")),
         (["--lora", "/nowhere.safetensors"], ("/nowhere.safetensors",)),
-        (["--lora", "LORA", "--lora_scale", "nan"], ("scale", "nan")),
+        (["--lora", "LORA", "--lora-scale", "nan"], ("scale", "nan")),
         (["--token", "/nowhere.safetensors"], ("/nowhere.safetensors",)),
         (["--steps", "51"], ("steps is 51",)),
-        (["--lora", "LORA", "--lora", "LORA", "--lora_scale", "1"], ("--lora_scale", "1 times", "--lora 2 times")),
-        (["--lora", "LORA", "--lora_scale", "1", "--lora_scale", "1"], ("--lora_scale", "2 times")),
+        (["--lora", "LORA", "--lora", "LORA", "--lora-scale", "1"], ("--lora-scale", "1 times", "--lora 2 times")),
+        (["--lora", "LORA", "--lora-scale", "1", "--lora-scale", "1"], ("--lora-scale", "2 times")),
         (["--control", "CONTROL", "--control", "CONTROL", "--condition", "SQUARE"], ("--condition", "1 times")),
-        (["--token", "TOKEN", "--token_name", "R"], ("'R'", "angle brackets")),
-        (["--token_name", "<R>"], ("--token_name", "--token")),
-        (["--lora", "LORA", "--lora_scale", "much"], ("--lora_scale", "'much'")),
-        (["--control", "CONTROL", "--condition", "SQUARE", "--control_mode", "1.5"], ("--control_mode", "'1.5'")),
-        (["--image_encoder", "x"], ("--image_encoder", "--control")),
-        (["--control", "CONTROL", "--condition", "SQUARE", "--control_mode", "1"], ("mode 1",)),
-        (["--control", "CONTROL", "--condition", "SQUARE", "--control_scale", "nan"], ("control_scale", "nan")),
+        (["--token", "TOKEN", "--token-name", "R"], ("'R'", "angle brackets")),
+        (["--token-name", "<R>"], ("--token-name", "--token")),
+        (["--lora", "LORA", "--lora-scale", "much"], ("--lora-scale", "'much'")),
+        (["--control", "CONTROL", "--condition", "SQUARE", "--control-mode", "1.5"], ("--control-mode", "'1.5'")),
+        (["--image-encoder", "x"], ("--image-encoder", "--control")),
+        (["--control", "CONTROL", "--condition", "SQUARE", "--control-mode", "1"], ("mode 1",)),
+        (["--control", "CONTROL", "--condition", "SQUARE", "--control-scale", "nan"], ("control-scale", "nan")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -18,7 +18,7 @@ from wadi.extras.dreambooth.saving import save_subject
 from wadi.extras.dreambooth.subject import image_paths, read_subject
 from wadi.extras.dreambooth.training import train_subject
 from wadi.extras.lora.apply import apply_lora
-from wadi.pipelines.generate import load
+from wadi.pipelines.load import load
 
 TARGETS = r"(down_blocks|mid_block|up_blocks)\..*(to_q|to_k|to_v|to_out\.0|ff\.net\.2|conv1|conv2)"
 METHODS = ("lorad", "lora", "full")

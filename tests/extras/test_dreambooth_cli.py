@@ -38,7 +38,7 @@ def error_of(capsys):
 def short(subject, out, *more):
     """A training of two updates as a command line."""
     shared = ["--subject", subject, "--prompt", "sks apple", "--out", out, "--steps", 2, "--batch", 2, "--device", "cpu"]
-    prior = ["--prior_prompt", "red apple", "blue car", "--prior_count", 3, "--prior_steps", 2]
+    prior = ["--prior-prompt", "red apple", "blue car", "--prior-count", 3, "--prior-steps", 2]
     return [str(word) for word in (*shared, *prior, *more)]
 
 
@@ -79,17 +79,17 @@ def test_the_student_itself(finished_run, subject_folder, tmp_path, capsys):
         (["--teacher", "T", "--method", "full", "--dtype", "bfloat16"], "float32"),
         (["--teacher", "T", "--method", "full", "--carry", "zoo"], "--carry"),
         (["--student", "S", "--carry", "zoo"], "--carry"),
-        (["--teacher", "T", "--prior_steps", 0], "prior_steps"),
-        (["--teacher", "T", "--prior_steps", 1001], "1001"),
-        (["--teacher", "T", "--prior_count", 0], "prior_count"),
-        (["--teacher", "T", "--prior_weight", "nan"], "nan"),
+        (["--teacher", "T", "--prior-steps", 0], "prior-steps"),
+        (["--teacher", "T", "--prior-steps", 1001], "1001"),
+        (["--teacher", "T", "--prior-count", 0], "prior-count"),
+        (["--teacher", "T", "--prior-weight", "nan"], "nan"),
         (["--teacher", "T", "--lr", "inf"], "inf"),
         (["--teacher", "T", "--lr", 0], "lr"),
         (["--teacher", "T", "--rank", 10**6], "1000000"),
         (["--teacher", "T", "--steps", -3], "-3"),
         (["--teacher", "T", "--batch", 0], "batch"),
         (["--teacher", "T", "--seed", -1], "seed"),
-        (["--teacher", "T", "--guidance_scale", "nan"], "nan"),
+        (["--teacher", "T", "--guidance-scale", "nan"], "nan"),
         (["--teacher", "T", "--carry", "/nowhere"], "/nowhere"),
         (["--teacher", "T", "--method", "dora"], "lorad, lora, full"),
         (["--teacher", "T", "--dtype", "int8"], "float32, bfloat16"),
@@ -102,9 +102,9 @@ def test_options_that_contradict_or_are_out_of_range(error_of, subject_folder, t
 
 def test_bad_options_and_folders_write_nothing(error_of, sd_folder, subject_folder, tmp_path):
     plain = ["--prompt", "sks apple", "--teacher", sd_folder]
-    weight = ["--subject", subject_folder, "--out", tmp_path / "out", "--prior_weight", 0.5]
-    assert "--prior_prompt" in error_of(*plain, *weight)
-    assert "--prior_count" in error_of(*plain, *weight[:-2], "--prior_count", 5)
+    weight = ["--subject", subject_folder, "--out", tmp_path / "out", "--prior-weight", 0.5]
+    assert "--prior-prompt" in error_of(*plain, *weight)
+    assert "--prior-count" in error_of(*plain, *weight[:-2], "--prior-count", 5)
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "mine.txt").write_text("kept")
@@ -150,7 +150,7 @@ def test_more_steps_than_the_schedule_has(error_of, sd_folder, subject_folder, t
     pipeline.scheduler = DDIMScheduler(num_train_timesteps=50, clip_sample=False)
     pipeline.save_pretrained(tmp_path / "short")
     argv = short(subject_folder, tmp_path / "out", "--teacher", tmp_path / "short")
-    argv[argv.index("--prior_steps") + 1] = "51"
+    argv[argv.index("--prior-steps") + 1] = "51"
     message = error_of(*argv)
     assert "51" in message
     assert "50" in message

@@ -18,7 +18,7 @@ from wadi.extras.high_resolution.positions import interpolated_positions, resize
 from wadi.extras.high_resolution.redilation import ALL, deepest, redilated_conv
 from wadi.extras.high_resolution.resize import drawable, enlarged, growth, redilated, resize, tiled_decoding
 from wadi.lorad import LoRaDConfig
-from wadi.pipelines.generate import draw
+from wadi.pipelines.generate import generate_images
 
 
 @pytest.fixture(scope="module")
@@ -293,9 +293,9 @@ def test_pictures_come_out_at_the_size_asked_for(pipeline, wanted):
     try:
         resize(pipeline, drawable(pipeline, wanted))
         assert from_pipeline(pipeline).resolution == wanted
-        plain = draw(pipeline, ["apple"], [3]).pictures[0]
+        plain = generate_images(pipeline, ["apple"], [3]).images[0]
         with enlarged(pipeline, native, wanted):
-            picture = draw(pipeline, ["apple"], [3]).pictures[0]
+            picture = generate_images(pipeline, ["apple"], [3]).images[0]
         assert picture.size == plain.size == (wanted[1], wanted[0])
         assert (picture.tobytes() == plain.tobytes()) == (growth(native, wanted) == 1)
     finally:
@@ -356,14 +356,14 @@ def test_transformers_draw_at_other_sizes(name, tmp_path):
     pipeline.scheduler = one_step_scheduler(pipeline.scheduler, 800)
     wanted = (2 * native[0], 3 * native[1])
     resize(pipeline, wanted)
-    plain = draw(pipeline, ["red"], [1]).pictures[0]
+    plain = generate_images(pipeline, ["red"], [1]).images[0]
     with enlarged(pipeline, native, wanted):
-        stretched = draw(pipeline, ["red"], [1]).pictures[0]
+        stretched = generate_images(pipeline, ["red"], [1]).images[0]
     assert stretched.size == plain.size == (wanted[1], wanted[0])
     assert (stretched.tobytes() != plain.tobytes()) == (name in ("sd3", "flux"))
     with enlarged(pipeline, native, wanted, factor=1):
-        assert draw(pipeline, ["red"], [1]).pictures[0].tobytes() == plain.tobytes()
-    assert draw(pipeline, ["red"], [1]).pictures[0].tobytes() == plain.tobytes()
+        assert generate_images(pipeline, ["red"], [1]).images[0].tobytes() == plain.tobytes()
+    assert generate_images(pipeline, ["red"], [1]).images[0].tobytes() == plain.tobytes()
     for options in ({"factor": 2}, {"blocks": ["mid_block"]}, {"disperse": True}):
         with pytest.raises(WadiError, match="is a transformer"), enlarged(pipeline, native, wanted, **options):
             pass

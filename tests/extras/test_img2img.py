@@ -10,7 +10,8 @@ from wadi.backbones import from_pipeline
 from wadi.errors import WadiError
 from wadi.extras.image_to_image import image_tensor, read_init, start
 from wadi.extras.steps import schedule
-from wadi.pipelines.generate import draw, load
+from wadi.pipelines.generate import Sampling, generate_images
+from wadi.pipelines.load import load
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def redrawn(pipeline, picture, strength, steps=1, seed=5, count=1):
     pipeline.scheduler = found.scheduler
     begin = start(from_pipeline(pipeline), image, found)
     seeds = list(range(seed, seed + count))
-    return draw(pipeline, ["red"] * count, seeds, call=found.call, start=begin).pictures
+    return generate_images(pipeline, ["red"] * count, seeds, Sampling(call=found.call, start=begin)).images
 
 
 def pixels(picture):
@@ -97,7 +98,7 @@ def test_noise_of_later_steps_is_fresh_and_each_pictures_own(student_of, name):
     found = schedule(own, 2, 0.9)
     pipeline.scheduler = found.scheduler
     begin = start(backbone, image_tensor(picture, (16, 16)), found)
-    alone = draw(pipeline, ["red"], [6], call=found.call, start=begin).pictures[0]
+    alone = generate_images(pipeline, ["red"], [6], Sampling(call=found.call, start=begin)).images[0]
     assert np.abs(pixels(alone) - pixels(pictures[1])).max() <= 1
 
 

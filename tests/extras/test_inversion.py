@@ -154,11 +154,12 @@ def test_a_token_by_another_name_and_from_elsewhere(sd_folder, tmp_path):
 
 
 def test_a_student_takes_the_token_in_one_step(learned, finished_run):
-    from wadi.pipelines.generate import draw, load
+    from wadi.pipelines.generate import generate_images
+    from wadi.pipelines.load import load
 
     student = load(finished_run)
     add_token(student, learned[0])
-    one, two = (draw(student, [prompt], [1]).pictures[0].tobytes() for prompt in ("a <R> b", "a b"))
+    one, two = (generate_images(student, [prompt], [1]).images[0].tobytes() for prompt in ("a <R> b", "a b"))
     assert one != two
 
 
@@ -308,7 +309,7 @@ def test_a_teacher_that_reads_otherwise(family, exemplars, tmp_path):
 
 
 def test_a_student_is_no_teacher(finished_run, exemplars, tmp_path):
-    from wadi.pipelines.generate import load
+    from wadi.pipelines.load import load
 
     with pytest.raises(WadiError, match="itself a distilled model"):
         invert_relation(load(finished_run), exemplars, "<R>", "o", tmp_path / "R.safetensors")

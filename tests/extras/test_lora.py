@@ -16,7 +16,7 @@ from wadi.extras.lora.apply import apply_lora
 from wadi.extras.lora.file import LORA_FILE
 from wadi.extras.lora.training import attach_lora, write_lora
 from wadi.lorad import LoRaDConfig
-from wadi.pipelines.generate import load
+from wadi.pipelines.load import load
 
 TARGETS = r".*(to_q|to_v|ff\.net\.2|conv1)"
 KEY = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"

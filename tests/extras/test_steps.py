@@ -14,7 +14,7 @@ from wadi.backbones import from_pipeline
 from wadi.diffusion.schedulers import one_step_scheduler
 from wadi.errors import WadiError
 from wadi.extras.steps import MOST, schedule
-from wadi.pipelines.generate import draw
+from wadi.pipelines.generate import Sampling, generate_images
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_times_are_trailing_from_the_students_own(student_of, name, steps):
     found = schedule(pipeline.scheduler, steps)
     pipeline.scheduler = found.scheduler
     with asked(pipeline) as seen:
-        draw(pipeline, ["red"], [0], call=found.call)
+        generate_images(pipeline, ["red"], [0], Sampling(call=found.call))
     assert [t for t, _ in seen] == pytest.approx([800 * (1 - i / steps) for i in range(steps)], abs=1.01)
     assert found.sigma == pytest.approx(0.8 if name in ("sd3", "flux", "sana") else (1 - found.alpha**2) ** 0.5)
 
@@ -48,10 +48,10 @@ def test_nothing_of_the_input_is_mixed_into_the_answer(student_of):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_step_is_the_student(student_of, name):
     pipeline = student_of(name)
-    own = draw(pipeline, ["red"], [7]).pictures[0]
+    own = generate_images(pipeline, ["red"], [7]).images[0]
     found = schedule(pipeline.scheduler, 1)
     pipeline.scheduler = found.scheduler
-    again = draw(pipeline, ["red"], [7], call=found.call).pictures[0]
+    again = generate_images(pipeline, ["red"], [7], Sampling(call=found.call)).images[0]
     assert np.abs(pixels(own) - pixels(again)).max() <= 1
 
 
@@ -64,7 +64,7 @@ def test_the_second_input_is_the_first_answer_noised_anew(student_of, name):
     with asked(pipeline) as seen:
         x0 = pipeline(prompt=["red"], generator=[torch.Generator().manual_seed(3)], **call).images
         pipeline.scheduler = found.scheduler
-        draw(pipeline, ["red"], [3], call=found.call)
+        generate_images(pipeline, ["red"], [3], Sampling(call=found.call))
     (_, first), (_, z), (_, x_t) = seen
     assert torch.equal(first, z)
     t = torch.tensor([400])
@@ -80,9 +80,9 @@ def test_a_picture_depends_on_its_own_seed_alone(student_of, name):
     pipeline = student_of(name)
     found = schedule(pipeline.scheduler, 3)
     pipeline.scheduler = found.scheduler
-    together = draw(pipeline, ["red", "red", "blue"], [5, 6, 7], call=found.call).pictures
+    together = generate_images(pipeline, ["red", "red", "blue"], [5, 6, 7], Sampling(call=found.call)).images
     torch.manual_seed(99)  # of no importance
-    alone = draw(pipeline, ["red"], [6], call=found.call).pictures[0]
+    alone = generate_images(pipeline, ["red"], [6], Sampling(call=found.call)).images[0]
     assert np.abs(pixels(together[1]) - pixels(alone)).max() <= 1
     assert (pixels(together[0]) != pixels(together[1])).any()
     assert "step" not in vars(pipeline.scheduler)
@@ -95,7 +95,7 @@ def test_steps_change_the_picture_and_none_is_lost(student_of):
         found = schedule(own, steps)
         pipeline.scheduler = found.scheduler
         with asked(pipeline) as seen:
-            pictures.append(pixels(draw(pipeline, ["red"], [1], call=found.call).pictures[0]))
+            pictures.append(pixels(generate_images(pipeline, ["red"], [1], Sampling(call=found.call)).images[0]))
         assert len(seen) == steps
     assert all((a != b).any() for a, b in pairwise(pictures))
 
@@ -111,7 +111,8 @@ def test_the_schedule_saves_and_loads_with_the_pipeline(student_of, tmp_path):
     loaded.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(2)
     picture = loaded("red", num_inference_steps=4, guidance_scale=0.0, generator=generator).images[0]
-    assert np.abs(pixels(picture) - pixels(draw(pipeline, ["red"], [2], call=found.call).pictures[0])).max() <= 1
+    expected = generate_images(pipeline, ["red"], [2], Sampling(call=found.call)).images[0]
+    assert np.abs(pixels(picture) - pixels(expected)).max() <= 1
 
 
 @pytest.mark.parametrize("steps", [0, -1, MOST + 1])
@@ -142,7 +143,7 @@ def test_the_command_line(finished_run, tmp_path, capsys):
     one, four = picture("one"), picture("four", "--steps", "4")
     assert (picture("again", "--steps=1") == one).all()
     assert (one != four).any()
-    assert picture("beside", "--compare", "--teacher_steps", "2", "--steps", "2").shape[0] > 32
+    assert picture("beside", "--compare", "--teacher-steps", "2", "--steps", "2").shape[0] > 32
     assert main(["generate", "apple", "--run", str(finished_run), "--steps", "0", "--out", str(tmp_path / "x.png")]) == 2
     assert "--steps: '0'" in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()

@@ -1,181 +1,118 @@
-"""One-step images: a plain diffusers call, the same for the same seed whatever stands beside it."""
+"""Images depend on prompt and seed alone, and files are written as they are generated."""
 
 import json
-import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from students import one_image, same_image
 
-from wadi import roles
 from wadi.backbones import from_pipeline, load_pipeline
 from wadi.errors import WadiError
-from wadi.lorad import LoRaDConfig
-from wadi.pipelines.generate import compare, draw, file_name, generate, load, teacher_of
-from wadi.sampling import noise, one_step
-
-PLAIN = {"num_inference_steps": 1, "guidance_scale": 0.0}
-
-
-def pixels(picture):
-    return np.asarray(picture).astype(int)
+from wadi.pipelines.compare import compare_with_teacher
+from wadi.pipelines.files import MOST_IMAGES, Folder, file_name, generate_file, generate_folder, plan_images
+from wadi.pipelines.generate import Sampling, generate_images
+from wadi.pipelines.load import load, load_teacher_pipeline
 
 
-def same_picture(one, other, off=1):
-    """Equal up to the rounding of a pixel."""
-    return pixels(one).shape == pixels(other).shape and np.abs(pixels(one) - pixels(other)).max() <= off
+def write_folder(pipeline, prompts, out, batch=8, count=1, seed=0, **folder):
+    return generate_folder(pipeline, plan_images(prompts, seed, count), out, Sampling(batch=batch), Folder(**folder))
 
 
-def student_at(timestep, teacher, folder):
-    """An adapter folder of a student with angles of a tenth, asked at ``timestep``."""
-    network = load_pipeline(teacher).unet
-    roles.attach(network, "student", LoRaDConfig(r=4, target_modules=r".*(to_q|to_k|to_v|ff\.net\.2)"))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in roles.parameters(network, "student").values():
-            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
-    roles.save(network, "student", folder, extra={"timestep": timestep, "teacher": str(teacher)})
-    return folder
+def write_file(pipeline, prompts, out, batch=8, count=1, seed=0):
+    return generate_file(pipeline, plan_images(prompts, seed, count), out, Sampling(batch=batch))
 
 
-@pytest.fixture(
-    scope="module", params=[("sd_folder", 800), ("sd_folder", 999), ("sd_v_folder", 800), ("sd_v_folder", 999)], ids=str
-)
-def student(request, tmp_path_factory):
-    """``(adapter folder, teacher folder, timestep)``."""
-    name, timestep = request.param
-    teacher = request.getfixturevalue(name)
-    return student_at(timestep, teacher, tmp_path_factory.mktemp("adapter") / "student"), teacher, timestep
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.fixture(scope="module")
-def pipeline(finished_run):
-    return load(finished_run)
-
-
-@torch.no_grad()
-def test_a_plain_call_is_the_students_step(student):
-    """What training calls the student's image, drawn by diffusers from the same seed."""
-    folder, teacher, timestep = student
-    backbone = from_pipeline(load_pipeline(teacher))
-    roles.load(backbone.network, folder, "student")
-    with roles.active(backbone.network, "student"):
-        x0 = one_step(backbone, backbone.encode(["red apple"]), noise(backbone.latent_shape, [7]), timestep)
-    with roles.active(backbone.network, None):
-        plain_x0 = one_step(backbone, backbone.encode(["red apple"]), noise(backbone.latent_shape, [7]), timestep)
-    pipeline = load(adapter=folder)
-    seed = torch.Generator().manual_seed(7)
-    latents = pipeline("red apple", generator=seed, output_type="latent", **PLAIN).images
-    torch.testing.assert_close(latents, x0, rtol=1e-3, atol=1e-3)
-    assert (latents - plain_x0).abs().max() > 0.05  # and not the teacher's
-    image = pipeline("red apple", generator=seed.manual_seed(7), output_type="pt", **PLAIN).images
-    torch.testing.assert_close(image, backbone.decode(x0), rtol=1e-3, atol=1e-3)
-
-
-def test_the_pipeline_is_an_ordinary_one(pipeline):
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-    assert type(pipeline) is StableDiffusionPipeline
-    assert type(pipeline.scheduler) is DDIMScheduler
-    assert not any("lorad" in key for key in pipeline.unet.state_dict())
-    assert not hasattr(pipeline.unet, "peft_config")
+# --- in memory ----------------------------------------------------------------------------------------------------------------
 
 
 def test_an_image_depends_on_its_prompt_and_seed_alone(pipeline):
     prompts, seeds = ["red apple", "blue car", "green tree", "red apple", ""], [3, 4, 5, 6, 2**63 - 1]
-    alone = [draw(pipeline, [prompt], [seed]).pictures[0] for prompt, seed in zip(prompts, seeds, strict=True)]
+    alone = [one_image(pipeline, prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
     for batch in (2, 5):
-        together = draw(pipeline, prompts, seeds, batch=batch).pictures
-        assert all(same_picture(*pair) for pair in zip(alone, together, strict=True))
-    assert not same_picture(alone[0], alone[3], off=8)  # another seed is another image
-    again = draw(pipeline, prompts[:1], seeds[:1]).pictures[0]
-    assert same_picture(again, alone[0], off=0)
+        together = generate_images(pipeline, prompts, seeds, Sampling(batch=batch)).images
+        assert all(same_image(*pair) for pair in zip(alone, together, strict=True))
+    assert not same_image(alone[0], alone[3], off=8)  # another seed is another image
+    assert same_image(one_image(pipeline, prompts[0], seeds[0]), alone[0], off=0)
+    assert len(alone[0].getcolors()) > 1
 
 
-def test_a_run_an_adapter_and_a_teacher_of_ones_own(finished_run, sd_folder, pipeline, tmp_path):
-    (wanted,) = draw(pipeline, ["red apple"], [1]).pictures
-    moved = shutil.copytree(sd_folder, tmp_path / "teacher")
-    for loaded in (
-        load(adapter=finished_run / "student"),
-        load(adapter=finished_run / "student", teacher=moved),
-        load(finished_run, teacher=moved),
-    ):
-        assert same_picture(draw(loaded, ["red apple"], [1]).pictures[0], wanted, off=0)
+def test_a_comparison_shows_the_teacher_above_the_student(finished_run, pipeline):
+    teacher = load_teacher_pipeline(finished_run)
+    result = compare_with_teacher(pipeline, teacher, ["red apple", "blue car"], [1, 2], Sampling(), Sampling(3, 2.0))
+    assert result.teacher_ms > 0
+    assert result.student_ms > 0
+    assert result.image.size[0] > 2 * 16
+    assert result.image.size[1] > 2 * 16
 
 
-def test_an_interrupted_runs_student_is_there_too(finished_run, tmp_path):
-    """Only config and student are needed."""
-    (tmp_path / "run").mkdir()
-    shutil.copy(finished_run / "config.yaml", tmp_path / "run")
-    with pytest.raises(WadiError, match="saved no student"):
-        load(tmp_path / "run")
-    shutil.copytree(finished_run / "student", tmp_path / "run" / "student")
-    load(tmp_path / "run")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_image_of_nan_or_infinity_is_an_error(value, sd_folder, finished_run, tmp_path):
+    pipeline = load(finished_run)
+    with torch.no_grad():
+        pipeline.vae.decoder.conv_out.bias[1] = value
+    with pytest.raises(WadiError, match="2 of 2"):
+        write_file(pipeline, ["red apple"], tmp_path / "x.png", count=2)
+    with pytest.raises(WadiError, match="1 of 1"):
+        write_folder(pipeline, ["red apple"], tmp_path / "folder")
+    assert list(tmp_path.iterdir()) == []
+    assert "decode" not in vars(pipeline.vae)
+    with pytest.raises(WadiError, match="1 of 1"):
+        from_pipeline(pipeline).decode(torch.zeros(1, 4, 8, 8))
+    backbone = from_pipeline(load_pipeline(sd_folder))
+    with pytest.raises(WadiError, match="1 of 2"):
+        backbone.decode(torch.stack([torch.zeros(4, 8, 8), torch.full((4, 8, 8), value)]))
 
 
-@pytest.mark.parametrize(("now", "earlier"), [("clip: 1.0", "clip: .inf"), ("  weight: 0.0", "  weight: 0.5")])
-def test_an_earlier_run_with_settings_that_are_refused_today_generates(finished_run, tmp_path, now, earlier):
-    run, settings = tmp_path / "run", (finished_run / "config.yaml").read_text()
-    shutil.copytree(finished_run, run)
-    assert settings.count(now) == 1
-    (run / "config.yaml").write_text(settings.replace(now, earlier))
-    assert same_picture(
-        draw(load(run), ["red apple"], [1]).pictures[0], draw(load(finished_run), ["red apple"], [1]).pictures[0]
-    )
+@pytest.mark.parametrize(
+    ("prompts", "seeds", "sampling", "named"),
+    [
+        ([], [], Sampling(), "0 prompts"),
+        (["a", "b"], [1], Sampling(), "1 seeds"),
+        (["a"], [-1], Sampling(), "-1"),
+        (["a"], [2**63], Sampling(), str(2**63)),
+        (["a"], [0], Sampling(batch=0), "batch is 0"),
+        (["a"], [0], Sampling(steps=-2), "steps is -2"),
+    ],
+)
+def test_a_request_out_of_range_is_named(prompts, seeds, sampling, named, pipeline):
+    with pytest.raises(WadiError, match=named):
+        generate_images(pipeline, prompts, seeds, sampling)
 
 
-def test_a_run_whose_config_names_no_teacher_needs_one(finished_run, sd_folder, tmp_path):
-    run = shutil.copytree(finished_run, tmp_path / "run")
-    (run / "config.yaml").write_text("steps: 3")
-    with pytest.raises(WadiError, match=r"config\.yaml.*--teacher"):
-        load(run)
-    load(run, teacher=sd_folder)
+@pytest.mark.parametrize(
+    ("prompts", "seed", "count", "named"),
+    [
+        ([], 0, 1, "no prompt"),
+        (["a"], 0, 0, "count is 0"),
+        (["a"], 0, -2, "count is -2"),
+        (["a"] * 2, 0, MOST_IMAGES, "2,000,000"),
+        (["a"], -1, 1, "-1"),
+        (["a"], 2**63 - 1, 2, str(2**63)),
+    ],
+)
+def test_a_plan_out_of_range_is_named(prompts, seed, count, named):
+    with pytest.raises(WadiError, match=named):
+        plan_images(prompts, seed, count)
 
 
-ALONE = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        assert name.partition(".")[0] != "wadi", name
-sys.meta_path.insert(0, Refuse())
-import torch
-torch.set_num_threads(int(sys.argv[3]))
-from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
-pipe.set_progress_bar_config(disable=True)
-image = pipe("red apple", num_inference_steps=1, guidance_scale=0.0, generator=torch.Generator().manual_seed(7)).images[0]
-image.save(sys.argv[2])
-assert "wadi" not in sys.modules
-"""
+# --- one file -----------------------------------------------------------------------------------------------------------------
 
 
-def test_an_export_needs_nothing_of_ours(finished_run, pipeline, tmp_path, capsys):
-    from wadi.cli.main import main
-
-    assert main(["export", "--run", str(finished_run), "--out", str(tmp_path / "export")]) == 0
-    command = [sys.executable, "-c", ALONE, str(tmp_path / "export"), str(tmp_path / "apple.png"), str(torch.get_num_threads())]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (wanted,) = draw(pipeline, ["red apple"], [7]).pictures
-    assert same_picture(Image.open(tmp_path / "apple.png"), wanted)
-    # and it is a run to draw from here as well
-    assert same_picture(draw(load(tmp_path / "export"), ["red apple"], [7]).pictures[0], wanted)
-    assert main(["export", "--run", str(finished_run), "--out", str(tmp_path / "export")]) == 2
-    assert "exists" in capsys.readouterr().err
+def test_one_image_goes_into_the_named_file(pipeline, tmp_path):
+    written = write_file(pipeline, ["red apple"], tmp_path / "deep" / "apple.png", seed=7)
+    assert written.paths == [tmp_path / "deep" / "apple.png"]
+    assert written.ms_per_image > 0
+    assert same_image(Image.open(written.paths[0]), one_image(pipeline, seed=7), off=0)
 
 
-def test_one_picture_is_written_where_asked(pipeline, tmp_path):
-    made = generate(pipeline, ["red apple"], tmp_path / "deep" / "apple.png", seed=7)
-    assert made.paths == [tmp_path / "deep" / "apple.png"]
-    assert made.ms_per_image > 0
-    assert same_picture(Image.open(made.paths[0]), draw(pipeline, ["red apple"], [7]).pictures[0], off=0)
-
-
-def test_several_pictures_are_a_grid_and_each_its_file(pipeline, tmp_path):
-    paths = generate(pipeline, ["red apple"], tmp_path / "apple.png", seed=7, count=3, batch=2).paths
+def test_several_images_are_a_grid_and_a_file_each(pipeline, tmp_path):
+    paths = write_file(pipeline, ["red apple"], tmp_path / "apple.png", seed=7, count=3, batch=2).paths
     assert [path.name for path in paths] == ["apple-7.png", "apple-8.png", "apple-9.png"]
     width, height = Image.open(paths[0]).size
     grid = Image.open(tmp_path / "apple.png").size
@@ -184,9 +121,19 @@ def test_several_pictures_are_a_grid_and_each_its_file(pipeline, tmp_path):
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_a_prompts_file_makes_a_folder(pipeline, tmp_path):
+def test_a_path_below_a_file_is_left_alone(pipeline, tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(WadiError, match=str(tmp_path / "taken")):
+        write_file(pipeline, ["red apple"], tmp_path / "taken" / "apple.png")
+    assert content(tmp_path) == {"taken": b"mine"}
+
+
+# --- a folder -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_has_a_file_for_each_image_and_a_manifest(pipeline, tmp_path):
     prompts = ["Red Apple!", "../../etc/passwd", "日本", "x" * 300]
-    paths = generate(pipeline, prompts, tmp_path / "out", seed=5, count=2, batch=3, folder=True).paths
+    paths = write_folder(pipeline, prompts, tmp_path / "out", seed=5, count=2, batch=3).paths
     names = [path.name for path in paths]
     assert names[:5] == [
         "00000-red-apple-5.png", "00001-red-apple-6.png", "00002-etc-passwd-7.png", "00003-etc-passwd-8.png",
@@ -199,70 +146,91 @@ def test_a_prompts_file_makes_a_folder(pipeline, tmp_path):
     assert file_name(3, "a", 0) == "00003-a-0.png"
 
 
+class Stop(Exception):
+    pass
+
+
+def stop_after(pipeline, calls, monkeypatch):
+    """Let the pipeline's autoencoder raise when it decodes batch ``calls + 1``."""
+    plain, decoded = pipeline.vae.decode, []
+
+    def decode(*args, **kwargs):
+        decoded.append(1)
+        if len(decoded) > calls:
+            raise Stop
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline.vae, "decode", decode)
+
+
+def test_the_same_call_continues_an_interrupted_one(pipeline, tmp_path, monkeypatch):
+    prompts, out = ["red apple", "blue car", "green tree", "yellow sun", "a cat"], tmp_path / "out"
+    complete = tmp_path / "complete"
+    write_folder(pipeline, prompts, complete, batch=2)
+    with monkeypatch.context() as patch:
+        stop_after(pipeline, 2, patch)
+        with pytest.raises(Stop):
+            write_folder(pipeline, prompts, out, batch=2)
+    names = [f"0000{i}-{words}-{i}.png" for i, words in enumerate(["red-apple", "blue-car", "green-tree", "yellow-sun"])]
+    assert sorted(path.name for path in out.glob("*.png")) == names
+    before = {name: (out / name).stat().st_mtime_ns for name in names}
+    written = write_folder(pipeline, prompts, out, batch=3)
+    assert written.existing == 4
+    assert {name: (out / name).stat().st_mtime_ns for name in names} == before
+    for path in complete.glob("*.png"):
+        assert np.array_equal(np.asarray(Image.open(path)), np.asarray(Image.open(out / path.name)))
+    lines = [json.loads(line) for line in (out / "images.jsonl").read_text().splitlines()]
+    assert [(line["file"], line["prompt"], line["seed"]) for line in lines] == [
+        (path.name, prompt, seed) for path, prompt, seed in zip(written.paths, prompts, range(5), strict=True)
+    ]
+    assert write_folder(pipeline, prompts, out).existing == 5
+    assert write_folder(pipeline, [*prompts, "a dog"], out).existing == 5
+
+
+def test_a_truncated_or_missing_image_is_generated_again(pipeline, tmp_path):
+    prompts = ["red apple", "blue car"]
+    first, second = write_folder(pipeline, prompts, tmp_path).paths
+    data = second.read_bytes()
+    second.unlink()
+    with open(tmp_path / "images.jsonl", "a") as stream:
+        stream.write('{"file": "00002-')  # left by a process that was killed while it wrote
+    assert write_folder(pipeline, prompts, tmp_path).existing == 1
+    assert second.read_bytes() == data
+    lines = [json.loads(line) for line in (tmp_path / "images.jsonl").read_text().splitlines()]
+    assert {line["file"] for line in lines} == {first.name, second.name}
+
+
 @pytest.mark.parametrize(
-    "bad", [{"count": 0}, {"count": -2}, {"seed": -1}, {"seed": 2**63}, {"seed": 2**63 - 1, "count": 2}, {"batch": 0}]
+    ("change", "named"),
+    [
+        ({"settings": {"dtype": "bfloat16"}}, "bfloat16"),
+        ({"prompts": ["Red apple!", "blue car"]}, "red apple"),
+        ({}, "00000-red-apple-0.png"),
+    ],
+    ids=["settings", "prompt", "file"],
 )
-def test_numbers_out_of_range_write_nothing(bad, pipeline, tmp_path):
-    with pytest.raises(WadiError, match=r"count|Seeds|batch"):
-        generate(pipeline, ["red apple"], tmp_path / "apple.png", **bad)
-    with pytest.raises(WadiError):
-        generate(pipeline, [], tmp_path / "apple.png")
-    assert list(tmp_path.iterdir()) == []
+def test_an_image_made_in_another_way_is_replaced_only_with_overwrite(change, named, pipeline, tmp_path):
+    arguments = {"prompts": ["red apple", "blue car"], "out": tmp_path, "settings": {"dtype": "float32"}}
+    path = write_folder(pipeline, **arguments).paths[0]
+    if not change:
+        Image.new("RGB", (16, 16), "red").save(path)
+    before = content(tmp_path)
+    with pytest.raises(WadiError, match=named):
+        write_folder(pipeline, **arguments | change)
+    assert content(tmp_path) == before
+    assert write_folder(pipeline, **arguments | change, overwrite=True).existing == (0 if "settings" in change else 1)
+    assert write_folder(pipeline, **arguments | change).existing == 2
 
 
-def test_a_place_that_takes_no_file(pipeline, tmp_path):
-    (tmp_path / "taken").write_text("mine")
-    with pytest.raises(WadiError, match="Cannot write"):
-        generate(pipeline, ["red apple"], tmp_path / "taken" / "apple.png")
-    assert (tmp_path / "taken").read_text() == "mine"
-
-
-def test_compare_puts_the_teacher_above(finished_run, pipeline):
-    teacher = teacher_of(finished_run)
-    assert not any("lorad" in key for key in teacher.unet.state_dict())
-    picture, slow, fast = compare(pipeline, teacher, ["red apple", "blue car"], [1, 2], 3, 2.0)
-    assert slow > 0
-    assert fast > 0
-    assert picture.size[0] > 2 * 16
-    assert picture.size[1] > 2 * 16
-
-
-# --- what does not fit together -----------------------------------------------------------------------------------------------
-
-
-def test_folders_that_are_not_what_they_should_be(finished_run, sd_folder, tmp_path):
-    with pytest.raises(WadiError, match="both a run and an adapter"):
-        load(finished_run, adapter=finished_run / "student")
-    with pytest.raises(WadiError, match="is no run"):
-        load(tmp_path)
-    with pytest.raises(WadiError, match="no adapter folder"):
-        load(adapter=tmp_path)
-    with pytest.raises(WadiError, match="does not exist"):
-        load(adapter=finished_run / "student", teacher=tmp_path / "nowhere")
-    with pytest.raises(WadiError, match=r"model_index\.json"):
-        load(adapter=finished_run / "student", teacher=tmp_path)
-
-
-@pytest.mark.parametrize("about", [None, "{", "[]", "{}", '{"timestep": "800"}', '{"timestep": 5000}', '{"timestep": -3}'])
-def test_an_adapter_that_does_not_say_its_timestep(about, finished_run, sd_folder, tmp_path):
-    """Guessing one would draw a wrong image without a word."""
-    folder = shutil.copytree(finished_run / "student", tmp_path / "student")
-    (folder / "wadi.json").unlink()
-    if about is not None:
-        (folder / "wadi.json").write_text(about)
-    with pytest.raises(WadiError, match="timestep"):
-        load(adapter=folder, teacher=sd_folder)
-
-
-def test_an_adapter_of_another_architecture(finished_run, tmp_path):
-    import tiny
-
-    other = tmp_path / "other"
-    tiny.stable_diffusion(tmp_path / "parts", block_out_channels=(16, 16)).save_pretrained(other)
-    with pytest.raises(WadiError, match="lorad_"):
-        load(finished_run, teacher=other)
-
-
-def test_the_timestep_travels_with_the_adapter(finished_run):
-    assert json.loads((finished_run / "student" / "wadi.json").read_text())["timestep"] == 800
-    assert load(finished_run).scheduler.config.num_train_timesteps == 801
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("00000-red-apple-0.png", "mine"),
+        *(("images.jsonl", text) for text in ("notes\n", "[]\n", '{"file": 3}\n', "[" * 5000 + "\n")),
+    ],
+)
+def test_a_file_of_the_user_is_left_alone(name, text, pipeline, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(WadiError, match=name):
+        write_folder(pipeline, ["red apple"], tmp_path)
+    assert content(tmp_path) == {name: text.encode()}

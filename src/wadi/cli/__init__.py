@@ -1,4 +1,5 @@
-"""The command line: one file per command.
+"""The command line: one file per command, each with `add_options(parser)` and `run(arguments)`.
 
-`main` finds the command and runs it, `guard` turns every failure into one line and an exit code. Start with `main.py`.
+`main.py` has the table of commands and starts one of them. `parser.py` builds and reads the command line. `guard.py` turns
+every failure into one line and an exit code. Start with `main.py`.
 """

@@ -1,43 +1,52 @@
-"""``wadi embed``: prompts to a cache of their embeddings."""
+"""``wadi embed``: encode prompts once, into a cache that ``wadi distill`` trains from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from wadi.io.bounds import BATCH, COUNT, SIDE
 
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
-def run(argv: Sequence[str], parse: Callable[..., Any], make_parser: Callable[[str], Any]) -> int:
-    """The command; the same again continues an interrupted one."""
-    parser = make_parser("embed")
-    parser.add_argument("--teacher", type=str, required=True, help="pipeline folder, Hub id, or zoo: its encoders are used")
-    parser.add_argument("--prompts", type=str, required=True, help="file, pattern or hf://OWNER/NAME, as for distill")
-    parser.add_argument("--prompts_field", type=str, default=None, help="the field that holds the prompt, dotted if nested")
-    parser.add_argument("--out", type=str, required=True, help="folder of the cache; distill takes it as --prompts")
-    parser.add_argument("--limit", type=COUNT, default=None, help="only so many prompts from the start")
-    parser.add_argument("--batch", type=BATCH, default=16, help="prompts encoded at once")
-    parser.add_argument("--shard_rows", type=COUNT, default=1024, help="prompts in a file of the cache")
-    parser.add_argument("--dtype", type=str, default="float32", help="float32, bfloat16 or float16: that of the run to come")
-    parser.add_argument("--resolution", type=SIDE, nargs=2, default=None, help="height and width of the run to come")
-    parser.add_argument("--device", type=str, default=None, help="cpu, cuda, cuda:1, ...; default: the best there is")
-    args = parse(parser, argv)
+    from wadi.cli.parser import Arguments
 
-    import torch
 
+def add_options(parser: ArgumentParser) -> None:
+    """Add the options of ``wadi embed``."""
+    add = parser.add_argument
+    add("--teacher", type=str, required=True, help="pipeline whose encoders are used: folder, Hub id, or zoo")
+    add("--prompts", type=str, required=True, help="file, pattern or hf://OWNER/NAME, as for wadi distill")
+    add("--prompts-field", type=str, default=None, help="field that holds the prompt, dotted if nested; default: a usual name")
+    add("--out", type=str, required=True, help="folder of the cache; wadi distill takes it as --prompts")
+    add("--limit", type=COUNT, default=None, help="encode only this many prompts, from the start")
+    add("--batch", type=BATCH, default=16, help="prompts encoded at once")
+    add("--shard-rows", type=COUNT, default=1024, help="prompts per file of the cache")
+    add("--dtype", type=str, default="float32", help="type of the encoders, as in the run: float32, bfloat16 or float16")
+    add(
+        "--resolution",
+        type=SIDE,
+        nargs=2,
+        default=None,
+        help="height and width of the run's images in pixels; default: the model's",
+    )
+    add("--device", type=str, default=None, help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
+
+
+def run(arguments: Arguments) -> int:
+    """Write the cache; the same command continues an interrupted one."""
     from wadi.backbones import from_pipeline, load_pipeline
     from wadi.distill.conditions import embed
-    from wadi.errors import WadiError
-    from wadi.parallel.device import find_device
+    from wadi.parallel.device import dtype_of, find_device
     from wadi.prompts.reading import open_prompts
     from wadi.zoo.paths import resolve_teacher
 
-    if args.dtype not in ("float32", "bfloat16", "float16"):
-        raise WadiError(f"--dtype is {args.dtype!r}. Expected float32, bfloat16 or float16.")
-    prompts = open_prompts(args.prompts, args.prompts_field, args.limit)
-    pipeline = load_pipeline(resolve_teacher(args.teacher), getattr(torch, args.dtype), find_device(args.device))
-    backbone = from_pipeline(pipeline, tuple(args.resolution) if args.resolution else None)
-    out = embed(backbone, prompts, Path(args.out), args.batch, args.shard_rows)
+    options = arguments.options
+    dtype = dtype_of(options.dtype)
+    prompts = open_prompts(options.prompts, options.prompts_field, options.limit)
+    pipeline = load_pipeline(resolve_teacher(options.teacher), dtype, find_device(options.device))
+    backbone = from_pipeline(pipeline, tuple(options.resolution) if options.resolution else None)
+    out = embed(backbone, prompts, Path(options.out), options.batch, options.shard_rows)
     print(f"{len(prompts)} prompts: wadi distill --prompts {out} ...")
     return 0

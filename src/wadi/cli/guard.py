@@ -1,8 +1,8 @@
-"""The last resort of the command line: whatever happens, a command ends with one line and an exit code.
+"""Turn every failure of a command into one line and an exit code.
 
-2: bad input. 1: an unexpected failure, a library's own included; ``--debug`` (or ``WADI_DEBUG=1``) prints its traceback.
-130: Ctrl-C. 143, 129: SIGTERM, SIGHUP, after saving, of a command that can be continued. 141: the reader of standard output is
-gone (``| head``).
+2 = bad input. 1 = an unexpected failure, also one inside a library; ``--debug`` (or ``WADI_DEBUG=1``) prints its traceback.
+130 = Ctrl-C. 143 and 129 = SIGTERM and SIGHUP; a command that can be continued has saved its state. 141 = the reader of
+standard output ended first (``| head``).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from wadi.errors import Interrupted, WadiError
 
 FAILED, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG)
-REFUSED = (  # what the system says of a path that it does not let us use
+PATH_ERRORS = (  # the system does not let us use a path
     *FULL, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.EROFS, errno.ESTALE,
     errno.ENXIO,
 )  # fmt: skip
-LONGEST = 400  # characters of a library's message
+LONGEST = 400  # characters that are shown of a library's message
 
 
 def split_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
@@ -39,33 +39,33 @@ def split_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
 
 
 def guard(command: str, act: Callable[[], int], debug: bool = False) -> int:
-    """Return the exit code of ``act``; turn whatever it raises into one line on stderr and a code.
+    """Run ``act`` and return its exit code; print one line on stderr for any error and return the code for it.
 
-    `SystemExit` passes, with which the parser ends after ``--help``.
+    `SystemExit` passes: the parser ends with it after ``--help``.
     """
     with _interrupts() as interrupts:
         try:
             code = act()
             _flush()
         except KeyboardInterrupt:
-            interrupts.seen, code = True, INTERRUPTED
+            interrupts.received, code = True, INTERRUPTED
         except BrokenPipeError:
             return _broken_pipe()
         except Interrupted as stopped:
-            return _say(stopped, str(stopped), debug, 128 + stopped.signal)
+            return _report(stopped, str(stopped), debug, 128 + stopped.signal)
         except WadiError as error:
-            code = _say(error, str(error), debug, BAD_INPUT)
+            code = _report(error, str(error), debug, BAD_INPUT)
         except Exception as error:
             code = _unexpected(command, error, debug)
-    # A library may swallow the interrupt, as some do while they are imported.
-    if interrupts.seen and code in (0, INTERRUPTED):
+    # Some libraries swallow the interrupt while they are imported.
+    if interrupts.received and code in (0, INTERRUPTED):
         print("wadi: interrupted.", file=sys.stderr)
         return INTERRUPTED
     return code
 
 
-def refuse_undecodable(arguments: Sequence[str]) -> None:
-    """Raise `WadiError` for an argument that is not UTF-8: Python keeps such bytes as lone surrogates, which no file takes."""
+def check_decodable(arguments: Sequence[str]) -> None:
+    """Raise `WadiError` for an argument that is not UTF-8. Python keeps its bytes as surrogates, which cannot be written."""
     for number, word in enumerate(arguments, 1):
         try:
             word.encode()
@@ -78,25 +78,25 @@ def refuse_undecodable(arguments: Sequence[str]) -> None:
 
 
 def _unexpected(command: str, error: Exception, debug: bool) -> int:
-    if isinstance(error, OSError) and error.errno in REFUSED and (error.filename is not None or error.errno in FULL):
+    if isinstance(error, OSError) and error.errno in PATH_ERRORS and (error.filename is not None or error.errno in FULL):
         where = "" if error.filename is None else f" ({str(error.filename)[:100]!r})"
-        return _say(error, f"{command}: {error.strerror}{where}. Give another path.", debug, BAD_INPUT)
+        return _report(error, f"{command}: {error.strerror}{where}. Give another path.", debug, BAD_INPUT)
     reason = " ".join(str(error).split()) or "no message"
     if _out_of_memory(error):
         line = (
             f"{command} ran out of memory in {_place(error)}: {reason[:LONGEST].rstrip('.')}. Use a smaller batch or size, or "
             "--dtype bfloat16."
         )
-        return _say(error, line, debug, BAD_INPUT)
+        return _report(error, line, debug, BAD_INPUT)
     line = (
         f"{command} failed unexpectedly in {_place(error)}: {type(error).__name__}: {reason[:LONGEST].rstrip('.')}. "
-        "Run the same command with --debug for the traceback, and report it: bad input should have a better message."
+        "This is a bug: please report it, with the traceback that the same command prints with --debug."
     )
-    return _say(error, line, debug, FAILED)
+    return _report(error, line, debug, FAILED)
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Whether ``error`` says so; without importing torch, which alone raises errors of its own for it."""
+    """Return whether memory ran out. Errors of torch need no check if torch was not imported."""
     if "torch" not in sys.modules:
         return isinstance(error, MemoryError)
     from wadi.parallel.device import out_of_memory
@@ -105,16 +105,16 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _place(error: BaseException) -> str:
-    """The innermost function of this package that the error passed through: what the command was doing."""
+    """Return the innermost function of this package that the error passed through."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    own = [frame for frame in frames if frame.f_globals.get("__name__", "").split(".")[0] == "wadi"] or frames[-1:]
-    if not own:
+    ours = [frame for frame in frames if frame.f_globals.get("__name__", "").split(".")[0] == "wadi"] or frames[-1:]
+    if not ours:
         return "an unknown place"
-    code = own[-1].f_code
-    return f"{own[-1].f_globals.get('__name__')}.{getattr(code, 'co_qualname', code.co_name)}".replace(".<locals>", "")
+    code = ours[-1].f_code
+    return f"{ours[-1].f_globals.get('__name__')}.{getattr(code, 'co_qualname', code.co_name)}".replace(".<locals>", "")
 
 
-def _say(error: BaseException, line: str, debug: bool, code: int) -> int:
+def _report(error: BaseException, line: str, debug: bool, code: int) -> int:
     if debug:
         traceback.print_exception(error)
     with suppress(OSError):  # stderr may be closed
@@ -126,7 +126,7 @@ def _say(error: BaseException, line: str, debug: bool, code: int) -> int:
 
 
 def forgiving_output() -> None:
-    """Let characters that the terminal's encoding lacks be written as escapes instead of failing."""
+    """Write characters that the terminal's encoding lacks as escapes instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -138,7 +138,7 @@ def _flush() -> None:
 
 
 def _broken_pipe() -> int:
-    """Point standard output at nothing, so that the flush at exit does not fail again."""
+    """Send standard output to the null device, so that the flush at exit does not fail again."""
     with suppress(OSError, ValueError, AttributeError):  # it may be closed, or have no descriptor
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, sys.stdout.fileno())
@@ -151,36 +151,36 @@ def _broken_pipe() -> int:
 
 @dataclass
 class _Interrupts:
-    seen: bool = False
+    received: bool = False
 
 
 @contextmanager
 def _interrupts() -> Iterator[_Interrupts]:
     """Within the block Ctrl-C raises `KeyboardInterrupt` and is remembered.
 
-    Python drops an exception that a destructor raises, and goes on. An interrupt that ends there is sent once more.
+    Python drops an exception that a destructor raises. If that drops an interrupt, it is sent once more.
     """
-    interrupts, report = _Interrupts(), sys.unraisablehook
+    interrupts, plain_hook = _Interrupts(), sys.unraisablehook
 
     def note(number: int, frame: FrameType | None) -> None:
-        interrupts.seen = True
+        interrupts.received = True
         raise KeyboardInterrupt
 
     def send_again(dropped: Any) -> None:
         if issubclass(dropped.exc_type, KeyboardInterrupt):
             threading.Timer(0.02, _thread.interrupt_main).start()
         else:
-            report(dropped)
+            plain_hook(dropped)
 
-    ours = (
+    install = (
         threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     )
-    if ours:
+    if install:
         signal.signal(signal.SIGINT, note)
         sys.unraisablehook = send_again
     try:
         yield interrupts
     finally:
-        if ours:
+        if install:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            sys.unraisablehook = report
+            sys.unraisablehook = plain_hook

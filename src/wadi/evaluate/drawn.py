@@ -25,7 +25,7 @@ from wadi.io.records import Record, as_json, convert, read_json
 from wadi.io.regular import exists
 from wadi.io.versions import installed_versions
 from wadi.parallel.ranks import Ranks
-from wadi.pipelines.generate import draw
+from wadi.pipelines.generate import Sampling, generate_images
 
 ABOUT, PROMPTS = "pictures.json", "prompts.jsonl"
 
@@ -81,11 +81,11 @@ def draw_missing(
         with progress(f"drawing {generator.name}", len(missing), quiet=ranks.index > 0) as bar:
             for first in range(0, len(missing), batch):
                 rows = missing[first : first + batch]
-                drawn = draw(
+                drawn = generate_images(
                     pipeline, [prompts[i] for i in rows], [seeds[i] for i in rows],
-                    generator.steps, generator.guidance_scale, batch=len(rows),
+                    Sampling(generator.steps, generator.guidance_scale, batch=len(rows)),
                 )  # fmt: skip
-                for i, picture in zip(rows, drawn.pictures, strict=True):
+                for i, picture in zip(rows, drawn.images, strict=True):
                     write_whole(folder / file_name(i), _png(picture))
                 bar.advance(by=len(rows))
     ranks.first(lambda: None)

@@ -22,7 +22,7 @@ from wadi.diffusion.schedulers import make_scheduler, one_step_scheduler
 from wadi.errors import WadiError
 from wadi.io.files import sha256
 from wadi.io.versions import installed_versions
-from wadi.pipelines import generate
+from wadi.pipelines import load
 from wadi.zoo.paths import NAME
 
 NOT_SETTINGS = ("base_model_name_or_path", "auto_mapping", "peft_version", "revision", "inference_mode", "task_type")
@@ -38,7 +38,7 @@ class Generator:
         name: of its row in tables.
         about: everything its pictures depend on besides prompts and seeds, as plain JSON values.
         open: loads the pipeline.
-        steps, guidance_scale: those of `wadi.pipelines.generate.draw`.
+        steps, guidance_scale: those of `wadi.pipelines.generate.generate_images`.
     """
 
     name: str
@@ -91,15 +91,15 @@ class Source:
             )
         if steps != 1:
             raise WadiError(f"--steps is {steps}, and {self.name!r} is a one-step student. Expected 1, or a pipeline.")
-        folder, base = generate.locate(self.run, self.adapter, self.teacher)
+        folder, base = load.locate_adapter(self.run, self.adapter, self.teacher)
         about = {
             "kind": "student", "adapter": sha256(folder / "adapter_model.safetensors"), "teacher": teacher_digest(base),
-            "adapter_config": config_digest(folder), "timestep": generate.about_of(folder).timestep,
+            "adapter_config": config_digest(folder), "timestep": load.read_student(folder).timestep,
             **self._resolution(), **self._call(base, 1, guidance_scale),
         }  # fmt: skip
         return Generator(
             f"{'shipped student' if self.name == NAME else _short(self.name)}, one step", about,
-            lambda: generate.load(**self._student, **self._place), 1, guidance_scale,
+            lambda: load.load(**self._student, **self._place), 1, guidance_scale,
         )  # fmt: skip
 
     def many_steps(self, steps: int, guidance_scale: float) -> Generator:
@@ -125,7 +125,7 @@ class Source:
         """At which the student is asked; None of a pipeline, whose scheduler knows."""
         if self.pipeline:
             return None
-        return generate.about_of(generate.locate(self.run, self.adapter, self.teacher)[0]).timestep
+        return load.read_student(load.locate_adapter(self.run, self.adapter, self.teacher)[0]).timestep
 
     def last_timestep(self) -> int:
         """Return the noisiest timestep of the teacher's schedule, by its own config: ``T - 1``, or ``T`` of a flow."""
@@ -142,12 +142,12 @@ class Source:
             pipeline.scheduler = backbone.sampler()
             backbone.remember_resolution()
             return pipeline
-        return generate.teacher_of(**self._student, **self._place)
+        return load.load_teacher_pipeline(**self._student, **self._place)
 
     def _stored_resolution(self) -> tuple[int, int] | None:
         """``(height, width)`` that a student or a pipeline says it generates at; None = the model's own."""
         if not self.pipeline:
-            return generate.about_of(generate.locate(self.run, self.adapter, self.teacher)[0]).resolution
+            return load.read_student(load.locate_adapter(self.run, self.adapter, self.teacher)[0]).resolution
         stored = pipeline_index(self.name).get(RESOLUTION)
         return (stored[0], stored[1]) if stored else None
 
@@ -159,7 +159,7 @@ class Source:
     def _base(self) -> str:
         """The teacher's path or Hub id."""
         if not self.pipeline:
-            return generate.locate(self.run, self.adapter, self.teacher)[1]
+            return load.locate_adapter(self.run, self.adapter, self.teacher)[1]
         if self.teacher is None:
             raise WadiError(f"{self.name!r} is a pipeline, which does not tell its teacher. Expected --teacher beside it.")
         return self.teacher

@@ -24,7 +24,7 @@ from wadi.evaluate.score import Judge, Options, Seen
 from wadi.io.regular import exists
 from wadi.metrics.speed import TimedPipeline, measure_speed
 from wadi.parallel.ranks import Ranks
-from wadi.pipelines.generate import draw
+from wadi.pipelines.generate import Sampling, generate_images
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,8 @@ def time_generators(
         pipeline = pipelines[generator.key]
 
         def call(count: int) -> None:
-            draw(pipeline, asked[:count], range(count), generator.steps, generator.guidance_scale, batch=count)
+            sampling = Sampling(generator.steps, generator.guidance_scale, batch=count)
+            generate_images(pipeline, asked[:count], range(count), sampling)
 
         modules = tuple(part for part in pipeline.components.values() if isinstance(part, torch.nn.Module))
         return TimedPipeline(call, from_pipeline(pipeline).network, modules)

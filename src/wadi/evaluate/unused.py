@@ -47,8 +47,8 @@ def refuse_unused(request: Request) -> None:
         (("count",), request.protocol is not None, "it takes fewer prompts of a --protocol"),
         (("set",), request.protocol is not None, "it names the seeds of a --protocol"),
         (("steps", "guidance_scale", "beside_teacher", "speed"), bool(generators), "only image folders are measured"),
-        (("teacher",), needs_teacher, "a pipeline needs no teacher without --beside_teacher or --reference teacher"),
-        (("teacher_steps", "teacher_guidance_scale"), request.teachers, "no teacher generates images: add --beside_teacher"),
+        (("teacher",), needs_teacher, "a pipeline needs no teacher without --beside-teacher or --reference teacher"),
+        (("teacher_steps", "teacher_guidance_scale"), request.teachers, "no teacher generates images: add --beside-teacher"),
         (("k",), "pr" in request.metrics, "only the metric pr has nearest neighbours"),
         (("inception", "download"), "inception" in networks or request.features == "inception", "no metric uses that network"),
         (("features",), "features" in networks, "only fd, kd, pr and diversity use it"),
@@ -57,7 +57,7 @@ def refuse_unused(request: Request) -> None:
     for options, used, reason in rules:
         for option in options:
             if option in request.given and not used:
-                raise WadiError(f"--{option} has no effect here: {reason}. Leave it out.")
+                raise WadiError(f"--{option.replace('_', '-')} has no effect here: {reason}. Leave it out.")
     for name in request.weights:
         scorer = name.partition(".")[0]
         if scorer not in networks and scorer in METRICS:

@@ -67,7 +67,7 @@ def _check(bounds: Whole | Number, name: str, value: object) -> None:
     try:
         bounds(value)
     except ArgumentTypeError as error:
-        raise WadiError(f"{name} is {_short(value)}. It must be a {bounds!r}: set --{name}.") from error
+        raise WadiError(f"{name} is {_short(value)}. It must be a {bounds!r}: set --{name.replace('_', '-')}.") from error
 
 
 def _short(value: object) -> str:

@@ -41,6 +41,11 @@ def save_png(image: Image.Image, path: Path) -> None:
     write_whole(path, encode_png(image))
 
 
+def enlargement(image: Image.Image) -> int:
+    """Return the whole number that brings a small image to a width of about 128 pixels; 1 for larger ones."""
+    return max(1, 128 // image.width)
+
+
 def compose_grid(
     rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], titles: Sequence[str] = (), scale: int = 1
 ) -> Image.Image:

@@ -6,7 +6,7 @@ import ctypes
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -32,6 +32,21 @@ def find_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise WadiError(f"Device {name!r} cannot be used: {first_line(error)}. Expected cpu, cuda, cuda:1, mps, ...") from error
     return device
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def dtype_of(name: str, allowed: Sequence[str] = DTYPES) -> torch.dtype:
+    """Return the floating-point type of that name.
+
+    Raises:
+        WadiError: if the name is not one of ``allowed``.
+    """
+    if name not in allowed:
+        raise WadiError(f"--dtype is {name!r}. Use {', '.join(allowed[:-1])} or {allowed[-1]}.")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Controlled one-step images: a pipeline and a ControlNet, T2I-Adapter or IP-Adapter in, diffusers' own pipeline out.
 
-    student = wadi.pipelines.generate.load(...)                                   # rotation merged, scheduler set
+    student = wadi.load(...)                                   # rotation merged, scheduler set
     pipeline = with_control(student, "zoo")                             # StableDiffusionControlNetPipeline
     edges = conditions.canny(conditions.read_picture("cat.png"))
     more = control_arguments(pipeline, edges, strength=0.8)             # {"image": ..., "controlnet_conditioning_scale": 0.8}
@@ -8,8 +8,8 @@
 
 The control may be ``'zoo'`` (the embedded teacher's ControlNet on edges), a folder or Hub id of a ControlNet or T2I-Adapter,
 the safetensors file of a ControlNet, or that of an IP-Adapter. The student's scheduler goes with it: one step is one evaluation
-of the network. `wadi.backbones.from_pipeline` knows the new pipeline, so `wadi.pipelines.generate.draw` takes it like any
-other, given these arguments for its calls.
+of the network. `wadi.backbones.from_pipeline` knows the new pipeline, so `wadi.pipelines.generate.generate_images` takes it
+like any other, given these arguments for its calls.
 """
 
 from __future__ import annotations

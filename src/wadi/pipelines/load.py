@@ -1,0 +1,110 @@
+"""Load a student, or the teacher behind it, as a plain diffusers pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wadi import roles
+from wadi.backbones import from_pipeline, load_pipeline
+from wadi.diffusion.schedulers import one_step_scheduler
+from wadi.distill import config
+from wadi.errors import WadiError
+from wadi.zoo.paths import embedded_path, resolve_teacher
+
+
+def load(
+    run: str | Path | None = None,
+    *,
+    adapter: str | Path | None = None,
+    teacher: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Any:
+    """Return a diffusers pipeline that generates in one step: ``pipe(prompt, num_inference_steps=1, guidance_scale=0.0)``.
+
+    The rotation is merged into the weights, and the scheduler starts at the student's timestep. Neither the pipeline nor a
+    folder written by its ``save_pretrained`` needs this package. FLUX.1 dev takes the guidance scale as an input: pass
+    ``guidance_scale=3.5``, its default.
+
+    Args:
+        run: folder of a run or of an exported pipeline. Without ``run`` and ``adapter``, the embedded student is loaded.
+        adapter: folder of a student's adapter.
+        teacher: pipeline folder or Hub id that the rotation is applied to; default: the one that the run or adapter names.
+        dtype: of all weights.
+        device: where to put the pipeline.
+    Raises:
+        WadiError: if a folder does not hold what its argument needs, or adapter and teacher do not fit.
+    """
+    if adapter is None and is_export(run):
+        return load_pipeline(str(run), dtype, device)
+    folder, base = locate_adapter(run, adapter, teacher)
+    about = read_student(folder)
+    pipeline = load_pipeline(base, dtype, device)
+    backbone = from_pipeline(pipeline, about.resolution)
+    roles.refuse_adapted(backbone.network)
+    roles.load(backbone.network, folder, "student")
+    roles.fuse(backbone.network, "student")
+    pipeline.scheduler = one_step_scheduler(pipeline.scheduler, about.timestep)
+    backbone.remember_resolution()
+    return pipeline
+
+
+def load_teacher_pipeline(
+    run: str | Path | None = None,
+    *,
+    adapter: str | Path | None = None,
+    teacher: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Any:
+    """Return the many-step pipeline behind a student, with the family's deterministic sampler. Arguments as in `load`."""
+    folder, base = locate_adapter(run, adapter, teacher)
+    pipeline = load_pipeline(base, dtype, device)
+    backbone = from_pipeline(pipeline, read_student(folder).resolution)
+    pipeline.scheduler = backbone.sampler()
+    backbone.remember_resolution()
+    return pipeline
+
+
+def is_export(run: str | Path | None) -> bool:
+    """Return whether ``run`` is a diffusers pipeline: the merged weights of a student, without its teacher."""
+    return run is not None and (Path(run) / "model_index.json").is_file()
+
+
+def locate_adapter(run: str | Path | None, adapter: str | Path | None, teacher: str | Path | None) -> tuple[Path, str]:
+    """Return ``(adapter folder, teacher's path or Hub id)`` for the arguments of `load`.
+
+    Raises:
+        WadiError: if both run and adapter are given, the run has no config or no student, or no teacher is named.
+    """
+    if run is not None and adapter is not None:
+        raise WadiError(f"Received both run {str(run)!r} and adapter {str(adapter)!r}. Give one of them.")
+    if run is None:
+        folder = Path(adapter) if adapter is not None else embedded_path("student")
+        return folder, resolve_teacher(str(teacher or read_student(folder).teacher))
+    settings = Path(run) / "config.yaml"
+    if not settings.is_file():
+        raise WadiError(
+            f"{str(run)!r} is not a run: it has no config.yaml. Give a folder that `wadi distill` or `wadi export` wrote with "
+            "--out."
+        )
+    # Bounds are not checked: earlier versions accepted settings that are now out of bounds.
+    folder, named = Path(run) / "student", config.read_settings(settings).get("teacher")
+    if not (named or teacher):
+        raise WadiError(f"Config {str(settings)!r} names no teacher. Set --teacher.")
+    if not folder.is_dir():
+        raise WadiError(f"Run {str(run)!r} has no student yet: it stopped before its first checkpoint. Continue it first.")
+    return folder, resolve_teacher(str(teacher or named))
+
+
+def read_student(folder: Path) -> roles.About:
+    """Return timestep, resolution and teacher of a student's adapter, from the ``wadi.json`` in its folder.
+
+    Raises:
+        WadiError: if the folder is not an adapter, or ``wadi.json`` is missing or damaged.
+    """
+    roles.read(folder)  # report a damaged adapter first
+    return roles.read_about(folder)
