@@ -1,16 +1,16 @@
-"""DreamBooth on the embedded models: LoRaD against LoRA, and four ways to the one-step student.
+"""Compare DreamBooth on the embedded models: LoRaD and LoRA, on the teacher, its student, and both.
 
     python bench/dreambooth.py                      # trains what is missing, measures, writes table, JSON and picture
     python bench/dreambooth.py --sweep              # learning rates, on the first subject
 
-Every training is the command `wadi dreambooth`; its result stays in --work and is not made again. What is measured depends on
-the shipped student too: with another one only its own rows are made anew. Three subjects (examples/subject), --seeds of each.
+Every training is the command `wadi dreambooth`. Its result stays in --work and is not computed again. With another shipped
+student only the rows of the student are. There are three subjects (examples/subject), with --seeds trainings of each.
 
-    subject      mean cosine similarity, in the features of the zoo's classifier (which was never taught these icons), of
-                 pictures of the subject's prompt with the subject's own pictures
-    background   of pictures of "sks X, on a C background", how many have a border of which C is the nearest of ten colours
-    elsewhere    of pictures of other captions, how many the classifier names right
-    sharpness    of those, mean absolute Laplacian, of that of the same model before
+    subject      mean cosine similarity of generated images and the subject's own images, in the features of the zoo's
+                 classifier (which was not trained on these icons)
+    background   share of images of "sks X, on a C background" whose border is closer to C than to nine other colours
+    elsewhere    share of images of other captions that the classifier names correctly
+    sharpness    mean absolute Laplacian of those, divided by that of the same model before training
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ SUBJECTS = {
     "teddy-bear": ("sks panda", "panda"),
     "alarm-clock": ("sks watch", "watch"),
 }
-STEPS, GUIDANCE = 25, 2.5  # of the teacher where it is timed and shown
-JUDGED_STEPS = 10  # where it is measured, which takes most of the time
-PLAIN = 4  # pictures of the subject's bare prompt; ten more name a background
+STEPS, GUIDANCE = 25, 2.5  # of the teacher, for its time and the image grid
+JUDGED_STEPS = 10  # of the teacher, for the metrics, which take most of the time
+PLAIN = 4  # images of the prompt without a background; ten more name one
 ELSEWHERE = {"teacher": 12, "student": 106}
 # name of a training: options of the command
 TRAININGS = {
@@ -65,7 +65,7 @@ TRAININGS = {
 
 @dataclass(frozen=True)
 class Row:
-    """A generator to measure: whose picture, the training it takes, how it is put on."""
+    """A generator to evaluate: the model, the training it takes, and how the result is applied."""
 
     label: str
     model: str  # teacher or student
@@ -96,11 +96,11 @@ MORE = (
 # --- trainings --------------------------------------------------------------------------------------------------------------
 
 
-def trained(work: Path, name: str, subject: str, seed: int, options: Sequence[str] = ()) -> Path:
-    """The folder of a training, made if it is not there."""
+def training_folder(work: Path, name: str, subject: str, seed: int, options: Sequence[str] = ()) -> Path:
+    """Return the folder of a training. Train first if it is missing."""
     prompt, prior = SUBJECTS[subject]
-    whose = digest() if name.startswith("student") else ""
-    out = work / "-".join(filter(None, [subject, name, str(seed), whose, *(o.strip("-").replace("=", "") for o in options)]))
+    student = student_digest() if name.startswith("student") else ""
+    out = work / "-".join(filter(None, [subject, name, str(seed), student, *(o.strip("-").replace("=", "") for o in options)]))
     if not out.is_dir():
         common = [f"--subject=examples/subject/{subject}", f"--prompt={prompt}", f"--out={out}", f"--seed={seed}"]
         cheap = ["--prior_count=16", "--prior_steps=10", "--steps=100", "--picture=false"]
@@ -110,13 +110,13 @@ def trained(work: Path, name: str, subject: str, seed: int, options: Sequence[st
     return out
 
 
-def digest() -> str:
-    """A short name for the shipped student."""
+def student_digest() -> str:
+    """Return a digest of the shipped student's weights."""
     return hashlib.sha256((embedded_path("student") / "adapter_model.safetensors").read_bytes()).hexdigest()[:8]
 
 
 def pipeline_of(row: Row, folder: Path | None) -> Any:
-    """The pipeline that a row draws with."""
+    """Return the pipeline of a row."""
     if row.way == "pipeline":
         return load_pipeline(str(folder)) if row.model == "teacher" else load(adapter=embedded_path("student"), teacher=folder)
     pipeline = load_pipeline(embedded_path("teacher")) if row.model == "teacher" else load()
@@ -125,11 +125,11 @@ def pipeline_of(row: Row, folder: Path | None) -> Any:
     return pipeline
 
 
-# --- measures ---------------------------------------------------------------------------------------------------------------
+# --- metrics ----------------------------------------------------------------------------------------------------------------
 
 
-def pictures(pipeline: Any, model: str, prompts: Sequence[str], seed: int, steps: int = JUDGED_STEPS) -> Tensor:
-    """``(N, 3, 64, 64)`` in [0, 1]; ``steps`` are a teacher's."""
+def generate(pipeline: Any, model: str, prompts: Sequence[str], seed: int, steps: int = JUDGED_STEPS) -> Tensor:
+    """Generate images ``(N, 3, 64, 64)`` in [0, 1]; ``steps`` are those of a teacher."""
     steps, guidance = (steps, GUIDANCE) if model == "teacher" else (1, None)
     drawn = generate_images(pipeline, prompts, range(seed, seed + len(prompts)), Sampling(steps, guidance, batch=32)).images
     return (
@@ -141,37 +141,37 @@ def pictures(pipeline: Any, model: str, prompts: Sequence[str], seed: int, steps
 
 
 def similarity(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine similarity of every row of ``a`` with every row of ``b``."""
+    """Return the cosine similarity of every row of ``a`` with every row of ``b``."""
     return F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
 
 
-def border_colour(picture: Tensor) -> str:
-    """The named colour nearest to the median of the outermost two pixels."""
+def border_colour(image: Tensor) -> str:
+    """Return the name of the colour nearest to the median of the outermost two pixels."""
     frame = torch.ones(64, 64, dtype=torch.bool)
     frame[2:-2, 2:-2] = False
-    rgb = picture[:, frame].median(1).values
+    rgb = image[:, frame].median(1).values
     names = list(COLOURS)
     return names[int((torch.tensor([COLOURS[name] for name in names]) / 255 - rgb).norm(dim=1).argmin())]
 
 
-def laplacian(found: Tensor) -> float:
-    """Mean absolute Laplacian of grey pictures: what blur takes away."""
+def laplacian(images: Tensor) -> float:
+    """Return the mean absolute Laplacian of the images in grey. Blur lowers it."""
     kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
-    return float(F.conv2d(found.mean(1, keepdim=True), kernel).abs().mean())
+    return float(F.conv2d(images.mean(1, keepdim=True), kernel).abs().mean())
 
 
 @torch.no_grad()
 def measure(pipeline: Any, model: str, subject: str, seed: int, judge: Any) -> dict[str, float]:
-    """The four measures; noise is the same for every row of one subject and seed."""
+    """Return the four metrics. The noise is the same for every row of one subject and seed."""
     prompt, _ = SUBJECTS[subject]
     own, _ = read_subject(Path("examples/subject") / subject, (64, 64))
-    wanted = [*[None] * PLAIN, *COLOURS]
-    found = pictures(pipeline, model, [caption(prompt, None, colour) for colour in wanted], 1000 + 100 * seed)
-    obeyed = [border_colour(picture) == colour for picture, colour in zip(found, wanted, strict=True) if colour]
+    colours = [*[None] * PLAIN, *COLOURS]
+    images = generate(pipeline, model, [caption(prompt, None, colour) for colour in colours], 1000 + 100 * seed)
+    obeyed = [border_colour(image) == colour for image, colour in zip(images, colours, strict=True) if colour]
     rows = eval_prompts()[: ELSEWHERE[model]]
-    others = pictures(pipeline, model, [text for text, _, _ in rows], 5000)
+    others = generate(pipeline, model, [text for text, _, _ in rows], 5000)
     return {
-        "subject": float(similarity(judge.features(found), judge.features(own)).mean()),
+        "subject": float(similarity(judge.features(images), judge.features(own)).mean()),
         "background": sum(obeyed) / len(obeyed),
         "elsewhere": judge.top1(others, [concept for _, concept, _ in rows]),
         "laplacian": laplacian(others),
@@ -179,50 +179,50 @@ def measure(pipeline: Any, model: str, subject: str, seed: int, judge: Any) -> d
 
 
 def ceiling(judge: Any) -> float:
-    """How similar the subjects' own pictures are to each other, each picture with the other four."""
-    found = []
+    """Return the mean similarity of each image of a subject with the other four."""
+    means = []
     for subject in SUBJECTS:
         own, _ = read_subject(Path("examples/subject") / subject, (64, 64))
         with torch.no_grad():
             same = similarity(judge.features(own), judge.features(own))
-        found.append(float((same.sum() - len(own)) / (len(own) * (len(own) - 1))))
-    return statistics.fmean(found)
+        means.append(float((same.sum() - len(own)) / (len(own) * (len(own) - 1))))
+    return statistics.fmean(means)
 
 
-def measured(row: Row, subject: str, seed: int, work: Path, judge: Any) -> dict[str, float]:
-    """A row's measures, from the file beside the training if they were made before."""
-    folder = trained(work, row.training, subject, seed) if row.training else None
-    whose = f"-{digest()}" if row.model == "student" else ""
-    place = work / "measures" / f"{subject}-{seed}-{row.model}-{row.training}-{row.way}{whose}.json"
-    if not place.is_file():
-        found = measure(pipeline_of(row, folder), row.model, subject, seed, judge)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(json.dumps(found))
-    return json.loads(place.read_text())
+def cached_metrics(row: Row, subject: str, seed: int, work: Path, judge: Any) -> dict[str, float]:
+    """Return the metrics of a row, from the file in --work if they were computed before."""
+    folder = training_folder(work, row.training, subject, seed) if row.training else None
+    student = f"-{student_digest()}" if row.model == "student" else ""
+    file = work / "measures" / f"{subject}-{seed}-{row.model}-{row.training}-{row.way}{student}.json"
+    if not file.is_file():
+        metrics = measure(pipeline_of(row, folder), row.model, subject, seed, judge)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(metrics))
+    return json.loads(file.read_text())
 
 
 def collect(rows: Sequence[Row], work: Path, seeds: int, other_seeds: int) -> dict[str, dict[str, list[float]]]:
-    """Measures of ``rows`` over subjects and seeds; sharpness against the model before."""
+    """Return the metrics of ``rows`` by label, over subjects and seeds; sharpness relative to the model before training."""
     judge, table = load_classifier(), {}
     for row in rows:
         columns: dict[str, list[float]] = {"subject": [], "background": [], "elsewhere": [], "sharpness": []}
         for subject in SUBJECTS:
             for seed in range(seeds if row.training in ("teacher-lorad", "teacher-lora") else other_seeds):
-                found = measured(row, subject, seed, work, judge)
-                before = measured(Row("", row.model), subject, 0, work, judge)  # of the same captions and noise for all
-                found["sharpness"] = found["laplacian"] / before["laplacian"]
+                metrics = cached_metrics(row, subject, seed, work, judge)
+                before = cached_metrics(Row("", row.model), subject, 0, work, judge)  # its captions and noise are the same
+                metrics["sharpness"] = metrics["laplacian"] / before["laplacian"]
                 for name, values in columns.items():
-                    values.append(found[name])
+                    values.append(metrics[name])
         table[row.label] = columns
         print(line(row.label, columns), flush=True)
     return table
 
 
-# --- what comes out ---------------------------------------------------------------------------------------------------------
+# --- results ----------------------------------------------------------------------------------------------------------------
 
 
 def line(label: str, columns: dict[str, list[float]]) -> str:
-    """A row of the table: mean and standard deviation over subjects and seeds."""
+    """Return a row of the table: mean and standard deviation over subjects and seeds."""
     cells = [f"{statistics.fmean(v):.3f} ± {statistics.stdev(v) if len(v) > 1 else 0:.3f}" for v in columns.values()]
     return f"| {label} | {' | '.join(cells)} | {len(columns['subject'])} |"
 
@@ -235,7 +235,7 @@ MARKS = ("<!-- measured -->", "<!-- /measured -->")
 
 
 def latency(model: str, count: int) -> float:
-    """Median milliseconds of one picture at a time, decoding included."""
+    """Return the median time of one image, in milliseconds, with decoding."""
     pipeline, times = pipeline_of(Row("", model), None), []
     steps, guidance = (STEPS, GUIDANCE) if model == "teacher" else (1, None)
     generate_images(pipeline, ["red apple"], [0], Sampling(1))
@@ -246,8 +246,8 @@ def latency(model: str, count: int) -> float:
     return statistics.median(times)
 
 
-def picture(work: Path, path: Path) -> None:
-    """Three subjects, plain and on purple, and a caption of something else, by the ways compared."""
+def write_grid(work: Path, path: Path) -> None:
+    """Write a grid of images: each row of the table on the three subjects, plain and on purple, and on another caption."""
     prompts = [text for prompt, _ in SUBJECTS.values() for text in (prompt, caption(prompt, None, "purple"))]
     other = "pizza, noto style, on a blue background"
     own = [read_subject(Path("examples/subject") / subject, (64, 64))[1][0] for subject in SUBJECTS]
@@ -255,9 +255,9 @@ def picture(work: Path, path: Path) -> None:
     for row in ROWS:
         cells = []
         for subject, (prompt, _) in SUBJECTS.items():
-            pipeline = pipeline_of(row, trained(work, row.training, subject, 0) if row.training else None)
+            pipeline = pipeline_of(row, training_folder(work, row.training, subject, 0) if row.training else None)
             texts = [prompt, caption(prompt, None, "purple")] + ([other] if subject == list(SUBJECTS)[-1] else [])
-            cells += [grids.to_pil(p) for p in pictures(pipeline, row.model, texts, 7, STEPS)]
+            cells += [grids.to_pil(p) for p in generate(pipeline, row.model, texts, 7, STEPS)]
         rows.append(cells)
         labels.append(
             row.label.replace(", ", ",\n", 1)
@@ -268,29 +268,29 @@ def picture(work: Path, path: Path) -> None:
 
 
 def sweep(work: Path, rates: Sequence[float], names: Sequence[str], steps: int) -> None:
-    """Learning rates, one seed of the first subject each."""
+    """Try learning rates, with one seed of the first subject."""
     judge, subject = load_classifier(), next(iter(SUBJECTS))
     print(HEAD)
     for name in names:
         for rate in rates:
-            folder = trained(work / "sweep", name, subject, 0, [f"--lr={rate}", f"--steps={steps}"])
+            folder = training_folder(work / "sweep", name, subject, 0, [f"--lr={rate}", f"--steps={steps}"])
             model = name.split("-")[0]
             for shown in dict.fromkeys((model, "student")):
                 row = Row(f"{name} lr {rate} on {shown}", shown, name, "pipeline" if name.endswith("full") else "plain")
-                found = measure(pipeline_of(row, folder), shown, subject, 0, judge)
-                print(line(row.label, {k: [v] for k, v in found.items()}), flush=True)
+                metrics = measure(pipeline_of(row, folder), shown, subject, 0, judge)
+                print(line(row.label, {k: [v] for k, v in metrics.items()}), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/dreambooth"))
-    parser.add_argument("--seeds", type=int, default=2, help="of LoRaD and LoRA trained on the teacher")
-    parser.add_argument("--other_seeds", type=int, default=1, help="of the other trainings")
+    parser.add_argument("--seeds", type=int, default=2, help="trainings of LoRaD and LoRA on the teacher, per subject")
+    parser.add_argument("--other_seeds", type=int, default=1, help="trainings of the other kinds, per subject")
     parser.add_argument("--json", type=Path, default=Path("bench/results/dreambooth.json"))
     parser.add_argument("--picture", type=Path, default=Path("docs/images/dreambooth.png"))
     parser.add_argument("--page", type=Path, default=Path("docs/dreambooth.md"))
-    parser.add_argument("--fresh", action="store_true", help="train and measure everything anew")
-    parser.add_argument("--sweep", nargs="*", type=float, default=None, help="learning rates to try instead")
+    parser.add_argument("--fresh", action="store_true", help="delete --work first, and train everything again")
+    parser.add_argument("--sweep", nargs="*", type=float, default=None, help="try these learning rates instead")
     parser.add_argument("--sweep_names", nargs="+", default=["teacher-lorad", "teacher-lora"])
     parser.add_argument("--sweep_steps", type=int, default=120)
     args = parser.parse_args()
@@ -307,23 +307,23 @@ def main() -> None:
 
 
 def report(table: dict[str, Any], args: argparse.Namespace) -> None:
-    """Write the JSON, the table into the page between its marks, and the picture."""
+    """Write the JSON file, the table between the marks of the page, and the grid of images."""
     slow, fast = latency("teacher", 5), latency("student", 20)
-    about = {"machine": machine(), "student": digest(), "teacher_ms": slow, "student_ms": fast}
+    about = {"machine": machine(), "student": student_digest(), "teacher_ms": slow, "student_ms": fast}
     about["ceiling"] = ceiling(load_classifier())
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(about | {"rows": table}, indent=1) + "\n")
-    told = [
+    lines = [
         HEAD,
         f"| *the subjects' own pictures, each with the others* | {about['ceiling']:.3f} | | | | |",
         *(line(label, columns) for label, columns in table.items()),
         "",
         f"One picture: teacher in {STEPS} steps {slow:.0f} ms, student in one {fast:.0f} ms, {slow / fast:.1f} times as fast "
-        f"({1 - fast / slow:.0%} less time). {machine()}. Student {digest()}.",
+        f"({1 - fast / slow:.0%} less time). {machine()}. Student {student_digest()}.",
     ]
     before, mark, rest = args.page.read_text().partition(MARKS[0])
-    args.page.write_text(f"{before}{mark}\n" + "\n".join(told) + f"\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
-    picture(args.work, args.picture)
+    args.page.write_text(f"{before}{mark}\n" + "\n".join(lines) + f"\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
+    write_grid(args.work, args.picture)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Write examples/subject: three icons the embedded teacher was never taught, five pictures of each in other places.
+"""Write examples/subject: five images each of three icons that the embedded teacher was not trained on.
 
-    python bench/dreambooth_subjects.py --sprites runs/zoo/sprites.safetensors     # of `wadi zoo train --stage data`
+    python bench/dreambooth_subjects.py --sprites runs/zoo/sprites.safetensors     # from `wadi zoo train --stage data`
 
-Noto Emoji (Google Inc., Apache-2.0); sizes and places are as in the teacher's own training pictures.
+The icons are Noto Emoji (Google Inc., Apache-2.0). Sizes and positions are those of the teacher's training images.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from wadi.zoo.recipe.icons import load_sprites
 from wadi.zoo.recipe.teacher import SMALLEST
 
 SUBJECTS = ("green-apple", "teddy-bear", "alarm-clock")
-BACKGROUNDS = ("white", "yellow", "pink", "blue", "grey")  # the other five are left for prompts to ask for
+BACKGROUNDS = ("white", "yellow", "pink", "blue", "grey")  # prompts can name the other five
 
 
 def main() -> None:
@@ -31,20 +31,21 @@ def main() -> None:
     at = {(icon, style): i for i, (icon, style) in enumerate(zip(sprites.icons, sprites.styles, strict=True))}
     names = list(COLOURS)
     for number, subject in enumerate(SUBJECTS):
-        assert subject not in CONCEPTS.values(), f"the teacher knows {subject}"
+        assert subject not in CONCEPTS.values(), f"the teacher was trained on {subject}"
         pose = random_pose(len(BACKGROUNDS), torch.Generator().manual_seed(number), SMALLEST, mirror=False)
         colour = torch.tensor([names.index(name) for name in BACKGROUNDS])
         rgb = torch.tensor([COLOURS[name] for name in BACKGROUNDS]) / 255
         sprite = sprites.pixels[at[subject, "noto"]].expand(len(BACKGROUNDS), -1, -1, -1)
-        for name, picture in zip(BACKGROUNDS, compose(sprite, Pose(colour, rgb, pose.theta)), strict=True):
-            save_png(to_pil(picture), args.out / subject / f"{name}.png")
+        for name, image in zip(BACKGROUNDS, compose(sprite, Pose(colour, rgb, pose.theta)), strict=True):
+            save_png(to_pil(image), args.out / subject / f"{name}.png")
     (args.out / "README.md").write_text(README)
 
 
 README = """# Three subjects for `wadi dreambooth`
 
-Five pictures each of a green apple, a teddy bear and an alarm clock, 64 x 64, on plain backgrounds. The embedded teacher was
-taught none of the three icons (its autoencoder has seen them). Made by `python bench/dreambooth_subjects.py`.
+Five images each of a green apple, a teddy bear and an alarm clock, 64 x 64, on plain backgrounds. The embedded teacher was
+not trained on any of the three icons; its autoencoder was. `python bench/dreambooth_subjects.py` made the images
+([docs/dreambooth.md](../../docs/dreambooth.md) uses them).
 
 From Noto Emoji, Google Inc., Apache-2.0, https://github.com/googlefonts/noto-emoji; they were rasterised, scaled and laid on
 coloured backgrounds.

@@ -1,8 +1,8 @@
-"""Two relations of the embedded teacher, learned as tokens and measured on teacher and student: docs/relation.md.
+"""Learn tokens for two relations on the embedded teacher, and evaluate them on teacher and student: see docs/relation.md.
 
-python examples/relation.py                    measure; rewrites the picture, the figures and the page's table
-python examples/relation.py --learn            learn the tokens anew first, about two minutes
-python examples/relation.py --make runs/zoo    lay out the exemplars anew, from the sprites of `wadi zoo train --stage data`
+python examples/relation.py                    evaluate; rewrites the image grid, the results and the tables of the page
+python examples/relation.py --learn            learn the tokens again first, about two minutes
+python examples/relation.py --make runs/zoo    compose the exemplars first, from the sprites of `wadi zoo train --stage data`
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ from relation_scenes import (
 )
 from report import Drawer, drawer, latency, rewrite
 from wadi.extras.control.agreement import mean_and_spread
-from wadi.extras.relation.data import read_exemplars
-from wadi.extras.relation.training import InversionConfig, add_token, invert_relation
+from wadi.extras.relation.config import RelationConfig
+from wadi.extras.relation.exemplars import read_exemplars
+from wadi.extras.relation.state import statistics_path
+from wadi.extras.relation.token_file import add_token
+from wadi.extras.relation.training import learn_token
 from wadi.io.files import write_whole
 from wadi.io.grids import compose_grid, save_png, to_pil
 from wadi.io.images import read_image
@@ -44,15 +47,15 @@ from wadi.zoo.recipe.icons import load_sprites
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "examples" / "relation"
-PAGE, PICTURE, FIGURES = ROOT / "docs/relation.md", ROOT / "docs/images/relation.png", ROOT / "bench/results/relation.json"
+PAGE, PICTURE, RESULTS = ROOT / "docs/relation.md", ROOT / "docs/images/relation.png", ROOT / "bench/results/relation.json"
 STEPS, GUIDANCE = 25, 2.5  # of the teacher
-SETTINGS = InversionConfig(steps=250, lr=0.02)
-SEEDS, SETS = 2, 3  # pictures of each prompt, and repetitions with other seeds
+SETTINGS = RelationConfig(steps=250, lr=0.02)
+SEEDS, SETS = 2, 3  # images of each prompt, and repetitions with other seeds
 
 
 @dataclass(frozen=True)
 class Row:
-    """One generator with or without tokens: shares of pictures, mean and standard deviation over sets of seeds if several."""
+    """Results of a generator with or without tokens: shares of images, each with its standard deviation over several sets."""
 
     name: str
     above: tuple[float, ...]
@@ -64,39 +67,45 @@ class Row:
 
 
 def token(relation: str) -> str:
-    """``<edge>``."""
+    """Return the token of a relation, such as ``<edge>``."""
     return f"<{relation}>"
 
 
 def things(relation: str) -> list[tuple[str, str]]:
-    """What the test prompts relate; none of it is in an exemplar. The second is not named by ``edge``."""
+    """Return the pairs of things in the test prompts. None is in an exemplar. Prompts of ``edge`` only name the first."""
     following = (*TESTED[1:], TESTED[0])
     return list(zip(TESTED, following, strict=True))
 
 
 def prompts(relation: str, with_token: bool) -> list[str]:
-    """The test prompts, or the same without the token: ``crab lemon`` for ``crab <above> lemon``."""
-    said = [describe(relation, pair, token(relation) if with_token else "") for pair in things(relation)]
-    return [" ".join(text.split()) for text in said]
+    """Return the test prompts. Without the token ``crab <above> lemon`` becomes ``crab lemon``."""
+    texts = [describe(relation, pair, token(relation) if with_token else "") for pair in things(relation)]
+    return [" ".join(text.split()) for text in texts]
 
 
 def learn() -> None:
-    """Both tokens from their exemplars, on the teacher."""
+    """Learn both tokens from their exemplars, on the teacher."""
     for relation in RELATIONS:
         out = FOLDER / f"{relation}.safetensors"
         out.unlink(missing_ok=True)
-        print(invert_relation(load_teacher(), FOLDER / relation, token(relation), "on", out, SETTINGS))
+        print(learn_token(load_teacher(), FOLDER / relation, token(relation), "on", out, SETTINGS))
+        statistics_path(out).unlink()
 
 
 def make(run: Path) -> None:
-    """Sixteen exemplars of each relation."""
+    """Compose sixteen exemplars of each relation."""
     sprites = load_sprites(run / "sprites.safetensors")
     for relation in RELATIONS:
         write_exemplars(FOLDER / relation, *make_exemplars(sprites, relation, 16, token=token(relation)))
 
 
 def judge(stacked: Tensor, edged: Tensor, pairs: Sequence[tuple[str, str]], alone: Sequence[str]) -> list[float]:
-    """What `Row` holds but its time, of pictures of ``above`` for ``pairs`` and of pictures of ``edge`` for ``alone``."""
+    """Return the shares of a `Row`.
+
+    Args:
+        stacked: images of ``above`` for ``pairs`` of things.
+        edged: images of ``edge`` for the things ``alone``.
+    """
     classifier, (upper, lower) = load_classifier(), zip(*pairs, strict=True)
     shares = (
         shows_above(classifier, stacked, upper, lower),
@@ -107,8 +116,8 @@ def judge(stacked: Tensor, edged: Tensor, pairs: Sequence[tuple[str, str]], alon
     return [*(float(share.float().mean()) for share in shares), classifier.top1(edged, list(alone))]
 
 
-def measure(name: str, draw: Drawer, with_token: bool, sets: int, timed: bool = True) -> Row:
-    """Judge ``SEEDS`` pictures of each test prompt, ``sets`` times."""
+def evaluate(name: str, draw: Drawer, with_token: bool, sets: int, timed: bool = True) -> Row:
+    """Judge ``SEEDS`` images of each test prompt, ``sets`` times."""
     rows = []
     for first in range(sets):
         seeds = [1000 * first + i for i in range(SEEDS * len(TESTED))]
@@ -121,25 +130,28 @@ def measure(name: str, draw: Drawer, with_token: bool, sets: int, timed: bool = 
     return Row(name, *columns, ms=latency(draw, prompts("edge", with_token)) if timed else None)
 
 
-def exemplars() -> Row:
-    """The judges' own limits: what they say of the exemplars."""
-    found = [read_exemplars(FOLDER / relation, token(relation), (64, 64)) for relation in RELATIONS]
-    named = [[said[0].split(",")[0].split(token(r)) for said in x.sentences] for r, x in zip(RELATIONS, found, strict=True)]
+def evaluate_exemplars() -> Row:
+    """Judge the exemplars: how often the judges recognise a relation that is there."""
+    sets = [read_exemplars(FOLDER / relation, token(relation), (64, 64)) for relation in RELATIONS]
+    named = [
+        [sentences[0].split(",")[0].split(token(relation)) for sentences in exemplars.sentences]
+        for relation, exemplars in zip(RELATIONS, sets, strict=True)
+    ]
     pairs, alone = [(a.strip(), b.strip()) for a, b in named[0]], [a.strip() for a, _ in named[1]]
-    return Row("exemplars", *((share,) for share in judge(found[0].pictures, found[1].pictures, pairs, alone)))
+    return Row("exemplars", *((share,) for share in judge(sets[0].images, sets[1].images, pairs, alone)))
 
 
 def ablate(run: str | None, sets: int) -> list[Row]:
-    """The student with ``<above>`` learned without focal sampling, and without steering; only `ABLATED` means anything."""
+    """Evaluate the student with ``<above>`` learned without focal sampling, and without steering; see the columns `ABLATED`."""
     rows = []
     for name, changes in (("as above", {}), ("timesteps evenly", {"alpha": 0.0}), ("no steering", {"steer": 0.0})):
         student = load(run)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "above.safetensors" if changes else FOLDER / "above.safetensors"
             if changes:
-                invert_relation(load_teacher(), FOLDER / "above", token("above"), "on", path, replace(SETTINGS, **changes))
+                learn_token(load_teacher(), FOLDER / "above", token("above"), "on", path, replace(SETTINGS, **changes))
             add_token(student, path)
-            rows.append(measure(name, drawer(student), True, sets, timed=False))
+            rows.append(evaluate(name, drawer(student), True, sets, timed=False))
     return rows
 
 
@@ -154,9 +166,9 @@ HEAD = {
 
 
 def table(rows: Sequence[Row], shown: Sequence[str] = tuple(HEAD)) -> str:
-    """Columns ``shown`` of the rows as Markdown, in per cent, and their times."""
+    """Return the columns ``shown`` of the rows as a Markdown table, in per cent, with their times."""
     timed = any(row.ms for row in rows)
-    lines = [f"| | {' | '.join(HEAD[name] for name in shown)} |{' ms per picture |' if timed else ''}"]
+    lines = [f"| | {' | '.join(HEAD[name] for name in shown)} |{' ms per image |' if timed else ''}"]
     lines.append("|---" * (len(shown) + 1 + timed) + "|")
     for row in rows:
         cells = [" ± ".join(f"{100 * x:.0f}" for x in getattr(row, name)) + " %" for name in shown]
@@ -166,13 +178,13 @@ def table(rows: Sequence[Row], shown: Sequence[str] = tuple(HEAD)) -> str:
 
 
 def speed_up(rows: Sequence[Row]) -> str:
-    """How much less time one step takes."""
+    """Return a sentence on the time that one step takes."""
     slow, fast = (next(row.ms[0] for row in rows if row.ms and row.name.startswith(who)) for who in ("teacher", "student"))
     return f"One step takes {100 * (1 - fast / slow):.0f} % less time than {STEPS} ({slow / fast:.0f} times as fast)."
 
 
 def show(drawers: dict[str, Drawer]) -> Image.Image:
-    """Four prompts of each relation: exemplars above, then teacher and student with the token and without."""
+    """Return a grid of four prompts per relation: exemplars first, then teacher and student with and without the token."""
     columns = [(relation, i) for relation in RELATIONS for i in (1, 4, 6, 8)]
     seeds = list(range(len(columns)))
     rows = [[read_image(FOLDER / relation / f"{i:02d}.png") for relation, i in columns]]
@@ -185,9 +197,9 @@ def show(drawers: dict[str, Drawer]) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--make", type=Path, help="run of the zoo with sprites.safetensors")
-    parser.add_argument("--learn", action="store_true")
-    parser.add_argument("--ablate", action="store_true")
+    parser.add_argument("--make", type=Path, help="compose the exemplars first; folder of the zoo run with sprites.safetensors")
+    parser.add_argument("--learn", action="store_true", help="learn the tokens first")
+    parser.add_argument("--ablate", action="store_true", help="also learn and evaluate tokens without the parts of the method")
     parser.add_argument("--run", help="run of a student; default: the shipped one")
     parser.add_argument("--sets", type=int, default=SETS, help="repetitions with other seeds")
     options = parser.parse_args()
@@ -203,21 +215,21 @@ def main() -> None:
     drawers = {f"teacher, {STEPS} steps": drawer(teacher, STEPS, GUIDANCE), "student, one step": drawer(student)}
     save_png(show(drawers), PICTURE)
     rows = [
-        measure(f"{name}, {'with token' if with_token else 'without'}", draw, with_token, options.sets)
+        evaluate(f"{name}, {'with token' if with_token else 'without'}", draw, with_token, options.sets)
         for name, draw in drawers.items()
         for with_token in (True, False)
     ]
-    rows.append(exemplars())
+    rows.append(evaluate_exemplars())
     machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
-    figures = {"machine": machine, "rows": [asdict(row) for row in rows]}
+    results = {"machine": machine, "rows": [asdict(row) for row in rows]}
     rewrite(PAGE, "measured", f"{table(rows)}\n\n{speed_up(rows)}")
     if options.ablate:
         ablated = ablate(options.run, options.sets)
-        figures["ablated"] = [{"name": row.name} | {key: getattr(row, key) for key in ABLATED} for row in ablated]
+        results["ablated"] = [{"name": row.name} | {key: getattr(row, key) for key in ABLATED} for row in ablated]
         rewrite(PAGE, "ablated", table(ablated, ABLATED))
-    elif FIGURES.is_file():
-        figures["ablated"] = json.loads(FIGURES.read_text()).get("ablated", [])
-    write_whole(FIGURES, (json.dumps(figures, indent=1) + "\n").encode())
+    elif RESULTS.is_file():
+        results["ablated"] = json.loads(RESULTS.read_text()).get("ablated", [])
+    write_whole(RESULTS, (json.dumps(results, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Everything of `wadi generate` goes with everything else, or is refused in one line before a model is loaded."""
+"""The options of `wadi generate` work together, or end in an error of one line before a model is loaded."""
 
 from itertools import combinations
 
@@ -20,7 +20,7 @@ TARGETS = r".*(to_q|to_k|to_v|conv1|proj_in)"
 
 @pytest.fixture(scope="module")
 def parts(sd_folder, tmp_path_factory):
-    """Files of every kind that the tiny student takes."""
+    """Write a file of every kind that the tiny student takes."""
     from diffusers import ControlNetModel
     from safetensors.torch import save_file
 
@@ -47,7 +47,7 @@ def parts(sd_folder, tmp_path_factory):
 
 
 def options(parts):
-    """Each option as flags; sizes of pictures are those of the condition and of the start."""
+    """Return the flags of each option."""
     return {
         "control": ["--control", str(parts / "control"), "--condition", str(parts / "square.png"), "--control-scale", "1.5"],
         "lora": ["--lora", str(parts / "lora"), "--lora-scale", "0.8"],
@@ -61,31 +61,31 @@ def options(parts):
 
 
 @pytest.fixture(scope="module")
-def drawn(parts, finished_run, tmp_path_factory):
-    """``drawn("size", "lora")``: pixels of a picture drawn with these options; each once."""
-    folder, made = tmp_path_factory.mktemp("drawn"), {}
+def pixels(parts, finished_run, tmp_path_factory):
+    """``pixels("size", "lora")`` are the pixels of an image generated with these options, as integers."""
+    folder, images = tmp_path_factory.mktemp("generated"), {}
 
-    def draw(*names):
-        if names not in made:
+    def generate(*names):
+        if names not in images:
             path = folder / f"{'-'.join(names) or 'plain'}.png"
             flags = [flag for name in names for flag in options(parts)[name]]
             argv = ["generate", "a <R> b", "--run", str(finished_run), "--device", "cpu", "--out", str(path), "--seed", "3"]
             assert main([*argv, *flags]) == 0
-            made[names] = np.asarray(Image.open(path)).astype(int)
-        return made[names]
+            images[names] = np.asarray(Image.open(path)).astype(int)
+        return images[names]
 
-    return draw
+    return generate
 
 
 @pytest.mark.parametrize("name", ["control", "lora", "lorad", "token", "steps", "init"])
-def test_each_alone_has_an_effect(name, drawn):
-    assert drawn(name).shape == drawn().shape == (16, 16, 3)
-    assert (drawn(name) != drawn()).any()
+def test_each_option_has_an_effect(name, pixels):
+    assert pixels(name).shape == pixels().shape == (16, 16, 3)
+    assert (pixels(name) != pixels()).any()
 
 
-def test_sizes_alone_have_an_effect(drawn):
-    assert drawn("size").shape == drawn("disperse").shape == (32, 32, 3)
-    assert (drawn("size") != drawn("disperse")).any()
+def test_each_way_to_a_larger_size_has_an_effect(pixels):
+    assert pixels("size").shape == pixels("disperse").shape == (32, 32, 3)
+    assert (pixels("size") != pixels("disperse")).any()
 
 
 PAIRS = [pair for pair in combinations(["control", "lora", "lorad", "token", "size", "disperse", "steps", "init"], 2)
@@ -93,37 +93,37 @@ PAIRS = [pair for pair in combinations(["control", "lora", "lorad", "token", "si
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
-def test_any_two_go_together_and_neither_is_lost(pair, drawn):
-    both, one, other = drawn(*pair), drawn(pair[0]), drawn(pair[1])
+def test_any_two_options_work_together_and_both_have_an_effect(pair, pixels):
+    both, one, other = pixels(*pair), pixels(pair[0]), pixels(pair[1])
     assert both.shape[0] == (32 if {"size", "disperse"} & set(pair) else 16)
     for alone in (one, other):
         assert alone.shape != both.shape or (alone != both).any()
 
 
-def test_a_control_with_a_lora_at_twice_the_size(drawn):
-    three = drawn("control", "lora", "size")
+def test_a_control_with_a_lora_at_twice_the_size(pixels):
+    three = pixels("control", "lora", "size")
     assert three.shape == (32, 32, 3)
     for two in (("control", "lora"), ("control", "size"), ("lora", "size")):
-        assert drawn(*two).shape != three.shape or (drawn(*two) != three).any()
+        assert pixels(*two).shape != three.shape or (pixels(*two) != three).any()
 
 
-def test_all_at_once(drawn):
+def test_all_options_at_once(pixels):
     names = ("control", "lora", "token", "disperse", "steps", "init")
-    everything = drawn(*names)
+    everything = pixels(*names)
     assert everything.shape == (32, 32, 3)
     for left_out in names:
         if left_out not in ("disperse",):
             rest = tuple(name for name in names if name != left_out)
-            assert (drawn(*rest) != everything).any(), left_out
+            assert (pixels(*rest) != everything).any(), left_out
 
 
-def test_the_pictures_of_a_batch_do_not_enter_one_another(parts, finished_run, tmp_path):
+def test_the_images_of_a_batch_do_not_affect_one_another(parts, finished_run, tmp_path):
     flags = [flag for name in ("control", "size", "steps", "init") for flag in options(parts)[name]]
     argv = ["generate", "a b", "--run", str(finished_run), "--device", "cpu", *flags]
     assert main([*argv, "--out", str(tmp_path / "one.png"), "--seed", "5"]) == 0
     assert main([*argv, "--out", str(tmp_path / "three.png"), "--seed", "4", "--count", "3"]) == 0
-    alone, among = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("one.png", "three-5.png"))
-    assert np.abs(alone - among).max() <= 1
+    alone, in_batch = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("one.png", "three-5.png"))
+    assert np.abs(alone - in_batch).max() <= 1
 
 
 def image(parts, finished_run, tmp_path, *flags, prompt="a <R> b"):
@@ -133,7 +133,7 @@ def image(parts, finished_run, tmp_path, *flags, prompt="a <R> b"):
     return np.asarray(Image.open(out)).astype(int)
 
 
-def test_several_loras_add_up(parts, finished_run, tmp_path):
+def test_several_loras_are_applied_in_turn(parts, finished_run, tmp_path):
     lora_, lorad = ("--lora", parts / "lora"), ("--lora", parts / "lorad")
     scales = ("--lora-scale", "0.8", "--lora-scale", "0")
     first, second = (image(parts, finished_run, tmp_path, *one) for one in (lora_, lorad))
@@ -145,7 +145,7 @@ def test_several_loras_add_up(parts, finished_run, tmp_path):
     assert np.array_equal(image(parts, finished_run, tmp_path, *lorad, *lora_, *scales[2:], *scales[:2]), weaker)
 
 
-def test_several_tokens(parts, finished_run, tmp_path):
+def test_several_tokens_can_be_used(parts, finished_run, tmp_path):
     from safetensors.torch import save_file
 
     save_file({"emb_params": 3 * torch.randn(1, 32)}, tmp_path / "other.safetensors")
@@ -156,11 +156,11 @@ def test_several_tokens(parts, finished_run, tmp_path):
     assert (image(parts, finished_run, tmp_path, *one, *other, *names, prompt="a <S> b") != alone).any()
 
 
-def test_several_controlnets(parts, finished_run, tmp_path):
+def test_several_controlnets_can_be_used(parts, finished_run, tmp_path):
     control, shown = ("--control", parts / "control"), ("--condition", parts / "square.png")
-    made = ("--condition-from", "canny", "--condition-from", "none")
+    detectors = ("--condition-from", "canny", "--condition-from", "none")
     alone = image(parts, finished_run, tmp_path, *control, *shown, "--condition-from", "canny")
-    twice = (*control, *shown, *control, *shown, *made)
+    twice = (*control, *shown, *control, *shown, *detectors)
     off = image(parts, finished_run, tmp_path, *twice, "--control-scale", "1", "--control-scale", "0")
     assert np.abs(off - alone).max() <= 1
     assert (image(parts, finished_run, tmp_path, *twice) != alone).any()
@@ -168,23 +168,23 @@ def test_several_controlnets(parts, finished_run, tmp_path):
 
 def test_compare_takes_lora_token_and_steps(parts, finished_run, tmp_path):
     flags = [flag for name in ("lora", "token", "steps") for flag in options(parts)[name]]
-    out = tmp_path / "beside.png"
+    out = tmp_path / "compared.png"
     argv = ["generate", "a <R> b", "--run", str(finished_run), "--device", "cpu", "--compare", "--teacher-steps", "2", *flags]
     assert main([*argv, "--out", str(out)]) == 0
     assert Image.open(out).size[1] > 32
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "named"),
     [
-        (["--size", "12x16"], ("12x16", "multiples of 8")),
-        (["--size", "32"], ("WIDTHxHEIGHT", "'32'")),
-        (["--size", "0x0"], ("0x0", "pixels")),
+        (["--size", "12x16"], ("12x16", "8")),
+        (["--size", "32"], ("'32'",)),
+        (["--size", "0x0"], ("0x0",)),
         (["--size", "-32x32"], ("size",)),
-        (["--size", "32x32", "--redilate", "0.5"], ("factor", "0.5")),
-        (["--size", "32x32", "--redilate", "twice"], ("'twice'", "factor")),
+        (["--size", "32x32", "--redilate", "0.5"], ("0.5",)),
+        (["--size", "32x32", "--redilate", "twice"], ("'twice'",)),
         (["--size", "32x32", "--redilate-blocks", "up_blocks.9"], ("'up_blocks.9'", "mid_block")),
-        (["--size", "24x24", "--disperse"], ("Dispersion doubles",)),
+        (["--size", "24x24", "--disperse"], ("1.5",)),
         (["--redilate", "2"], ("--redilate", "--size")),
         (["--redilate-blocks", "all"], ("--redilate-blocks", "--size")),
         (["--disperse"], ("--disperse", "--size")),
@@ -193,20 +193,20 @@ def test_compare_takes_lora_token_and_steps(parts, finished_run, tmp_path):
         (["--control-scale", "1"], ("--control-scale", "--control")),
         (["--condition-from", "canny"], ("--condition-from", "--control")),
         (["--lora-scale", "1"], ("--lora-scale", "--lora")),
-        (["--compare", "--size", "32x32"], ("--compare and --size",)),
-        (["--compare", "--control", "CONTROL", "--condition", "SQUARE"], ("--compare and --control",)),
+        (["--compare", "--size", "32x32"], ("--compare", "--size")),
+        (["--compare", "--control", "CONTROL", "--condition", "SQUARE"], ("--compare", "--control")),
         (["--control", "/nowhere", "--condition", "SQUARE"], ("/nowhere",)),
         (["--control", "CONTROL", "--condition", "/nowhere.png"], ("/nowhere.png",)),
-        (["--control", "CONTROL", "--condition", "SQUARE", "--size", "32x16"], ("aspect ratio",)),
+        (["--control", "CONTROL", "--condition", "SQUARE", "--size", "32x16"], ("16 x 16", "32 x 16")),
         (["--control", "CONTROL", "--condition", "SQUARE", "--condition-from", "sketch"], ("'sketch'", "canny")),
         (["--lora", "/nowhere.safetensors"], ("/nowhere.safetensors",)),
         (["--lora", "LORA", "--lora-scale", "nan"], ("scale", "nan")),
         (["--token", "/nowhere.safetensors"], ("/nowhere.safetensors",)),
-        (["--steps", "51"], ("steps is 51",)),
-        (["--lora", "LORA", "--lora", "LORA", "--lora-scale", "1"], ("--lora-scale", "1 times", "--lora 2 times")),
-        (["--lora", "LORA", "--lora-scale", "1", "--lora-scale", "1"], ("--lora-scale", "2 times")),
-        (["--control", "CONTROL", "--control", "CONTROL", "--condition", "SQUARE"], ("--condition", "1 times")),
-        (["--token", "TOKEN", "--token-name", "R"], ("'R'", "angle brackets")),
+        (["--steps", "51"], ("51",)),
+        (["--lora", "LORA", "--lora", "LORA", "--lora-scale", "1"], ("--lora-scale", "--lora", "1", "2")),
+        (["--lora", "LORA", "--lora-scale", "1", "--lora-scale", "1"], ("--lora-scale", "2")),
+        (["--control", "CONTROL", "--control", "CONTROL", "--condition", "SQUARE"], ("--condition", "--control", "1", "2")),
+        (["--token", "TOKEN", "--token-name", "R"], ("'R'",)),
         (["--token-name", "<R>"], ("--token-name", "--token")),
         (["--lora", "LORA", "--lora-scale", "much"], ("--lora-scale", "'much'")),
         (["--control", "CONTROL", "--condition", "SQUARE", "--control-mode", "1.5"], ("--control-mode", "'1.5'")),
@@ -216,7 +216,7 @@ def test_compare_takes_lora_token_and_steps(parts, finished_run, tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input_is_one_line_and_nothing_is_written(flags, words, parts, finished_run, tmp_path, capsys):
+def test_bad_input_is_named_in_one_line_and_nothing_is_written(flags, named, parts, finished_run, tmp_path, capsys):
     places = {
         "CONTROL": parts / "control",
         "SQUARE": parts / "square.png",
@@ -228,5 +228,5 @@ def test_bad_input_is_one_line_and_nothing_is_written(flags, words, parts, finis
     assert main(["generate", "apple", "--run", str(finished_run), "--out", str(out), "--device", "cpu", *flags]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("wadi: ")
-    assert all(word in line for word in words), line
+    assert all(value in line for value in named), line
     assert not out.exists()

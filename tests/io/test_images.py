@@ -19,7 +19,7 @@ from wadi.extras import image_to_image
 from wadi.extras.control import conditions
 from wadi.extras.control.pipeline import _opened
 from wadi.extras.dreambooth.subject import read_subject
-from wadi.extras.relation.data import read_picture
+from wadi.extras.relation.exemplars import read_exemplar_image
 from wadi.io import images
 from wadi.io.images import is_transparent, open_image, read_image, to_rgb
 
@@ -145,7 +145,7 @@ def readers(path: Path, folder: Path):
         yield "--condition", np.asarray(conditions.read_picture(path))
         yield "the picture of a control", np.asarray(conditions.as_rgb(_opened(path)))
         yield "dreambooth", in_bytes(read_subject(alone.parent, size)[0])
-        yield "invert-relation", in_bytes(read_picture(path, size))
+        yield "invert-relation", in_bytes(read_exemplar_image(path, size))
         yield "eval", np.asarray(next(pictures.prepared([path], None)))
         yield "eval of a folder", np.asarray(next(pictures.prepared(alone.parent, SIDE)))
     finally:
@@ -240,7 +240,7 @@ def test_hostile_files_end_in_one_error_that_names_them(tmp_path, recwarn):
             read_image(path, "Condition image")
         assert repr(str(path))[1:100] in str(caught.value), name
         assert len(str(caught.value)) < 1000, name
-        for entry in (image_to_image.read_init, read_picture):
+        for entry in (image_to_image.read_init, read_exemplar_image):
             with pytest.raises(WadiError):
                 entry(path, (16, 16))
         with pytest.raises(WadiError):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def add_options(parser: ArgumentParser) -> None:
     """Add the options of ``wadi invert-relation``."""
-    from wadi.extras.relation.training import InversionConfig
+    from wadi.extras.relation.config import RelationConfig
 
     add = parser.add_argument
     add("--exemplars", type=str, required=True, help="folder of images and their descriptions.jsonl")
@@ -24,25 +24,26 @@ def add_options(parser: ArgumentParser) -> None:
     add("--out", type=str, required=True, help=".safetensors file to write; it must not exist")
     add("--dtype", type=str, default="float32", help="type of the weights: float32 or bfloat16")
     add("--device", type=str, default=None, help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
-    parser.add_class_arguments(InversionConfig)
+    parser.add_class_arguments(RelationConfig)
 
 
 def run(arguments: Arguments) -> int:
     """Learn the token and write its file; the same command continues an interrupted one."""
     from wadi.backbones import load_pipeline
-    from wadi.extras.relation.data import check_exemplars
-    from wadi.extras.relation.training import InversionConfig, check_out, invert_relation
+    from wadi.extras.relation.config import RelationConfig
+    from wadi.extras.relation.exemplars import check_exemplars
+    from wadi.extras.relation.training import check_token_path, learn_token
     from wadi.parallel.device import dtype_of, find_device, keep_freed_memory
     from wadi.zoo.paths import resolve_teacher
 
     options = arguments.options
     dtype = dtype_of(options.dtype, ("float32", "bfloat16"))  # gradients vanish in float16
-    check_out(Path(options.out))
+    check_token_path(Path(options.out))
     check_exemplars(Path(options.exemplars), options.token)
     keep_freed_memory()
-    config = InversionConfig(**{field.name: getattr(options, field.name) for field in dataclasses.fields(InversionConfig)})
+    config = RelationConfig(**{field.name: getattr(options, field.name) for field in dataclasses.fields(RelationConfig)})
     pipeline = load_pipeline(resolve_teacher(options.teacher), dtype, find_device(options.device))
-    learned = invert_relation(pipeline, Path(options.exemplars), options.token, options.init, Path(options.out), config)
+    learned = learn_token(pipeline, Path(options.exemplars), options.token, options.init, Path(options.out), config)
     print(
         f"denoising loss on the exemplars {learned.loss_before:.4f} -> {learned.loss_after:.4f} in {learned.seconds:.0f} s, "
         f"nearest words: {', '.join(learned.nearest)}\ntoken    {learned.path}"

@@ -175,7 +175,7 @@ def customise(pipeline: Any, tokens: Sequence[Token] = (), loras: Sequence[Lora]
         WadiError: if a file is missing or damaged, or does not fit the pipeline.
     """
     if tokens:
-        from wadi.extras.relation.training import add_token
+        from wadi.extras.relation.token_file import add_token
 
         for token in tokens:
             add_token(pipeline, Path(token.file), token.name)

@@ -3,8 +3,8 @@
     'diffusion'     |F(x_t, t, c) - target|^2 at random t, for the network's own prediction F    (Ruiz et al. 2022)
     'one-step'      |G(z, c) - x_j|^2 for the student's single step G; j is the image paired with z
 
-'one-step' pairs the noises of a batch with its images, nearest first. At random pairs the best answer to every noise would be
-the mean of all images: a blur. Nearest pairs ask each noise for the image that the student already generates almost from it.
+'one-step' pairs the noises of a batch with its images, nearest first. With random pairs the best answer to every noise would be
+the mean of all images: a blur. With nearest pairs the image of a noise is close to what the student generates from it already.
 
 'diffusion' on a student is what LoRA trainers do to a distilled model. It is here for comparison.
 """

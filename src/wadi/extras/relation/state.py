@@ -1,4 +1,4 @@
-"""An inversion that was interrupted goes on: the rows, Adam's moments and what was noted so far, beside the file to be."""
+"""Save an unfinished training next to its output file, and continue from it."""
 
 from __future__ import annotations
 
@@ -22,18 +22,25 @@ MOMENTS = {"exp_avg": "m", "exp_avg_sq": "v"}  # Adam's names, and those in the 
 
 
 @dataclass
-class State:
-    """Where an inversion stands: ``rows`` are the leaves that `optimiser` moves."""
+class TokenState:
+    """Progress of a training.
+
+    Attributes:
+        rows: embedding of the token for each text encoder; the parameters of ``optimizer``.
+        step: number of steps done.
+        skipped: steps whose gradient was not finite.
+        statistics: one row per step.
+    """
 
     rows: list[Tensor]
-    optimiser: torch.optim.Adam
+    optimizer: torch.optim.Adam
     step: int = 0
     skipped: int = 0
-    stats: list[dict[str, Any]] = field(default_factory=list)
+    statistics: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Note(Record):
-    """What is kept with the tensors of a `State`; ``network`` is None in states of earlier versions."""
+    """The header of a saved `TokenState`; ``network`` is None in states of earlier versions."""
 
     step: Count
     skipped: Count
@@ -43,66 +50,67 @@ class Note(Record):
 
 
 def partial_path(out: Path) -> Path:
-    """Where an unfinished inversion into ``out`` is kept."""
+    """Return where the state of an unfinished training into ``out`` is saved."""
     return out.with_name(f"{out.stem}.partial.safetensors")
 
 
-def stats_path(out: Path) -> Path:
-    """Where the figures of an inversion into ``out`` go, one JSON object a line."""
+def statistics_path(out: Path) -> Path:
+    """Return where the statistics of a training into ``out`` are written, one JSON object per line."""
     return out.with_suffix(".jsonl")
 
 
-def save(out: Path, state: State, job: str, network: str) -> None:
-    """Keep ``state``; ``job`` and ``network``, digests of settings and of the teacher's network, say what it is of."""
-    from safetensors.torch import save as to_bytes
-
-    tensors: dict[str, Tensor] = {}
-    for i, row in enumerate(state.rows):
-        tensors[f"{i}.row"] = row.detach()
-    tensors |= moments_of(state.optimiser, "", MOMENTS)
-    note = json.dumps({"step": state.step, "skipped": state.skipped, "stats": state.stats, "job": job, "network": network})
-    write_whole(partial_path(out), to_bytes({k: v.cpu().contiguous() for k, v in tensors.items()}, metadata={"note": note}))
-
-
-def resume(out: Path, state: State, job: str, networks: Sequence[str]) -> None:
-    """Bring ``state`` to where an interrupted inversion into ``out`` stood, if there is one.
+def save_state(out: Path, state: TokenState, job: str, network: str) -> None:
+    """Save ``state``.
 
     Args:
-        networks: digests of the teacher's network, of this version and of earlier ones.
+        job: digest of the settings, the exemplars and the start.
+        network: digest of the teacher's network.
+    """
+    from safetensors.torch import save as to_bytes
+
+    tensors = {f"{i}.row": row.detach() for i, row in enumerate(state.rows)} | moments_of(state.optimizer, "", MOMENTS)
+    note = {"step": state.step, "skipped": state.skipped, "stats": state.statistics, "job": job, "network": network}
+    plain = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    write_whole(partial_path(out), to_bytes(plain, metadata={"note": json.dumps(note)}))
+
+
+def resume_state(out: Path, state: TokenState, job: str, networks: Sequence[str]) -> None:
+    """Restore ``state`` from an interrupted training into ``out``, if there is one.
+
+    Args:
+        job: digest of the settings, the exemplars and the start.
+        networks: digests of the teacher's network, as this version and earlier ones compute it.
     Raises:
-        WadiError: if what lies there is damaged or belongs to other settings.
+        WadiError: if the saved state is damaged or belongs to another training.
     """
     from safetensors import SafetensorError, safe_open
 
     path = partial_path(out)
     if not path.is_file():
         return
-    advice = f"Expected the same command as before; to begin anew, delete {str(path)!r}."
+    what, remedy = f"The unfinished training {str(path)!r}", f"Use the same command as before, or delete {str(path)!r}."
     try:
         with safe_open(require_file(path), framework="pt") as file:
             text = (file.metadata() or {})["note"]
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, KeyError) as error:
-        raise WadiError(f"The unfinished inversion {str(path)!r} is damaged: {error}. {advice}") from error
-    note: Note = parse_json(text, Note, f"The unfinished inversion {str(path)!r}")
+        raise WadiError(f"{what} is damaged: {error}. {remedy}") from error
+    note: Note = parse_json(text, Note, what)
     if note.job != job:
-        raise WadiError(f"The unfinished inversion {str(path)!r} has other settings, exemplars or teacher. {advice}")
-    if note.network not in (None, *networks):  # older states do not say it
-        raise WadiError(
-            f"The unfinished inversion {str(path)!r} was made on another teacher (network {note.network}, now {networks[0]}). "
-            f"{advice}"
-        )
+        raise WadiError(f"{what} has other settings, exemplars or teacher. {remedy}")
+    if note.network not in (None, *networks):
+        raise WadiError(f"{what} belongs to another teacher (network {note.network}, now {networks[0]}). {remedy}")
     for i, row in enumerate(state.rows):
         with torch.no_grad():
             row.copy_(tensors[f"{i}.row"])
         tensors[f"{i}.step"] = torch.tensor(float(note.step - note.skipped))
-    restore_moments(state.optimiser, tensors, "", {**MOMENTS, "step": "step"})
-    state.step, state.skipped, state.stats = note.step, note.skipped, note.stats
+    restore_moments(state.optimizer, tensors, "", {**MOMENTS, "step": "step"})
+    state.step, state.skipped, state.statistics = note.step, note.skipped, note.stats
 
 
-def finish(out: Path, state: State) -> None:
-    """Write the figures and forget the unfinished state."""
-    lines = "".join(json.dumps(row) + "\n" for row in state.stats)
-    write_whole(stats_path(out), lines.encode())
+def finish_state(out: Path, state: TokenState) -> None:
+    """Write the statistics, and remove the saved state."""
+    lines = "".join(json.dumps(row) + "\n" for row in state.statistics)
+    write_whole(statistics_path(out), lines.encode())
     with suppress(OSError):
         partial_path(out).unlink(missing_ok=True)

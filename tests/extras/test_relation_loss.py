@@ -1,4 +1,4 @@
-"""ReVersion's two formulas as laws: timesteps lean to noise, the token leans to prepositions."""
+"""ReVersion's two formulas: noisy timesteps are preferred, and the token turns to prepositions."""
 
 import math
 
@@ -14,7 +14,7 @@ ALPHAS = st.floats(0, 1)
 
 @given(st.integers(2, 1000), ALPHAS)
 @settings(max_examples=40, deadline=None)
-def test_the_density_is_one_and_rises(T, alpha):
+def test_the_density_sums_to_one_and_rises(T, alpha):
     density = focal_density(T, alpha)
     assert float(density.sum()) == pytest.approx(1)
     assert bool((density >= 0).all())
@@ -25,19 +25,19 @@ def test_the_density_is_one_and_rises(T, alpha):
     )
 
 
-def test_no_skew_is_even_and_draws_follow_the_density():
+def test_alpha_zero_is_uniform_and_timesteps_follow_the_density():
     torch.testing.assert_close(focal_density(8, 0.0), torch.full((8,), 1 / 8, dtype=torch.float64))
     density = focal_density(4, 0.5)
-    drawn = focal_timesteps(density, 40_000, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(drawn.bincount(minlength=4).double() / 40_000, density, atol=0.01, rtol=0)
+    timesteps = focal_timesteps(density, 40_000, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(timesteps.bincount(minlength=4).double() / 40_000, density, atol=0.01, rtol=0)
 
 
-def test_half_a_skew_draws_the_noisiest_tenth_three_times_as_often_as_the_cleanest():
+def test_at_alpha_one_half_the_noisiest_tenth_is_three_times_as_frequent_as_the_cleanest():
     density = focal_density(1000, 0.5)
     assert float(density[-100:].sum() / density[:100].sum()) == pytest.approx(1.5 / 0.5, rel=0.03)
 
 
-def test_the_steering_loss_is_its_formula():
+def test_the_steering_loss_follows_its_formula():
     g = torch.Generator().manual_seed(0)
     R, P, N = (torch.randn(shape, generator=g).double() for shape in ((5,), (3, 5), (4, 5)))
     cosine = lambda rows: (rows @ R) / rows.norm(dim=1) / R.norm()  # noqa: E731
@@ -47,7 +47,7 @@ def test_the_steering_loss_is_its_formula():
 
 @given(st.integers(0, 10_000), st.floats(0.05, 10))
 @settings(max_examples=30, deadline=None)
-def test_the_loss_sees_directions_only_and_reaches_the_token_only(seed, length):
+def test_the_loss_depends_on_directions_and_only_the_token_has_a_gradient(seed, length):
     g = torch.Generator().manual_seed(seed)
     R, P, N = (torch.randn(shape, generator=g).double().requires_grad_() for shape in ((6,), (2, 6), (3, 6)))
     loss = steering_loss(R, P, N, 0.1)
@@ -69,7 +69,7 @@ def test_descending_the_loss_turns_the_token_to_prepositions():
     assert float(R @ P[0]) > float(R @ N[0])
 
 
-def test_with_nothing_to_push_from_there_is_no_loss():
+def test_the_loss_is_zero_without_things_to_push_from():
     assert float(steering_loss(torch.ones(3), torch.eye(3), torch.empty(0, 3), 0.07)) == 0
 
 
