@@ -1,7 +1,7 @@
-"""Edges of one picture, and one-step pictures that follow them: ``python examples/control.py [OUT.png]``.
+"""Generate one-step images that follow the edges of another image: ``python examples/control.py [OUT.png]``.
 
-The embedded student draws a picture, Canny's edges of it become the condition, and other prompts are drawn into the same
-outline at several strengths. Takes some seconds on a CPU; nothing is downloaded.
+The embedded student generates an image, its edges become the condition, and images of other prompts are generated with the same
+outline at several strengths. This takes some seconds on a CPU; nothing is downloaded.
 """
 
 from __future__ import annotations

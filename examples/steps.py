@@ -29,7 +29,7 @@ from wadi.evaluate.result import told
 from wadi.evaluate.run import Evaluation, of_teacher
 from wadi.evaluate.score import Options
 from wadi.extras.control.agreement import mean_and_spread
-from wadi.extras.image_to_image import image_tensor, start
+from wadi.extras.image_to_image import image_tensor, start_from
 from wadi.extras.steps import schedule
 from wadi.io import grids, markdown
 from wadi.io.metric_names import metric_label
@@ -61,7 +61,7 @@ class Student:
         """Generate ``image`` again under another prompt."""
         partial = schedule(self.one_step_scheduler, steps, strength)
         self.pipeline.scheduler = partial.scheduler
-        begin = start(from_pipeline(self.pipeline), image_tensor(image, image.size[::-1]), partial)
+        begin = start_from(from_pipeline(self.pipeline), image_tensor(image, image.size[::-1]), partial)
         return generate.generate_images(
             self.pipeline, [prompt], [seed], generate.Sampling(call=partial.call, start=begin)
         ).images[0]

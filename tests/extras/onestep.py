@@ -1,4 +1,4 @@
-"""One-step pipelines of every family, small, and what their networks are asked."""
+"""Small one-step pipelines of every family, and a record of the calls of their networks."""
 
 import torch
 
@@ -12,24 +12,24 @@ TIMESTEP = 800
 
 
 def students(tmp_path_factory):
-    """``student(name)``: a pipeline with a student's scheduler, always as new; its weights are made once."""
-    made = {}
+    """``student(name)``: a pipeline with a student's own scheduler; its weights are pipelines once."""
+    pipelines = {}
 
     def student(name):
-        if name not in made:
+        if name not in pipelines:
             pipeline = small_pipelines.make(name, tmp_path_factory.mktemp(name))
             backbone = from_pipeline(pipeline, RESOLUTIONS.get(name))
             pipeline.scheduler = one_step_scheduler(pipeline.scheduler, TIMESTEP)
             backbone.remember_resolution()
-            made[name] = pipeline, pipeline.scheduler
-        pipeline, pipeline.scheduler = made[name]
+            pipelines[name] = pipeline, pipeline.scheduler
+        pipeline, pipeline.scheduler = pipelines[name]
         return pipeline
 
     return student
 
 
-class asked:
-    """``with asked(pipeline) as seen:`` notes ``(timestep, input)`` of every evaluation of the network."""
+class network_calls:
+    """``with network_calls(pipeline) as calls:`` records ``(timestep, input)`` of every evaluation of the network."""
 
     def __init__(self, pipeline):
         self.network = from_pipeline(pipeline).network
@@ -37,15 +37,15 @@ class asked:
         self.scale = 1000 if flux else 1 / (self.network.config.get("timestep_scale") or 1)
 
     def __enter__(self):
-        seen = []
+        calls = []
 
         def note(module, args, kwargs):
             x = args[0] if args else kwargs["hidden_states"]
             t = kwargs["timestep"] if "timestep" in kwargs else args[1]
-            seen.append((self.scale * float(torch.as_tensor(t).flatten()[0]), x.detach().clone()))
+            calls.append((self.scale * float(torch.as_tensor(t).flatten()[0]), x.detach().clone()))
 
         self.hook = self.network.register_forward_pre_hook(note, with_kwargs=True)
-        return seen
+        return calls
 
     def __exit__(self, *_):
         self.hook.remove()

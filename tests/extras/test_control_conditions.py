@@ -1,4 +1,4 @@
-"""Edges, their agreement, and pictures of every mode."""
+"""Edges, their agreement, and condition images of every mode."""
 
 import json
 
@@ -8,21 +8,13 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from wadi.errors import WadiError
-from wadi.extras.control import conditions
+from naming import error_naming
 from wadi.extras.control.agreement import edge_f1, sharpness
-from wadi.extras.control.conditions import (
-    as_rgb,
-    canny,
-    condition,
-    depth,
-    edge_map,
-    fitted,
-    pose,
-    read_picture,
-    scribble,
-    skeleton,
-)
+from wadi.extras.control.condition_images import as_rgb, fit_image
+from wadi.extras.control.conditions import condition
+from wadi.extras.control.edges import blur, canny, edge_map, gradient, scribble, soft_edges
+from wadi.extras.control.estimators import depth, pose, skeleton
+from wadi.io.images import read_image
 
 
 def step(side=24, at=10, low=0.0, high=1.0):
@@ -63,7 +55,7 @@ def test_colours_of_one_brightness_have_an_edge():
     assert edge_map(images).any()
 
 
-def test_no_edge_in_what_is_flat_or_faint():
+def test_flat_and_faint_images_have_no_edges():
     assert not edge_map(torch.full((1, 3, 16, 16), 0.4)).any()
     assert not edge_map(step(high=0.05)).any()
     assert edge_map(step(high=0.05), low=0.01, high=0.02).any()
@@ -80,35 +72,35 @@ def test_weak_edges_count_where_they_join_strong_ones():
     images = scenes(6, seed=3)
     weak, strong = edge_map(images, low, low), edge_map(images, high, high)
     both = edge_map(images, low, high)
-    for w, s, found in zip(weak[:, 0].numpy(), strong[:, 0].numpy(), both[:, 0].numpy(), strict=True):
+    for w, s, joined in zip(weak[:, 0].numpy(), strong[:, 0].numpy(), both[:, 0].numpy(), strict=True):
         labels, _ = ndimage.label(w, structure=np.ones((3, 3)))
         kept = np.isin(labels, np.unique(labels[s & w])) & (labels > 0)
-        assert (found == kept).all()
+        assert (joined == kept).all()
     assert both.sum() < weak.sum(), "the test has isolated weak edges"
     assert both.sum() > strong.sum(), "and joined ones"
 
 
 def test_thresholds_are_checked():
     for low, high in ((0.3, 0.2), (0, 0.2), (-1, 2)):
-        with pytest.raises(WadiError, match="Expected 0 < low <= high"):
+        with error_naming(low, high):
             edge_map(step(), low, high)
 
 
 def test_the_gradient_of_a_unit_step_is_one_and_soft_edges_lie_between_0_and_1():
-    dx, dy = conditions.gradient(step(), sigma=0)
+    dx, dy = gradient(step(), sigma=0)
     assert dx.max() == pytest.approx(1.0)
     assert dy.abs().max() == 0
-    soft = conditions.soft_edges(scenes().requires_grad_())
+    soft = soft_edges(scenes().requires_grad_())
     assert 0 <= soft.min() <= soft.max() <= 1
     soft.mean().backward()
 
 
 def test_a_blur_keeps_the_mean_and_the_size():
     images = scenes()
-    out = conditions.blurred(images, 1.3)
+    out = blur(images, 1.3)
     assert out.shape == images.shape
-    assert torch.equal(conditions.blurred(images, 0), images)
-    torch.testing.assert_close(conditions.blurred(torch.full((1, 3, 9, 9), 0.3), 2.0), torch.full((1, 3, 9, 9), 0.3))
+    assert torch.equal(blur(images, 0), images)
+    torch.testing.assert_close(blur(torch.full((1, 3, 9, 9), 0.3), 2.0), torch.full((1, 3, 9, 9), 0.3))
 
 
 def test_agreement_forgives_one_pixel_and_no_more():
@@ -125,7 +117,7 @@ def test_agreement_forgives_one_pixel_and_no_more():
 def test_a_blurred_picture_is_less_sharp():
     images = scenes()
     assert sharpness(images, images) == pytest.approx(1)
-    assert sharpness(conditions.blurred(images, 1.0), images) < 0.8
+    assert sharpness(blur(images, 1.0), images) < 0.8
 
 
 # --- modes and sizes --------------------------------------------------------------------------------------------------------
@@ -137,9 +129,9 @@ def drawing():
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "CMYK", "YCbCr"])
-def test_modes_that_hold_the_same_colours_give_the_same_picture(mode, drawing, tmp_path):
-    found = np.asarray(as_rgb(drawing.convert(mode))).astype(int)
-    assert abs(found - np.asarray(drawing)).max() <= 4
+def test_modes_with_the_same_colours_give_the_same_image(mode, drawing, tmp_path):
+    output = np.asarray(as_rgb(drawing.convert(mode))).astype(int)
+    assert abs(output - np.asarray(drawing)).max() <= 4
     assert as_rgb(drawing.convert(mode)).mode == "RGB"
 
 
@@ -154,36 +146,36 @@ def test_palettes_grey_and_bits(drawing):
 def test_missing_and_damaged_files(tmp_path):
     (tmp_path / "no.png").write_bytes(b"no picture")
     for path in (tmp_path / "no.png", tmp_path / "missing.png", tmp_path):
-        with pytest.raises(WadiError, match=path.name):
-            read_picture(path)
+        with error_naming(path.name):
+            read_image(path, "Condition image")
 
 
-def test_fitting(drawing):
-    assert fitted(drawing, (32, 32)) is drawing
-    assert fitted(drawing, (64, 64)).size == (64, 64)
-    with pytest.raises(WadiError, match="aspect ratio"):
-        fitted(drawing, (32, 64))
+def test_an_image_is_resized_if_its_aspect_ratio_fits(drawing):
+    assert fit_image(drawing, (32, 32)) is drawing
+    assert fit_image(drawing, (64, 64)).size == (64, 64)
+    with error_naming("32 x 32", "64 x 32"):
+        fit_image(drawing, (32, 64))
 
 
 # --- kinds ------------------------------------------------------------------------------------------------------------------
 
 
 def test_canny_and_scribble_are_white_on_black(drawing):
-    for made in (canny(drawing), scribble(drawing)):
-        assert made.mode == "RGB"
-        assert made.size == drawing.size
-        assert set(np.unique(np.asarray(made))) == {0, 255}
+    for condition_image in (canny(drawing), scribble(drawing)):
+        assert condition_image.mode == "RGB"
+        assert condition_image.size == drawing.size
+        assert set(np.unique(np.asarray(condition_image))) == {0, 255}
     assert np.asarray(scribble(drawing)).mean() > np.asarray(canny(drawing)).mean(), "scribbles are thicker"
 
 
 def test_condition_by_name(drawing, tmp_path):
     assert condition("canny", drawing).tobytes() == canny(drawing).tobytes()
     assert condition("none", drawing.convert("RGBA")).tobytes() == drawing.tobytes()
-    with pytest.raises(WadiError, match="no condition 'hed'"):
+    with error_naming("'hed'"):
         condition("hed", drawing)
-    with pytest.raises(WadiError, match="uses none"):
+    with error_naming("canny", "some/model"):
         condition("canny", drawing, "some/model")
-    with pytest.raises(WadiError, match="could not be loaded"):
+    with error_naming(str(tmp_path / "missing")):
         condition("depth", drawing, str(tmp_path / "missing"))
 
 
@@ -199,17 +191,17 @@ def test_depth_by_a_network_of_transformers(drawing, tmp_path):
     about = {"image_processor_type": "DPTImageProcessor", "size": {"height": 32, "width": 32}}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(about))
     wide = drawing.resize((48, 32))
-    found = np.asarray(depth(wide, str(tmp_path)))
-    assert found.shape == (32, 48, 3)
-    assert (found.min(), found.max()) == (0, 255)
-    # what the network takes for near is white
+    output = np.asarray(depth(wide, str(tmp_path)))
+    assert output.shape == (32, 48, 3)
+    assert (output.min(), output.max()) == (0, 255)
+    # near is white
     from transformers import AutoImageProcessor
 
     inputs = AutoImageProcessor.from_pretrained(tmp_path)(images=wide, return_tensors="pt")
     with torch.no_grad():
         near = DPTForDepthEstimation.from_pretrained(tmp_path).eval()(**inputs).predicted_depth[None]
     near = torch.nn.functional.interpolate(near, size=(32, 48), mode="bicubic", align_corners=False).flatten()
-    assert np.corrcoef(near, found[..., 0].flatten())[0, 1] > 0.99
+    assert np.corrcoef(near, output[..., 0].flatten())[0, 1] > 0.99
 
 
 def test_pose_by_a_network_of_transformers(drawing, tmp_path):
@@ -228,17 +220,17 @@ def test_pose_by_a_network_of_transformers(drawing, tmp_path):
 
 def test_a_skeleton_has_its_limbs_and_a_neck():
     points = {5: (20.0, 10.0), 6: (10.0, 10.0), 0: (15.0, 4.0), 8: (6.0, 18.0)}
-    found = np.asarray(skeleton(points, (32, 32))).astype(int)
-    assert found[10, 15].sum() > 0, "the neck, between the shoulders"
-    assert found[7, 15].sum() > 0, "neck to nose"
-    assert found[14, 8].sum() > 0, "right shoulder to elbow"
-    assert found[25:].sum() == 0, "no legs were found"
+    output = np.asarray(skeleton(points, (32, 32))).astype(int)
+    assert output[10, 15].sum() > 0, "the neck, between the shoulders"
+    assert output[7, 15].sum() > 0, "neck to nose"
+    assert output[14, 8].sum() > 0, "right shoulder to elbow"
+    assert output[25:].sum() == 0, "no legs were output"
     assert np.asarray(skeleton({}, (8, 8))).sum() == 0
 
 
-def test_poses_say_which_extra_they_need(drawing, monkeypatch):
+def test_poses_name_the_extra_they_need(drawing, monkeypatch):
     import importlib.util
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(WadiError, match=r"wadi-onestep\[control\]"):
+    with error_naming("wadi-onestep[control]"):
         pose(drawing, "some/model")

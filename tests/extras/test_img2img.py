@@ -1,14 +1,14 @@
-"""Image to image: a picture noised to a share of the student's time, and little of it lost where the share is small."""
+"""Image to image: the network gets the image with noise of the right time, and a low strength keeps most of the image."""
 
 import numpy as np
 import pytest
 import torch
-from onestep import FAMILIES, asked, students
+from onestep import FAMILIES, network_calls, students
 from PIL import Image
 
+from naming import error_naming
 from wadi.backbones import from_pipeline
-from wadi.errors import WadiError
-from wadi.extras.image_to_image import image_tensor, read_init, start
+from wadi.extras.image_to_image import image_tensor, read_init, start_from
 from wadi.extras.steps import schedule
 from wadi.pipelines.generate import Sampling, generate_images
 from wadi.pipelines.load import load
@@ -26,13 +26,13 @@ def stripes(width, height, mode="RGB"):
 
 
 def redrawn(pipeline, picture, strength, steps=1, seed=5, count=1):
-    """Latents that the network saw first, and the pictures."""
+    """Generate ``count`` images from ``picture`` with consecutive seeds."""
     image = image_tensor(picture, from_pipeline(pipeline).resolution)
-    found = schedule(pipeline.scheduler, steps, strength)
-    pipeline.scheduler = found.scheduler
-    begin = start(from_pipeline(pipeline), image, found)
+    new = schedule(pipeline.scheduler, steps, strength)
+    pipeline.scheduler = new.scheduler
+    begin = start_from(from_pipeline(pipeline), image, new)
     seeds = list(range(seed, seed + count))
-    return generate_images(pipeline, ["red"] * count, seeds, Sampling(call=found.call, start=begin)).images
+    return generate_images(pipeline, ["red"] * count, seeds, Sampling(call=new.call, start=begin)).images
 
 
 def pixels(picture):
@@ -44,15 +44,15 @@ def pixels(picture):
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(("strength", "steps"), [(0.5, 1), (0.5, 2), (1.0, 1), (0.25, 3)])
-def test_the_network_sees_the_picture_noised_to_its_share_of_the_time(student_of, name, strength, steps):
+def test_the_network_gets_the_image_with_noise_of_its_share_of_the_time(student_of, name, strength, steps):
     pipeline = student_of(name)
     backbone = from_pipeline(pipeline)
     height, width = backbone.resolution
     picture = stripes(width, height)
-    with asked(pipeline) as seen:
+    with network_calls(pipeline) as calls:
         pictures = redrawn(pipeline, picture, strength, steps)
     assert pictures[0].size == (width, height)
-    assert [t for t, _ in seen] == pytest.approx([800 * strength * (1 - i / steps) for i in range(steps)], abs=1.01)
+    assert [t for t, _ in calls] == pytest.approx([800 * strength * (1 - i / steps) for i in range(steps)], abs=1.01)
     t = torch.tensor([round(800 * strength)])
     alpha, sigma = float(backbone.process.alpha(t)), float(backbone.process.sigma(t))
     x0 = backbone.encode_images((image_tensor(picture, (height, width)) + 1) / 2)
@@ -60,11 +60,11 @@ def test_the_network_sees_the_picture_noised_to_its_share_of_the_time(student_of
     x_t = alpha * x0 + sigma * noise
     if name == "flux":
         x_t = pipeline._pack_latents(x_t, *x_t.shape)
-    assert torch.allclose(seen[0][1], x_t, atol=1e-4)
+    assert torch.allclose(calls[0][1], x_t, atol=1e-4)
 
 
-def test_the_less_strength_the_less_is_changed(student_of):
-    """With the network's answer taken for noise, what is left of the picture grows as strength falls."""
+def test_a_lower_strength_changes_less(student_of):
+    """The network is untrained, so the rest of the image that remains grows as the strength falls."""
     pipeline = student_of("sd1")
     picture = stripes(16, 16)
     kept = image_tensor(picture, (16, 16))
@@ -79,13 +79,13 @@ def test_the_less_strength_the_less_is_changed(student_of):
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd3", "flux"])
-def test_noise_of_later_steps_is_fresh_and_each_pictures_own(student_of, name):
-    """The second step has its picture's second noise: a generator that began anew would give the start's once more."""
+def test_later_steps_use_new_noise_of_each_images_own_seed(student_of, name):
+    """The second step uses the second noise of its image's seed: a new generator would repeat the first noise."""
     pipeline = student_of(name)
     backbone, own, picture = from_pipeline(pipeline), pipeline.scheduler, stripes(16, 16)
-    with asked(pipeline) as seen:
+    with network_calls(pipeline) as calls:
         pictures = redrawn(pipeline, picture, 0.9, steps=2, count=2)
-    (_, first), (t, second) = seen
+    (_, first), (t, second) = calls
     one = schedule(own, 1, 0.9)
     pipeline.scheduler = one.scheduler
     x0 = pipeline(prompt=["red"] * 2, latents=first, output_type="latent", **backbone.call, **one.call).images
@@ -95,10 +95,10 @@ def test_noise_of_later_steps_is_fresh_and_each_pictures_own(student_of, name):
         torch.randn((1, *backbone.latent_shape), generator=generator)
         noise = torch.randn(first[i].shape, generator=generator)
         assert torch.allclose(second[i], alpha * x0[i] + sigma * noise, atol=1e-3 * float(x0.abs().max()))
-    found = schedule(own, 2, 0.9)
-    pipeline.scheduler = found.scheduler
-    begin = start(backbone, image_tensor(picture, (16, 16)), found)
-    alone = generate_images(pipeline, ["red"], [6], Sampling(call=found.call, start=begin)).images[0]
+    new = schedule(own, 2, 0.9)
+    pipeline.scheduler = new.scheduler
+    begin = start_from(backbone, image_tensor(picture, (16, 16)), new)
+    alone = generate_images(pipeline, ["red"], [6], Sampling(call=new.call, start=begin)).images[0]
     assert np.abs(pixels(alone) - pixels(pictures[1])).max() <= 1
 
 
@@ -106,7 +106,7 @@ def test_noise_of_later_steps_is_fresh_and_each_pictures_own(student_of, name):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "RGBA", "LA"])
-def test_opaque_pictures_of_any_mode_are_read_as_colours(mode, tmp_path):
+def test_opaque_images_of_any_mode_are_read_as_colours(mode, tmp_path):
     picture = stripes(16, 8, mode)
     picture.save(tmp_path / "a.png")
     tensor = read_init(tmp_path / "a.png", (8, 16))
@@ -115,19 +115,19 @@ def test_opaque_pictures_of_any_mode_are_read_as_colours(mode, tmp_path):
     assert np.allclose(((tensor[0].permute(1, 2, 0) + 1) * 127.5).numpy(), wanted, atol=1e-3)
 
 
-def test_a_picture_of_the_same_shape_is_resized_and_of_another_refused(tmp_path):
+def test_an_image_of_the_same_aspect_ratio_is_resized_and_any_other_rejected(tmp_path):
     stripes(64, 32).save(tmp_path / "a.png")
     assert read_init(tmp_path / "a.png", (16, 32)).shape == (1, 3, 16, 32)
-    with pytest.raises(WadiError, match=r"64x32.*16x16.*aspect ratio"):
+    with error_naming(tmp_path / "a.png", "64x32", "16x16"):
         read_init(tmp_path / "a.png", (16, 16))
 
 
-def test_pictures_that_cannot_be_used(tmp_path):
-    with pytest.raises(WadiError, match="'F'"):
+def test_images_that_cannot_be_used(tmp_path):
+    with error_naming("'F'"):
         image_tensor(Image.new("F", (16, 16)), (16, 16))
     (tmp_path / "text.png").write_text("no picture")
     for name in ("text.png", "nowhere.png", "."):
-        with pytest.raises(WadiError, match=str(tmp_path / name)):
+        with error_naming(tmp_path / name):
             read_init(tmp_path / name, (16, 16))
 
 
@@ -153,7 +153,7 @@ def test_the_command_line(finished_run, init, tmp_path):
     assert (picture() != picture("--strength", "0.3")).any()
     assert (picture("--strength", "0.3", "--steps", "2") != picture("--strength", "0.3")).any()
     wanted = redrawn(load(finished_run), stripes(16, 16), 0.8, seed=9)[0]
-    # the run's prompt is another, and its student all but ignores it: what counts is the picture that both start from
+    # the prompts differ, but this student almost ignores them: both results come from the same start image
     assert np.abs(picture() - pixels(wanted)).mean() < 60
 
 

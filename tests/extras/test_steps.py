@@ -1,18 +1,18 @@
-"""More steps: one is the student's own, times are trailing, noise is fresh and each picture's own."""
+"""More steps: one step is the student's own, times are evenly spaced from t*, and each image has noise of its own seed."""
 
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from onestep import FAMILIES, asked, students
+from onestep import FAMILIES, network_calls, students
 from PIL import Image
 
 import tiny
 from backbones import small_pipelines
+from naming import error_naming
 from wadi.backbones import from_pipeline
 from wadi.diffusion.schedulers import one_step_scheduler
-from wadi.errors import WadiError
 from wadi.extras.steps import MOST, schedule
 from wadi.pipelines.generate import Sampling, generate_images
 
@@ -28,18 +28,18 @@ def pixels(picture):
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("steps", [2, 4])
-def test_times_are_trailing_from_the_students_own(student_of, name, steps):
+def test_times_are_evenly_spaced_from_the_students_own(student_of, name, steps):
     pipeline = student_of(name)
-    found = schedule(pipeline.scheduler, steps)
-    pipeline.scheduler = found.scheduler
-    with asked(pipeline) as seen:
-        generate_images(pipeline, ["red"], [0], Sampling(call=found.call))
-    assert [t for t, _ in seen] == pytest.approx([800 * (1 - i / steps) for i in range(steps)], abs=1.01)
-    assert found.sigma == pytest.approx(0.8 if name in ("sd3", "flux", "sana") else (1 - found.alpha**2) ** 0.5)
+    new = schedule(pipeline.scheduler, steps)
+    pipeline.scheduler = new.scheduler
+    with network_calls(pipeline) as calls:
+        generate_images(pipeline, ["red"], [0], Sampling(call=new.call))
+    assert [t for t, _ in calls] == pytest.approx([800 * (1 - i / steps) for i in range(steps)], abs=1.01)
+    assert new.sigma == pytest.approx(0.8 if name in ("sd3", "flux", "sana") else (1 - new.alpha**2) ** 0.5)
 
 
-def test_nothing_of_the_input_is_mixed_into_the_answer(student_of):
-    """Consistency models mix in more of it the earlier the time; a student's answer is its own at every time."""
+def test_the_input_is_not_mixed_into_the_prediction(student_of):
+    """Consistency models mix in more of it at earlier times; the output of a student is its prediction at every time."""
     scheduler = schedule(student_of("sd1").scheduler, 2, strength=0.005).scheduler
     skip, out = scheduler.get_scalings_for_boundary_condition_discrete(4)
     assert (float(skip), float(out)) == pytest.approx((0, 1), abs=1e-9)
@@ -49,54 +49,54 @@ def test_nothing_of_the_input_is_mixed_into_the_answer(student_of):
 def test_one_step_is_the_student(student_of, name):
     pipeline = student_of(name)
     own = generate_images(pipeline, ["red"], [7]).images[0]
-    found = schedule(pipeline.scheduler, 1)
-    pipeline.scheduler = found.scheduler
-    again = generate_images(pipeline, ["red"], [7], Sampling(call=found.call)).images[0]
+    new = schedule(pipeline.scheduler, 1)
+    pipeline.scheduler = new.scheduler
+    again = generate_images(pipeline, ["red"], [7], Sampling(call=new.call)).images[0]
     assert np.abs(pixels(own) - pixels(again)).max() <= 1
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_second_input_is_the_first_answer_noised_anew(student_of, name):
+def test_the_second_input_is_the_first_prediction_with_new_noise(student_of, name):
     """``alpha x0 + sigma eps`` with the second noise of the picture's own seed."""
     pipeline = student_of(name)
-    backbone, found = from_pipeline(pipeline), schedule(pipeline.scheduler, 2)
+    backbone, new = from_pipeline(pipeline), schedule(pipeline.scheduler, 2)
     call = {"num_inference_steps": 1, "output_type": "latent", **backbone.call}
-    with asked(pipeline) as seen:
+    with network_calls(pipeline) as calls:
         x0 = pipeline(prompt=["red"], generator=[torch.Generator().manual_seed(3)], **call).images
-        pipeline.scheduler = found.scheduler
-        generate_images(pipeline, ["red"], [3], Sampling(call=found.call))
-    (_, first), (_, z), (_, x_t) = seen
+        pipeline.scheduler = new.scheduler
+        generate_images(pipeline, ["red"], [3], Sampling(call=new.call))
+    (_, first), (_, z), (_, x_t) = calls
     assert torch.equal(first, z)
     t = torch.tensor([400])
     alpha, sigma = float(backbone.process.alpha(t)), float(backbone.process.sigma(t))
     generator = torch.Generator().manual_seed(3)
-    torch.randn((1, *backbone.latent_shape), generator=generator)  # the start's
+    torch.randn((1, *backbone.latent_shape), generator=generator)  # the first step's noise
     noise = torch.randn(z.shape, generator=generator)
     assert torch.allclose(x_t, alpha * x0 + sigma * noise, atol=1e-3 * float(x0.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd3", "flux"])
-def test_a_picture_depends_on_its_own_seed_alone(student_of, name):
+def test_an_image_depends_on_its_own_seed_alone(student_of, name):
     pipeline = student_of(name)
-    found = schedule(pipeline.scheduler, 3)
-    pipeline.scheduler = found.scheduler
-    together = generate_images(pipeline, ["red", "red", "blue"], [5, 6, 7], Sampling(call=found.call)).images
-    torch.manual_seed(99)  # of no importance
-    alone = generate_images(pipeline, ["red"], [6], Sampling(call=found.call)).images[0]
+    new = schedule(pipeline.scheduler, 3)
+    pipeline.scheduler = new.scheduler
+    together = generate_images(pipeline, ["red", "red", "blue"], [5, 6, 7], Sampling(call=new.call)).images
+    torch.manual_seed(99)  # the global generator does not matter
+    alone = generate_images(pipeline, ["red"], [6], Sampling(call=new.call)).images[0]
     assert np.abs(pixels(together[1]) - pixels(alone)).max() <= 1
     assert (pixels(together[0]) != pixels(together[1])).any()
     assert "step" not in vars(pipeline.scheduler)
 
 
-def test_steps_change_the_picture_and_none_is_lost(student_of):
+def test_each_number_of_steps_gives_another_image(student_of):
     pipeline = student_of("sd2")
     own, pictures = pipeline.scheduler, []
     for steps in (1, 2, 4, 8):
-        found = schedule(own, steps)
-        pipeline.scheduler = found.scheduler
-        with asked(pipeline) as seen:
-            pictures.append(pixels(generate_images(pipeline, ["red"], [1], Sampling(call=found.call)).images[0]))
-        assert len(seen) == steps
+        new = schedule(own, steps)
+        pipeline.scheduler = new.scheduler
+        with network_calls(pipeline) as calls:
+            pictures.append(pixels(generate_images(pipeline, ["red"], [1], Sampling(call=new.call)).images[0]))
+        assert len(calls) == steps
     assert all((a != b).any() for a, b in pairwise(pictures))
 
 
@@ -104,31 +104,32 @@ def test_the_schedule_saves_and_loads_with_the_pipeline(student_of, tmp_path):
     from diffusers import DiffusionPipeline
 
     pipeline = student_of("sd1")
-    found = schedule(pipeline.scheduler, 4)
-    pipeline.scheduler = found.scheduler
+    new = schedule(pipeline.scheduler, 4)
+    pipeline.scheduler = new.scheduler
     pipeline.save_pretrained(tmp_path / "four")
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "four")
     loaded.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(2)
     picture = loaded("red", num_inference_steps=4, guidance_scale=0.0, generator=generator).images[0]
-    expected = generate_images(pipeline, ["red"], [2], Sampling(call=found.call)).images[0]
-    assert np.abs(pixels(picture) - pixels(expected)).max() <= 1
+    assert (
+        np.abs(pixels(picture) - pixels(generate_images(pipeline, ["red"], [2], Sampling(call=new.call)).images[0])).max() <= 1
+    )
 
 
 @pytest.mark.parametrize("steps", [0, -1, MOST + 1])
 def test_steps_out_of_range(student_of, steps):
-    with pytest.raises(WadiError, match="steps is"):
+    with error_naming(f"steps is {steps}"):
         schedule(student_of("sd1").scheduler, steps)
 
 
 @pytest.mark.parametrize("strength", [0.0, -0.1, 1.01, float("nan"), float("inf")])
 def test_strengths_out_of_range(student_of, strength):
-    with pytest.raises(WadiError, match="strength is"):
+    with error_naming(f"strength is {strength}"):
         schedule(student_of("sd1").scheduler, 1, strength)
 
 
 def test_more_steps_than_timesteps(student_of):
-    with pytest.raises(WadiError, match="raise the strength"):
+    with error_naming("20 steps", "timestep 8"):
         schedule(student_of("sd1").scheduler, 20, 0.01)
 
 
@@ -150,12 +151,12 @@ def test_the_command_line(finished_run, tmp_path, capsys):
 
 
 def test_a_tiny_student_of_every_prediction_type(tmp_path):
-    """Predictions are turned into x0 by LCM's own code: it must read them as the process does."""
+    """LCM's own code converts predictions to x0: it must do so as the process does."""
     for kind in ("epsilon", "v_prediction", "sample"):
         pipeline = small_pipelines.readied(tiny.stable_diffusion(tmp_path / kind, kind))
         pipeline.scheduler = one_step_scheduler(pipeline.scheduler, 800)
-        process, found = from_pipeline(pipeline).process, schedule(pipeline.scheduler, 2)
-        found.scheduler.set_timesteps(2)
+        process, new = from_pipeline(pipeline).process, schedule(pipeline.scheduler, 2)
+        new.scheduler.set_timesteps(2)
         z, prediction = torch.randn(2, 1, 4, 8, 8)
-        denoised = found.scheduler.step(prediction, found.scheduler.timesteps[0], z, return_dict=False)[1]
+        denoised = new.scheduler.step(prediction, new.scheduler.timesteps[0], z, return_dict=False)[1]
         assert torch.allclose(denoised, process.x0(prediction, z, torch.tensor([800])), atol=1e-5)

@@ -17,7 +17,8 @@ from wadi.errors import WadiError
 from wadi.evaluate import pictures
 from wadi.extras import image_to_image
 from wadi.extras.control import conditions
-from wadi.extras.control.pipeline import _opened
+from wadi.extras.control.arguments import _open
+from wadi.extras.control.condition_images import as_rgb
 from wadi.extras.dreambooth.subject import read_subject
 from wadi.extras.relation.exemplars import read_exemplar_image
 from wadi.io import images
@@ -142,8 +143,8 @@ def readers(path: Path, folder: Path):
     alone.write_bytes(path.read_bytes())
     try:
         yield "--init", in_bytes(image_to_image.read_init(path, size) / 2 + 0.5)
-        yield "--condition", np.asarray(conditions.read_picture(path))
-        yield "the picture of a control", np.asarray(conditions.as_rgb(_opened(path)))
+        yield "--condition", np.asarray(read_image(path, "Condition image"))
+        yield "the picture of a control", np.asarray(as_rgb(_open(path)))
         yield "dreambooth", in_bytes(read_subject(alone.parent, size)[0])
         yield "invert-relation", in_bytes(read_exemplar_image(path, size))
         yield "eval", np.asarray(next(pictures.prepared([path], None)))
@@ -249,7 +250,7 @@ def test_hostile_files_end_in_one_error_that_names_them(tmp_path, recwarn):
 
 
 @pytest.mark.parametrize("kind", ["EPS", "PCX", "TGA"])
-def test_formats_outside_the_list_are_not_opened(tmp_path, kind, monkeypatch):
+def test_formats_outside_the_list_are_not_open(tmp_path, kind, monkeypatch):
     """Pillow reads them; EPS it hands to Ghostscript, a program that would run the file."""
     Image.fromarray(scene()).save(tmp_path / "a.png", format=kind)
     monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was started"))
@@ -273,7 +274,7 @@ def test_a_finished_condition_is_not_transparent(tmp_path):
     with pytest.raises(WadiError, match="transparent"):
         conditions.condition("none", clear)
     assert conditions.condition("none", Image.new("RGBA", (4, 4), "red")).getpixel((0, 0)) == (255, 0, 0)
-    assert conditions.as_rgb(clear).getpixel((0, 0)) == (255, 255, 255)
+    assert as_rgb(clear).getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("brand", ["heic", "heix", "mif1"])

@@ -3,8 +3,7 @@
 import pytest
 
 from wadi.errors import WadiError
-from wadi.extras.control.agreement import Score
-from wadi.extras.control.agreement import table as control_table
+from wadi.extras.control.agreement import Score, score_table
 from wadi.io.markdown import code_span, escape, split_at_markers, table, write_between_markers
 
 HOSTILE = "a | b\n| c | <img src=x onerror=alert(1)> [x](javascript:y) `z` **w** \\\\|"
@@ -43,7 +42,7 @@ def test_code_holds_backticks():
 
 def test_tables_of_the_commands_keep_their_columns():
     score = Score(HOSTILE, 0.5, 0.1, 1.0, 0.1, None, None, 3.0, 0.1)
-    lines = control_table([score], HOSTILE).splitlines()
+    lines = score_table([score], HOSTILE).splitlines()
     assert len(lines) == 3
     assert len({len(cells(line)) for line in lines}) == 1
 

@@ -51,9 +51,9 @@ def test_the_order_is_weights_size_start_image_control_schedule(finished_run, im
 
     monkeypatch.setattr("wadi.extras.relation.training.add_token", record("token"))
     monkeypatch.setattr("wadi.extras.lora.apply.apply_lora", record("lora"))
-    monkeypatch.setattr(resize, "resize", record("size"))
+    monkeypatch.setattr(resize, "set_resolution", record("size"))
     monkeypatch.setattr(image_to_image, "read_init", record("init", lambda *_: "pixels"))
-    monkeypatch.setattr(image_to_image, "start", record("start"))
+    monkeypatch.setattr(image_to_image, "start_from", record("start"))
     monkeypatch.setattr(composing, "add_controls", record("control", lambda pipeline, *_: (pipeline, {"image": "edges"})))
     composition = Composition(
         tokens=[Token("t.safetensors")], loras=[Lora("l", 0.5)], controls=[Control("zoo", "c.png")], size=(32, 32), init=image

@@ -27,16 +27,18 @@ def _add_condition_options(parser: ArgumentParser) -> None:
 def _condition(arguments: Arguments) -> int:
     import torch
 
-    from wadi.extras.control.conditions import condition, fitted, read_picture
+    from wadi.extras.control.condition_images import fit_image
+    from wadi.extras.control.conditions import condition
     from wadi.io.grids import save_png
+    from wadi.io.images import read_image
     from wadi.io.outputs import check_writable
     from wadi.parallel.device import explained_when_full
 
     options = arguments.options
     check_writable(options.out, (".png",))
-    image = read_picture(options.picture)
+    image = read_image(options.picture, "Condition image")
     if options.size is not None:
-        image = fitted(image, _size(options.size))
+        image = fit_image(image, _size(options.size))
     doing = f"{options.kind} of {image.width} x {image.height} pixels"
     with explained_when_full(torch.device("cpu"), lambda: doing, "Give --size with fewer pixels."):
         result = condition(options.kind, image, options.model)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
     from wadi.cli.parser import Arguments
-    from wadi.extras.control.agreement import Judge, Trial, Way
+    from wadi.extras.control.agreement import Judge, Method, Trial
 
 TRIAL_SEED = 500_000  # first seed of the images whose edges are the conditions; training uses seeds from 1,000,000
 SHOWN = 6  # columns of the grid of images
@@ -49,22 +49,22 @@ def run(arguments: Arguments) -> int:
     from wadi.parallel.device import keep_freed_memory
 
     keep_freed_memory()
-    ways, trials, slow = _ways_and_trials(options)
-    scores = agreement.evaluate(ways, trials, _judge() if options.teacher == "zoo" else None)
-    table = agreement.table(scores, slow)
+    methods, trials, slow = _methods_and_trials(options)
+    scores = agreement.score_methods(methods, trials, _judge() if options.teacher == "zoo" else None)
+    table = agreement.score_table(scores, slow)
     print(table)
     if options.json is not None:
-        write_whole(Path(options.json), (json.dumps(agreement.as_json(scores), indent=1) + "\n").encode())
+        write_whole(Path(options.json), (json.dumps(agreement.scores_as_json(scores), indent=1) + "\n").encode())
     if options.page is not None:
         write_between_markers(Path(options.page), BEGIN, END, table)
     if options.picture is not None:
-        _write_grid(ways, trials[0], Path(options.picture))
+        _write_grid(methods, trials[0], Path(options.picture))
     return 0
 
 
 def _check_outputs(options: Any) -> None:
     """Raise `WadiError` for strengths out of range and files that cannot be written, before anything is loaded."""
-    from wadi.extras.control.pipeline import STRONGEST
+    from wadi.extras.control.arguments import STRONGEST
     from wadi.io.outputs import check_writable
 
     for strength in options.strengths:
@@ -79,10 +79,10 @@ def _check_outputs(options: Any) -> None:
         check_writable(options.page)
 
 
-def _ways_and_trials(options: Any) -> tuple[dict[str, Way], list[Trial], str]:
-    """Return the ways to generate by name, the conditions, and the name of the slow way."""
+def _methods_and_trials(options: Any) -> tuple[dict[str, Method], list[Trial], str]:
+    """Return the methods to compare by name, the conditions, and the name of the slow method."""
     from wadi.backbones import from_pipeline, load_pipeline
-    from wadi.extras.control.agreement import way
+    from wadi.extras.control.agreement import method_of
     from wadi.extras.control.pipeline import with_control
     from wadi.pipelines.load import load
     from wadi.zoo.paths import resolve_teacher
@@ -94,30 +94,30 @@ def _ways_and_trials(options: Any) -> tuple[dict[str, Way], list[Trial], str]:
     guided = backbone.guided_call(backbone.teacher_guidance(options.guidance_scale, 2.5))
     plain = from_pipeline(student).call
     slow = f"teacher, {options.steps} steps, controlled"
-    ways = {
-        f"teacher, {options.steps} steps, no control": way(teacher, options.steps, guided),
-        slow: way(with_control(teacher, options.control), options.steps, guided, 1.0),
-        "student, one step, no control": way(student, 1, plain),
+    methods = {
+        f"teacher, {options.steps} steps, no control": method_of(teacher, options.steps, guided),
+        slow: method_of(with_control(teacher, options.control), options.steps, guided, 1.0),
+        "student, one step, no control": method_of(student, 1, plain),
     }
     controlled = with_control(student, options.control)
     for strength in options.strengths:
-        ways[f"student, one step, teacher's ControlNet at {strength:g}"] = way(controlled, 1, plain, strength)
+        methods[f"student, one step, teacher's ControlNet at {strength:g}"] = method_of(controlled, 1, plain, strength)
     if options.tuned:
-        ways["student, one step, fine-tuned ControlNet"] = way(with_control(student, options.tuned), 1, plain, 1.0)
-    return ways, _trials(options, teacher, guided), slow
+        methods["student, one step, fine-tuned ControlNet"] = method_of(with_control(student, options.tuned), 1, plain, 1.0)
+    return methods, _trials(options, teacher, guided), slow
 
 
 def _trials(options: Any, teacher: Any, guided: dict[str, Any]) -> list[Trial]:
     """Return conditions from images that the teacher generates, with seeds that neither training nor the evaluation uses."""
-    from wadi.extras.control.agreement import Trial, way
-    from wadi.extras.control.data import chosen_prompts
+    from wadi.extras.control.agreement import Trial, method_of
+    from wadi.extras.control.data import shuffled_prompts
     from wadi.prompts.reading import read_prompts
 
-    generate = way(teacher, options.steps, guided)
+    generate = method_of(teacher, options.steps, guided)
     all_prompts = read_prompts(options.prompts)
     trials = []
     for number in range(options.sets):
-        prompts = chosen_prompts(all_prompts, options.count, TRIAL_SEED + number)
+        prompts = shuffled_prompts(all_prompts, options.count, TRIAL_SEED + number)
         seeds = [number * options.count + i for i in range(options.count)]
         trials.append(Trial(prompts, seeds, generate(prompts, [], [TRIAL_SEED + seed for seed in seeds])))
     return trials
@@ -130,12 +130,12 @@ def _judge() -> Judge:
     return lambda images, prompts: classifier.top1(images, [concept_of(prompt) for prompt in prompts])
 
 
-def _write_grid(ways: dict[str, Way], trial: Trial, path: Path) -> None:
-    """Write a grid of the conditions and the images of each way; of several strengths, that of strength 1."""
+def _write_grid(methods: dict[str, Method], trial: Trial, path: Path) -> None:
+    """Write a grid of the conditions and the images of each method; of several strengths, that of strength 1."""
     from wadi.io import grids
 
     rows, labels = [trial.conditions[:SHOWN]], ["condition"]
-    for name, generate in ways.items():
+    for name, generate in methods.items():
         if name.endswith("steps, no control") or ("ControlNet at" in name and not name.endswith(" at 1")):
             continue
         images = generate(trial.prompts[:SHOWN], trial.conditions[:SHOWN], trial.seeds[:SHOWN])

@@ -17,7 +17,7 @@ OF_STUDENT = ("edge_weight", "keep_weight", "picture_weight")  # settings of the
 
 def add_options(parser: ArgumentParser) -> None:
     """Add the options of ``wadi control train``."""
-    from wadi.extras.control.training import ControlConfig
+    from wadi.extras.control.config import ControlConfig
 
     add = parser.add_argument
     add("--teacher", type=str, default="zoo", help="pipeline that generates the images: folder, Hub id, or zoo")
@@ -31,8 +31,9 @@ def add_options(parser: ArgumentParser) -> None:
 def run(arguments: Arguments) -> int:
     """Train, and print the folder of the ControlNet."""
     from wadi.backbones import load_pipeline
-    from wadi.extras.control.pipeline import load_control
-    from wadi.extras.control.training import ControlConfig, train
+    from wadi.extras.control.config import ControlConfig
+    from wadi.extras.control.load import load_control
+    from wadi.extras.control.training import train_control
     from wadi.io.outputs import check_writable
     from wadi.parallel.device import find_device, keep_freed_memory
     from wadi.pipelines.load import load
@@ -53,7 +54,7 @@ def run(arguments: Arguments) -> int:
     if options.student is not None:
         student = load(None if options.student == "zoo" else options.student, device=device)
     prompts = read_prompts(options.prompts)
-    print(train(config, teacher, prompts, student, start))
+    print(train_control(config, teacher, prompts, student, start))
     return 0
 
 

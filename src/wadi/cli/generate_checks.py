@@ -27,7 +27,7 @@ PAIRED = (  # (option, the option that must be given as often)
 
 def check_conflicts(options: Any) -> None:
     """Raise `WadiError` for options that do not go together."""
-    from wadi.extras.steps import check
+    from wadi.extras.steps import check_steps_and_strength
 
     _check_companions(options)
     _check_source(options)
@@ -37,7 +37,7 @@ def check_conflicts(options: Any) -> None:
         for option in ("init", "size", "control"):
             if getattr(options, option) is not None:
                 raise WadiError(f"--compare and --{option} were given. Give one of them: the teacher here has no such option.")
-    check(options.steps, strength_from(options))
+    check_steps_and_strength(options.steps, strength_from(options))
 
 
 def _check_companions(options: Any) -> None:

@@ -11,7 +11,7 @@ from wadi.io.bounds import BATCH, COUNT, GUIDANCE, SCALE, SEED, SIDE, STEPS, Num
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-    from wadi.extras.high_resolution.redilation import Factor
+    from wadi.extras.high_resolution.blocks import Factor
     from wadi.pipelines.compose import Composition
 
 NUMBER = r"\d{1,6}(?:\.\d{1,6})?"
@@ -159,13 +159,13 @@ def factor_from(text: str | None) -> Factor | None:
     """
     if text is None:
         return None
-    from wadi.extras.high_resolution.redilation import pair
+    from wadi.extras.high_resolution.blocks import factor_pair
 
     if re.fullmatch(NUMBER, text):
-        pair(float(text))
+        factor_pair(float(text))
         return float(text)
     if axes := re.fullmatch(f"({NUMBER})x({NUMBER})", text.lower()):
-        return pair((float(axes[1]), float(axes[2])))
+        return factor_pair((float(axes[1]), float(axes[2])))
     raise WadiError(
         f"--redilate is {text!r}. Give a factor of at least 1, such as 2 or 1.5, or one for each axis, such as 2x3.5."
     )

@@ -1,4 +1,4 @@
-"""What else a one-step generator can do: control images, learned relations, subjects, high resolution, LoRA, more steps.
+"""More uses of a one-step student: control images, relations, subjects, larger images, LoRA, image to image, more steps.
 
-Each takes an ordinary diffusers pipeline and returns one. `steps.py` is the smallest: start there.
+Each takes an ordinary diffusers pipeline and returns one, or changes it in place. Start with `steps.py`, the smallest.
 """

@@ -1,9 +1,9 @@
-"""Image to image in one step: a picture with noise up to a share of the student's time, and the student's answer to it.
+"""Image to image in one step: add noise to an image up to a share of the student's time, and let the student predict ``x0``.
 
-    x_t = alpha_t E(picture) + sigma_t noise,   t = strength t*
+    x_t = alpha_t E(image) + sigma_t noise,   t = strength t*
 
-where ``E`` is the autoencoder. What comes of it is an ordinary call of whatever pipeline there is, with ``latents=x_t`` and a
-scheduler that begins at ``t`` (`wadi.extras.steps.schedule`): no pipeline of its own, so it goes together with ControlNets,
+``E`` is the autoencoder. The rest is an ordinary call of the pipeline, with ``latents=x_t`` and a scheduler that begins at
+``t`` (`wadi.extras.steps.schedule`). No pipeline class of its own is needed, so it can be combined with ControlNets, other
 sizes and more steps.
 """
 
@@ -23,42 +23,42 @@ from wadi.io.images import read_image, to_rgb
 
 Start = Callable[[Sequence[torch.Generator]], Tensor]
 
-RATIO = 0.02  # by which two aspect ratios may differ and still be the same
+RATIO = 0.02  # relative difference between two aspect ratios that are treated as equal
 
 
 def read_init(path: str | Path, resolution: tuple[int, int]) -> Tensor:
-    """An image file as ``(1, 3, height, width)`` in [-1, 1], resized where it has the aspect ratio.
+    """Return an image file as ``(1, 3, height, width)`` in [-1, 1], resized if its aspect ratio is that of ``resolution``.
 
+    Args:
+        resolution: ``(height, width)`` in pixels.
     Raises:
-        WadiError: if it cannot be read (see `wadi.io.images`) or has another aspect ratio than ``resolution``
-            ``(height, width)``.
+        WadiError: if it cannot be read (see `wadi.io.images`) or has another aspect ratio.
     """
     return image_tensor(read_image(path), resolution, repr(str(path)))
 
 
-def image_tensor(picture: Image.Image, resolution: tuple[int, int], name: str = "the picture") -> Tensor:
-    """``(1, 3, height, width)`` in [-1, 1]; raises as `read_init`."""
+def image_tensor(image: Image.Image, resolution: tuple[int, int], name: str = "the image") -> Tensor:
+    """Return an image as ``(1, 3, height, width)`` in [-1, 1]. Resizes and raises as `read_init`; ``name`` is for errors."""
     height, width = resolution
-    if abs(picture.width * height / (picture.height * width) - 1) > RATIO:
-        own = f"{picture.width}x{picture.height}"
+    if abs(image.width * height / (image.height * width) - 1) > RATIO:
         raise WadiError(
-            f"{name} is {own} and what is drawn {width}x{height} (width x height). Expected the same aspect ratio: crop it, or "
-            "draw at its size with --size."
+            f"{name} is {image.width}x{image.height}, and the generated image is {width}x{height} (width x height). Their "
+            "aspect ratios must be equal: crop the image, or generate at its size with --size."
         )
-    colours = to_rgb(picture, name)
-    if colours.size != (width, height):
-        colours = colours.resize((width, height), Image.Resampling.LANCZOS)
-    values = torch.frombuffer(bytearray(colours.tobytes()), dtype=torch.uint8)
+    rgb = to_rgb(image, name)
+    if rgb.size != (width, height):
+        rgb = rgb.resize((width, height), Image.Resampling.LANCZOS)
+    values = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
     return values.view(1, height, width, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def start(backbone: Backbone, image: Tensor, schedule: Schedule) -> Start:
-    """From generators, one per picture, to the ``latents`` of a call of the backbone's pipeline that redraws ``image``.
+def start_from(backbone: Backbone, image: Tensor, schedule: Schedule) -> Start:
+    """Return a function from generators, one for each generated image, to the ``latents`` of the pipeline's call.
 
-    Noise is drawn as the pipeline would draw its own, so that what a generator gives later on is fresh.
+    Noise is drawn as the pipeline draws its own, so later draws from the same generator are independent of it.
 
     Args:
-        image: ``(1, 3, height, width)`` in [-1, 1].
+        image: the image to start from, ``(1, 3, height, width)`` in [-1, 1].
         schedule: the one whose scheduler the pipeline has.
     """
     x0 = backbone.encode_images((image + 1) / 2)

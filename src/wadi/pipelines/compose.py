@@ -26,7 +26,7 @@ from typing import Any
 from wadi.backbones import from_pipeline
 from wadi.extras import image_to_image, steps
 from wadi.extras.high_resolution import resize
-from wadi.extras.high_resolution.redilation import Blocks, Factor
+from wadi.extras.high_resolution.blocks import Blocks, Factor
 from wadi.pipelines.generate import Sampling, Start
 
 
@@ -150,8 +150,9 @@ def compose(pipeline: Any, composition: Composition) -> Composed:
     native = backbone.resolution
     size = native
     if composition.size is not None:
-        size = resize.drawable(pipeline, composition.size)
-        resize.resize(pipeline, size)
+        size = composition.size
+        resize.check_resolution(pipeline, size)
+        resize.set_resolution(pipeline, size)
     init = None if composition.init is None else image_to_image.read_init(composition.init, size)
     call: dict[str, Any] = {}
     if composition.controls:
@@ -164,7 +165,7 @@ def compose(pipeline: Any, composition: Composition) -> Composed:
     start = None
     if init is not None:
         with resize.tiled_decoding(pipeline.vae, composition.tiled_vae or resize.is_large(size)):
-            start = image_to_image.start(backbone, init, schedule)
+            start = image_to_image.start_from(backbone, init, schedule)
     return Composed(pipeline, native, size, composition, call, start)
 
 
@@ -197,7 +198,8 @@ def add_controls(
     Raises:
         WadiError: if a file is missing or damaged, or a control does not fit the pipeline.
     """
-    from wadi.extras.control import conditions
+    from wadi.extras.control.condition_images import as_rgb, fit_image
+    from wadi.extras.control.conditions import condition
     from wadi.extras.control.pipeline import arguments_of_several, is_image_prompt, with_controls
     from wadi.io.images import open_image
 
@@ -205,7 +207,7 @@ def add_controls(
     for control in controls:
         image = open_image(control.image, "Condition image")
         if control.kind != "none":
-            image = conditions.condition(control.kind, conditions.fitted(conditions.as_rgb(image), size))
+            image = condition(control.kind, fit_image(as_rgb(image), size))
         images.append(image)
     sources = [control.source for control in controls]
     image_prompts = [is_image_prompt(source) for source in sources]

@@ -1,4 +1,5 @@
-"""Condition images: ControlNets, T2I-Adapters and IP-Adapters on a teacher or a student, and training a ControlNet.
+"""Control images: put a ControlNet, T2I-Adapter or IP-Adapter on a pipeline, make condition images, and train a ControlNet.
 
-`pipeline.py` puts a control on a pipeline: start there. `training.py` trains one, `agreement.py` measures it.
+Start with `pipeline.py`, which puts a control on a pipeline; `conditions.py` makes the images it looks at, `training.py` trains
+one, and `agreement.py` measures how well images follow their conditions.
 """

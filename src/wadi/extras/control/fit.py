@@ -1,4 +1,7 @@
-"""Does a control belong to a model? Numbers that both configs state are compared before a step fails deep inside diffusers."""
+"""Check that a control was made for a network of the pipeline's shape, by the numbers that both configs state.
+
+Without this check a step would fail deep inside diffusers.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +19,23 @@ SHARED = {
 }
 
 
-def refuse_misfit(pipeline: Any, model: Any) -> None:
-    """Raise `WadiError`, naming what differs, unless the control was made for networks of the pipeline's shape."""
+def check_control_fits(pipeline: Any, control: Any) -> None:
+    """Raise `WadiError`, naming the differences, unless the control was made for networks of the pipeline's shape."""
     network = pipeline.unet if getattr(pipeline, "unet", None) is not None else pipeline.transformer
-    if type(model).__name__ == "T2IAdapter":
-        return _refuse_adapter(network.config, model.config, int(pipeline.vae_scale_factor))
-    differing = [
-        f"{name} {_plain(model.config[name])} where the {type(network).__name__} has {_plain(network.config[name])}"
-        for name in SHARED[type(model).__name__]
-        if name in model.config and name in network.config and _plain(model.config[name]) != _plain(network.config[name])
+    if type(control).__name__ == "T2IAdapter":
+        return _check_adapter(network.config, control.config, int(pipeline.vae_scale_factor))
+    differences = [
+        f"{name} {_plain(control.config[name])} where the {type(network).__name__} has {_plain(network.config[name])}"
+        for name in SHARED[type(control).__name__]
+        if name in control.config and name in network.config and _plain(control.config[name]) != _plain(network.config[name])
     ]
-    if type(model).__name__ == "ControlNetModel":
-        shrinks, scale = 2 ** (len(model.config.conditioning_embedding_out_channels) - 1), int(pipeline.vae_scale_factor)
+    if type(control).__name__ == "ControlNetModel":
+        shrinks, scale = 2 ** (len(control.config.conditioning_embedding_out_channels) - 1), int(pipeline.vae_scale_factor)
         if shrinks != scale:
-            differing.append(f"a condition shrunk {shrinks} times where the autoencoder shrinks {scale} times")
-    if differing:
+            differences.append(f"a condition shrunk {shrinks} times where the autoencoder shrinks {scale} times")
+    if differences:
         raise WadiError(
-            f"The ControlNet is of another family: it has {'; '.join(differing)}. Expected one that was trained for this model "
+            f"The ControlNet does not fit this model: it has {'; '.join(differences)}. Use one that was trained for this model "
             "(a ControlNet for SD 1.5 does not fit SD 2.1 or SDXL)."
         )
 
@@ -41,36 +44,40 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, (list, tuple)) else value
 
 
-def wanted_features(config: Mapping[str, Any], pixels: int, scale: int) -> list[tuple[int, int]]:
-    """``(channels, side)`` of what `UNet2DConditionModel` adds after each down block for an image of ``pixels`` a side.
+def unet_features(config: Mapping[str, Any], pixels: int, scale: int) -> list[tuple[int, int]]:
+    """Return ``(channels, side)`` of the features that `UNet2DConditionModel` adds to, one pair for each down block.
 
-    A block with cross-attention adds before it shrinks, any other afterwards.
+    A block with cross-attention adds before it shrinks, any other block afterwards.
+
+    Args:
+        pixels: side of the image.
+        scale: pixels per latent.
     """
-    side, wanted = pixels // scale, []
+    side, features = pixels // scale, []
     widths: Sequence[int] = config["block_out_channels"]
     for i, (kind, width) in enumerate(zip(config["down_block_types"], widths, strict=True)):
         after = side if i == len(widths) - 1 else side // 2
-        wanted.append((int(width), side if "CrossAttn" in kind else after))
+        features.append((int(width), side if "CrossAttn" in kind else after))
         side = after
-    return wanted
+    return features
 
 
-def given_features(config: Mapping[str, Any], pixels: int) -> list[tuple[int, int]]:
-    """``(channels, side)`` of what a T2I-Adapter of this config makes of an image of ``pixels`` a side."""
+def adapter_features(config: Mapping[str, Any], pixels: int) -> list[tuple[int, int]]:
+    """Return ``(channels, side)`` of the features that a T2I-Adapter computes from an image of ``pixels`` a side."""
     side = pixels // int(config["downscale_factor"])
     shrinking = (2,) if config["adapter_type"] == "full_adapter_xl" else range(1, len(config["channels"]))
-    given = []
+    features = []
     for i, width in enumerate(config["channels"]):
         side = side // 2 if i in shrinking else side
-        given.append((int(width), side))
-    return given
+        features.append((int(width), side))
+    return features
 
 
-def _refuse_adapter(network: Any, adapter: Any, scale: int) -> None:
+def _check_adapter(network: Any, adapter: Any, scale: int) -> None:
     pixels = int(network.sample_size if isinstance(network.sample_size, int) else min(network.sample_size)) * scale
-    wanted, given = wanted_features(network, pixels, scale), given_features(adapter, pixels)
-    if given[: len(wanted)] != wanted:
+    needed, computed = unet_features(network, pixels, scale), adapter_features(adapter, pixels)
+    if computed[: len(needed)] != needed:
         raise WadiError(
-            f"The T2I-Adapter is of another family: it makes features (channels, side) {given}, and this model's down blocks "
-            f"take {wanted}. Expected one that was trained for this model."
+            f"The T2I-Adapter does not fit this model: its features (channels, side) are {computed}, and the model's down "
+            f"blocks take {needed}. Use one that was trained for this model."
         )

@@ -1,4 +1,4 @@
-"""IP-Adapters: an image as part of the prompt, through diffusers' own attention processors (Ye et al. 2023)."""
+"""Load IP-Adapters: an image as part of the prompt, through diffusers' own attention processors (Ye et al. 2023)."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ from wadi.io.tensors import PICKLE_REMEDY, PICKLE_SUFFIXES, read_tensors
 from wadi.io.weight_checks import first_names, load_complete
 
 PUBLISHED = ("models", "sdxl_models")  # folders of the published repository
-LONGEST, SMALLEST, LARGEST_SIDE = 20, 32, 4096  # ratio of sides, pixels a side
+LONGEST = 20  # ratio of an image's sides
+SMALLEST, LARGEST_SIDE = 32, 4096  # pixels a side
 PARTS = ("image_proj", "ip_adapter")
 
 
 def read_weights(file: Path) -> dict[str, dict[str, Tensor]]:
-    """``{"image_proj": {...}, "ip_adapter": {...}}`` of an IP-Adapter's safetensors file.
+    """Read ``{"image_proj": {...}, "ip_adapter": {...}}`` from an IP-Adapter's safetensors file.
 
     Raises:
-        WadiError: if it is not there, holds something else, has NaN or infinite values, or is a FaceID adapter.
+        WadiError: if it does not exist, contains something else, has NaN or infinite values, or is a FaceID adapter.
     """
     tensors, _ = read_tensors(file, "IP-Adapter")
     parts = {part: {k[len(part) + 1 :]: v for k, v in tensors.items() if k.startswith(part + ".")} for part in PARTS}
     if not all(parts.values()):
         first = next(iter(tensors), "nothing")
         raise WadiError(
-            f"{str(file)!r} is no IP-Adapter: it holds {first!r}, say. Expected tensors named image_proj.* and ip_adapter.*."
+            f"{str(file)!r} is not an IP-Adapter: its first tensor is {first!r}. An IP-Adapter has tensors named image_proj.* "
+            "and ip_adapter.*."
         )
     face = "perceiver_resampler.proj_in.weight" in parts["image_proj"] or (
         "proj.2.weight" in parts["image_proj"] and ("norm.weight" in parts["image_proj"])
@@ -38,17 +40,18 @@ def read_weights(file: Path) -> dict[str, dict[str, Tensor]]:
     if face or any(".to_q_lora." in name for name in parts["ip_adapter"]):
         raise WadiError(
             f"{str(file)!r} is a FaceID IP-Adapter, which reads the embeddings of a face recognition network (insightface). "
-            f"That is "
-            "not supported: use ip-adapter-plus-face or another IP-Adapter without FaceID in its name."
+            "That is not supported: use ip-adapter-plus-face or another IP-Adapter without FaceID in its name."
         )
     return parts
 
 
 def width_of(weights: dict[str, dict[str, Tensor]]) -> tuple[str, int]:
-    """What the adapter reads of its image encoder: ``(config entry, width)``, of the projected embedding or hidden states.
+    """Return ``(config entry, width)`` of the image encoder's output that the adapter reads.
+
+    The entry is ``projection_dim`` for the projected embedding and ``hidden_size`` for hidden states.
 
     Raises:
-        WadiError: if its image projection is of a kind that is not known.
+        WadiError: if its image projection is of an unknown kind.
     """
     shapes = {name: tensor.shape for name, tensor in weights["image_proj"].items()}
     for name, entry, side in (
@@ -57,24 +60,24 @@ def width_of(weights: dict[str, dict[str, Tensor]]) -> tuple[str, int]:
         if name in shapes and len(shapes[name]) == 2:
             return entry, int(shapes[name][side])
     raise WadiError(
-        f"The IP-Adapter's image projection has {first_names(list(shapes))}, which is of no kind known here. Use an "
-        "IP-Adapter, Plus or Full adapter."
+        f"The IP-Adapter's image projection has the tensors {first_names(list(shapes))}, which is an unknown kind. Use an "
+        "IP-Adapter of the plain, Plus or Full kind."
     )
 
 
-def refuse_misfit(unet: Any, weights: dict[str, dict[str, Tensor]]) -> None:
-    """Raise `WadiError` unless there is one pair of keys and values for each cross-attention, each of its width."""
-    wanted = [
+def check_adapter_fits(unet: Any, weights: dict[str, dict[str, Tensor]]) -> None:
+    """Raise `WadiError` unless the adapter has a pair of projections for each cross-attention, with its shape."""
+    needed = [
         unet.get_submodule(name.removesuffix(".processor")).to_k.weight.shape
         for name in unet.attn_processors
         if name.endswith("attn2.processor")
     ]
     keys = sorted((k for k in weights["ip_adapter"] if k.endswith("to_k_ip.weight")), key=lambda k: int(k.split(".")[0]))
-    given = [weights["ip_adapter"][key].shape for key in keys]
-    if given != wanted:
+    shapes = [weights["ip_adapter"][key].shape for key in keys]
+    if shapes != needed:
         raise WadiError(
-            f"The IP-Adapter is of another family: it has {len(given)} key projections ({_shape(given)} the first), and this "
-            f"model has {len(wanted)} cross-attentions ({_shape(wanted)}). Expected one that was trained for this model."
+            f"The IP-Adapter does not fit this model: it has {len(shapes)} key projections (the first {_shape(shapes)}), and "
+            f"the model has {len(needed)} cross-attentions ({_shape(needed)}). Use one that was trained for this model."
         )
 
 
@@ -88,21 +91,21 @@ def add_image_prompt(pipeline: Any, file: Path, image_encoder: str | Path | None
     Args:
         image_encoder: folder of the CLIP vision model; None = see `find_encoder`.
     Raises:
-        WadiError: if weights or encoder are not there, are incomplete, or belong to another family.
+        WadiError: if weights or encoder are missing, incomplete, or do not fit the model.
     """
     weights = read_weights(file)
-    refuse_misfit(pipeline.unet, weights)
+    check_adapter_fits(pipeline.unet, weights)
     entry, width = width_of(weights)
     if getattr(pipeline, "image_encoder", None) is None or image_encoder is not None:
         folder = find_encoder(file, entry, width) if image_encoder is None else Path(image_encoder)
         encoder = load_encoder(folder, pipeline.dtype)
         pipeline.register_modules(image_encoder=encoder.to(pipeline.device))
-    given = getattr(pipeline.image_encoder.config, entry, None)
-    if given != width:
+    encoder_width = getattr(pipeline.image_encoder.config, entry, None)
+    if encoder_width != width:
         raise WadiError(
-            f"The IP-Adapter {str(file)!r} needs an image encoder with {entry} {width}, and this one has {given}. Give the "
-            f"right "
-            "one by --image_encoder (files named vit-h use models/image_encoder, other SDXL ones sdxl_models/image_encoder)."
+            f"The IP-Adapter {str(file)!r} needs an image encoder with {entry} {width}, and this one has {encoder_width}. Give "
+            "the right one by --image_encoder (files named vit-h use models/image_encoder, other SDXL files "
+            "sdxl_models/image_encoder)."
         )
     if getattr(pipeline, "feature_extractor", None) is None:
         pipeline.register_modules(feature_extractor=_processor(pipeline.image_encoder.config.image_size))
@@ -118,11 +121,11 @@ def add_image_prompt(pipeline: Any, file: Path, image_encoder: str | Path | None
 def find_encoder(file: Path, entry: str, width: int) -> Path:
     """Return the folder ``image_encoder`` near an IP-Adapter's file whose config has ``entry`` equal to ``width``.
 
-    Searched are the file's folder, the one above, and ``models`` and ``sdxl_models`` next to the file's folder: the published
-    repository keeps one encoder in each of the two, and files of either folder need either.
+    The search covers the file's folder, its parent, and ``models`` and ``sdxl_models`` next to the file's folder: the
+    published repository keeps an encoder in each of these two, and a file in one may need the encoder in the other.
 
     Raises:
-        WadiError: if there is none, or none of this width.
+        WadiError: if no encoder is near, or none has this width.
     """
     above = file.resolve().parent
     near = [above / "image_encoder", above.parent / "image_encoder"]
@@ -134,19 +137,18 @@ def find_encoder(file: Path, entry: str, width: int) -> Path:
             widths[folder] = read_json(folder / "config.json", dict[str, Any]).get(entry)
         except WadiError:
             widths[folder] = None
-    for folder, found in widths.items():
-        if found == width:
+    for folder, encoder_width in widths.items():
+        if encoder_width == width:
             return folder
     if not folders:
         raise WadiError(
-            f"There is no folder image_encoder next to {str(file)!r}. Give the CLIP vision model that it needs ({entry} "
-            f"{width}) by "
-            "--image_encoder."
+            f"No folder image_encoder is near {str(file)!r}. Give the CLIP vision model that it needs ({entry} "
+            f"{width}) by --image_encoder."
         )
-    there = ", ".join(f"{str(folder)!r} ({entry} {found})" for folder, found in widths.items())
+    encoders = ", ".join(f"{str(folder)!r} ({entry} {encoder_width})" for folder, encoder_width in widths.items())
     raise WadiError(
-        f"The IP-Adapter {str(file)!r} needs an image encoder with {entry} {width}. Found were {there}. Give the right one by "
-        "--image_encoder."
+        f"The IP-Adapter {str(file)!r} needs an image encoder with {entry} {width}. Near it are {encoders}. Give the right one "
+        "by --image_encoder."
     )
 
 
@@ -154,7 +156,7 @@ def load_encoder(folder: Path, dtype: Any) -> Any:
     """Load a CLIP vision model with all its tensors.
 
     Raises:
-        WadiError: if it is not there, is a pickle, damaged or incomplete, or has NaN or infinite values.
+        WadiError: if it does not exist, is a pickle, damaged or incomplete, or has NaN or infinite values.
     """
     from transformers import CLIPVisionModelWithProjection
 
@@ -162,12 +164,13 @@ def load_encoder(folder: Path, dtype: Any) -> Any:
     if not (folder / "config.json").is_file():
         raise WadiError(f"{what} does not exist or has no config.json. Give the folder of a CLIP vision model.")
     names = file_names(folder)
-    found = weight_copies(names, TRANSFORMERS)
-    if not found:
+    variants = weight_copies(names, TRANSFORMERS)
+    if not variants:
         pickled = next((name for name in names if name.endswith(PICKLE_SUFFIXES)), None)
-        problem = f"its weights only as {pickled}. {PICKLE_REMEDY}" if pickled else "no .safetensors weights."
-        raise WadiError(f"{what} has {problem}")
-    variant = None if None in found else min(str(name) for name in found)
+        raise WadiError(
+            f"{what} has {f'its weights only as {pickled}. {PICKLE_REMEDY}' if pickled else 'no .safetensors weights.'}"
+        )
+    variant = None if None in variants else min(str(name) for name in variants)
     try:
         return load_complete(
             CLIPVisionModelWithProjection, str(folder), what, dtype=dtype, use_safetensors=True, variant=variant
@@ -178,28 +181,26 @@ def load_encoder(folder: Path, dtype: Any) -> Any:
         raise WadiError(f"{what} could not be loaded: {first_line(error)}. Download or save it again.") from error
 
 
-def readable(picture: Image.Image) -> Image.Image:
-    """An image that CLIP's processor takes: not smaller than a few pixels, not much longer than wide, not huge.
+def readable(image: Image.Image) -> Image.Image:
+    """Return ``image`` at a size that CLIP's processor can handle: from `SMALLEST` to `LARGEST_SIDE` pixels a side.
 
     Raises:
-        WadiError: if one side is more than `LONGEST` times the other: the processor would enlarge it beyond memory.
+        WadiError: if one side is more than `LONGEST` times the other: the processor would need too much memory.
     """
-    short, long = sorted(picture.size)
+    short, long = sorted(image.size)
     if long > LONGEST * short:
-        raise WadiError(
-            f"The image is {picture.width} x {picture.height}. An IP-Adapter takes sides up to 1:{LONGEST}: crop it."
-        )
+        raise WadiError(f"The image is {image.width} x {image.height}. An IP-Adapter takes sides up to 1:{LONGEST}: crop it.")
     if short < SMALLEST:
         factor = SMALLEST / short
-        return picture.resize((round(picture.width * factor), round(picture.height * factor)))
+        return image.resize((round(image.width * factor), round(image.height * factor)))
     if long > LARGEST_SIDE:
-        picture = picture.copy()
-        picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-    return picture
+        image = image.copy()
+        image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+    return image
 
 
 def _processor(size: int) -> Any:
-    """CLIP's image processor; the one on PIL where there is one, which does without torchvision."""
+    """Return CLIP's image processor, in the version on PIL if there is one, because it does not need torchvision."""
     import transformers
 
     kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor

@@ -1,4 +1,4 @@
-"""ControlNets and T2I-Adapters from folders, the Hub and single files: complete, finite, and never from a pickle."""
+"""Load ControlNets and T2I-Adapters from folders, the Hub and single files: every tensor, finite, and never from a pickle."""
 
 from __future__ import annotations
 
@@ -11,21 +11,16 @@ from wadi.errors import WadiError, first_line
 from wadi.io.quiet import errors_only
 from wadi.io.records import read_json
 from wadi.io.tensors import PICKLE_REMEDY, PICKLE_SUFFIXES, open_tensors, read_tensors
-from wadi.io.weight_checks import (
-    check_none_missing,
-    check_stored_floats,
-    load_complete,
-    shapes,
-    tensor_differences,
-)
+from wadi.io.weight_checks import check_none_missing, check_stored_floats, load_complete, shapes, tensor_differences
 from wadi.zoo.paths import NAME, embedded_path
 
 KINDS = ("ControlNetModel", "SD3ControlNetModel", "FluxControlNetModel", "SanaControlNetModel", "T2IAdapter")
-_ORIGINAL = re.compile(r"^control_model\.|^input_hint_block\.|^zero_convs\.")  # names of the ControlNet authors' own code
+# Tensor names in the ControlNet authors' own code.
+_ORIGINAL = re.compile(r"^control_model\.|^input_hint_block\.|^zero_convs\.")
 
 
 def is_image_prompt(control: object) -> bool:
-    """Whether ``control`` is the safetensors file of an IP-Adapter, by the names of its tensors.
+    """Return whether ``control`` is the safetensors file of an IP-Adapter, judged by the names of its tensors.
 
     Raises:
         WadiError: if it is a safetensors file that cannot be read.
@@ -43,42 +38,39 @@ def load_control(control: str | Path, dtype: Any = None) -> Any:
         control: ``'zoo'``, a folder (also with ``*.fp16.safetensors`` only), a Hub id, or a safetensors file with its
             ``config.json`` next to it.
     Raises:
-        WadiError: if it is not there, its config names something else, it is a pickle, tensors are missing, or a value is NaN
-            or infinite.
+        WadiError: if it does not exist, its config names another class, it is a pickle, tensors are missing, or a value is
+            NaN or infinite.
     """
     path = Path(embedded_path("controlnet")) if str(control) == NAME else Path(control)
     what = f"Control {str(control)!r}"
     try:
         if path.is_file():
-            model = _from_file(path, what)
+            model = _load_file(path, what)
         elif path.is_dir():
-            model = _from_folder(path, what)
+            model = _load_folder(path, what)
         else:
-            _refuse_absent(control)
-            model = _from_hub(str(control), what)
+            _check_hub_id(control)
+            model = _load_hub(str(control), what)
     except WadiError:
         raise
     except Exception as error:  # diffusers, huggingface_hub and safetensors have exception classes of their own
         raise WadiError(
-            f"{what} could not be loaded: {first_line(error)}. Expected 'zoo', the folder or Hub id of a "
-            f"{' / '.join(KINDS)}, a "
-            f"ControlNet's "
-            ".safetensors file with its config.json next to it, or an IP-Adapter's .safetensors file."
+            f"{what} could not be loaded: {first_line(error)}. Give 'zoo', the folder or Hub id of a {' / '.join(KINDS)}, a "
+            "ControlNet's .safetensors file with its config.json next to it, or an IP-Adapter's .safetensors file."
         ) from error
     if dtype is None:
         return model
-    with errors_only():  # diffusers remarks on every cast
+    with errors_only():  # diffusers warns about every cast
         return model.to(dtype)
 
 
-def _refuse_absent(path: str | Path) -> None:
+def _check_hub_id(path: str | Path) -> None:
     if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
-        raise WadiError(
-            f"Control {str(path)!r} does not exist. Expected a folder, a .safetensors file, or a Hub id 'owner/name'."
-        )
+        raise WadiError(f"Control {str(path)!r} does not exist. Give a folder, a .safetensors file, or a Hub id 'owner/name'.")
 
 
-def _class(config: Any) -> Any:
+def _model_class(config: Any) -> Any:
+    """Return diffusers' class of a control from its config."""
     import diffusers
 
     kind = config.get("_class_name")
@@ -87,50 +79,50 @@ def _class(config: Any) -> Any:
     return getattr(diffusers, kind)
 
 
-def _from_folder(path: Path, what: str) -> Any:
-    kind = _class(read_json(path / "config.json", dict[str, Any], "ControlNet config"))
+def _load_folder(path: Path, what: str) -> Any:
+    model_class = _model_class(read_json(path / "config.json", dict[str, Any], "ControlNet config"))
     variant = variant_in(path, what)
     for file in component_weights(path, variant).files:
         with open_tensors(file, what) as stored:
             check_stored_floats(what, stored)
-    return _loaded(kind, str(path), what, variant=variant)
+    return _load_class(model_class, str(path), what, variant=variant)
 
 
-def _from_hub(name: str, what: str) -> Any:
+def _load_hub(name: str, what: str) -> Any:
     from diffusers import ControlNetModel
 
-    kind = _class(ControlNetModel.load_config(name))
+    model_class = _model_class(ControlNetModel.load_config(name))
     try:
-        return _loaded(kind, name, what)
-    except OSError:  # no plain copy of the weights
-        return _loaded(kind, name, what, variant="fp16")
+        return _load_class(model_class, name, what)
+    except OSError:  # there is no plain copy of the weights
+        return _load_class(model_class, name, what, variant="fp16")
 
 
-def _loaded(kind: Any, source: str, what: str, **options: Any) -> Any:
-    return load_complete(kind, source, what, use_safetensors=True, **options)
+def _load_class(model_class: Any, source: str, what: str, **options: Any) -> Any:
+    return load_complete(model_class, source, what, use_safetensors=True, **options)
 
 
 def variant_in(folder: Path, what: str) -> str | None:
-    """Return the variant of the weights in ``folder`` (``"fp16"``); None = there is a plain copy.
+    """Return the variant of the weights in ``folder`` (``"fp16"``), or None if there is a plain copy.
 
     Raises:
         WadiError: if there are only pickles, or several variants and no plain copy.
     """
     names = file_names(folder)
-    found = weight_copies(names)
-    if None in found:
+    variants = weight_copies(names)
+    if None in variants:
         return None
-    if len(found) == 1:
-        return next(iter(found))
-    if found:
-        there = ", ".join(sorted(str(variant) for variant in found))
-        raise WadiError(f"{what} has several variants of its weights: {there}. Keep one of them in the folder.")
+    if len(variants) == 1:
+        return next(iter(variants))
+    if variants:
+        names_of_variants = ", ".join(sorted(str(variant) for variant in variants))
+        raise WadiError(f"{what} has several variants of its weights: {names_of_variants}. Keep one of them in the folder.")
     if pickled := [name for name in names if name.endswith(PICKLE_SUFFIXES)]:
         raise WadiError(f"{what} has its weights only as {pickled[0]}. {PICKLE_REMEDY}")
     raise WadiError(f"{what} has no weights: {DIFFUSERS}.safetensors is missing in its folder. Download or save it again.")
 
 
-def _from_file(path: Path, what: str) -> Any:
+def _load_file(path: Path, what: str) -> Any:
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise WadiError(
             f"{what} is a pickle ({path.suffix}). {PICKLE_REMEDY} Or use the folder of a ControlNet in diffusers' format."
@@ -143,15 +135,14 @@ def _from_file(path: Path, what: str) -> Any:
             f"{what} has the tensor names of the ControlNet authors' own code. Convert it: "
             "diffusers.ControlNetModel.from_single_file(FILE).save_pretrained(FOLDER)."
         )
-    beside = path.parent / "config.json"
-    if not beside.is_file():
+    config = path.parent / "config.json"
+    if not config.is_file():
         raise WadiError(
-            f"{what} has no config.json next to it, which says how the ControlNet is built. Put the config.json of a "
-            f"ControlNet in "
-            "diffusers' format for the same model into its folder."
+            f"{what} has no config.json next to it, which describes the ControlNet's layers. Put the config.json of a "
+            "ControlNet in diffusers' format for the same model into its folder."
         )
-    kind = _class(read_json(beside, dict[str, Any], "ControlNet config"))
-    model = kind.from_config(kind.load_config(str(path.parent)))
+    model_class = _model_class(read_json(config, dict[str, Any], "ControlNet config"))
+    model = model_class.from_config(model_class.load_config(str(path.parent)))
     own = model.state_dict()
     check_none_missing(what, own.keys() - tensors.keys())
     if differences := tensor_differences(shapes(own), shapes(tensors)):

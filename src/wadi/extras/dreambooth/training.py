@@ -22,7 +22,7 @@ from wadi.extras.dreambooth.losses import dreambooth_loss
 from wadi.extras.dreambooth.prior import Prior
 from wadi.extras.lora import ADAPTER_NAME
 from wadi.extras.lora.training import attach_lora
-from wadi.extras.steps import refuse_noiseless
+from wadi.extras.steps import check_noise
 from wadi.io.progress import progress
 
 
@@ -38,7 +38,7 @@ class DreamboothResult:
 def check_schedule(backbone: Backbone, config: DreamboothConfig) -> None:
     """Raise `WadiError` if the diffusion loss is chosen for a schedule without noise, such as that of a single step."""
     if config.loss == "diffusion" and backbone.process.alphas is not None:
-        refuse_noiseless(backbone.pipeline.scheduler, range(1, backbone.process.num_timesteps))
+        check_noise(backbone.pipeline.scheduler, range(1, backbone.process.num_timesteps))
 
 
 def train_subject(

@@ -1,5 +1,5 @@
-"""Images larger than the training size, without training.
+"""Generate images larger than the training size, without training.
 
-`resize.py` prepares a pipeline for a size: start there. `redilation.py` and `dispersion.py` are for U-Nets, `positions.py` for
-transformers.
+Start with `resize.py`, which prepares a pipeline for a size. `redilation.py` and `dispersion.py` change the convolutions of
+U-Nets, `positions.py` the positions of transformers.
 """
