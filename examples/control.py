@@ -20,7 +20,7 @@ PROMPTS = ["red apple, on a white background", "pizza, on a blue background", "b
 
 
 def main(out: Path) -> None:
-    student = wadi.load()  # an ordinary StableDiffusionPipeline that draws in one step
+    student = wadi.load()  # an ordinary StableDiffusionPipeline that generates in one step
     source = generate_images(student, ["tomato, on a grey background"], [3]).images[0]
     edges = canny(source)
     pipeline = with_control(student, "zoo")  # an ordinary StableDiffusionControlNetPipeline
