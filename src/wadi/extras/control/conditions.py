@@ -1,4 +1,4 @@
-"""Make the condition image that a ControlNet or T2I-Adapter looks at from an ordinary image.
+"""Make condition images for ControlNets and T2I-Adapters from ordinary images.
 
 `edges` needs torch alone; `estimators` needs a network of `transformers`. Each kind takes an image and returns an 8-bit RGB
 image of the same size.

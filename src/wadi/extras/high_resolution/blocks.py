@@ -53,8 +53,10 @@ def _is_under(name: str, prefix: str) -> bool:
 
 def _check_layer(network: nn.Module, name: str, conv: nn.Conv2d) -> None:
     """Raise `WadiError` if the layer has something that re-dilation would ignore."""
-    parent = network.get_submodule(name.rpartition(".")[0])
-    if name.endswith(".base_layer") and hasattr(parent, "lorad_A"):
+    from wadi.lorad.layer import LoRaDLayer
+
+    # A LoRaD layer uses the weight of its base layer and does not call its forward; a LoRA layer calls it.
+    if isinstance(network.get_submodule(name.rpartition(".")[0]), LoRaDLayer):
         raise WadiError(f"Layer {name} has a LoRaD adapter, which re-dilation would ignore. Merge it first.")
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or any(k % 2 == 0 for k in conv.kernel_size):
         raise WadiError(
