@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import wadi
+from raising import raises_naming
 from wadi.errors import WadiError
 from wadi.evaluate import pictures
 from wadi.extras import image_to_image
@@ -254,14 +255,14 @@ def test_formats_outside_the_list_are_not_open(tmp_path, kind, monkeypatch):
     """Pillow reads them; EPS it hands to Ghostscript, a program that would run the file."""
     Image.fromarray(scene()).save(tmp_path / "a.png", format=kind)
     monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was started"))
-    with pytest.raises(WadiError, match=r"a\.png.*supported format"):
+    with raises_naming("a.png"):
         read_image(tmp_path / "a.png")
 
 
-def test_large_images_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+def test_large_images_are_an_error_before_they_are_decoded(tmp_path, monkeypatch):
     (tmp_path / "huge.png").write_bytes(png(12_000, 12_000, b""))
     monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
-    with pytest.raises(WadiError, match=r"huge\.png.*12000 x 12000.*144,000,000"):
+    with raises_naming("huge.png", "12000 x 12000", "144,000,000"):
         read_image(tmp_path / "huge.png")
     monkeypatch.setattr(images, "BYTES", 10)
     with pytest.raises(WadiError, match=r"huge\.png.*10"):
@@ -280,5 +281,5 @@ def test_a_finished_condition_is_not_transparent(tmp_path):
 @pytest.mark.parametrize("brand", ["heic", "heix", "mif1"])
 def test_heic_is_named_as_what_it_is(tmp_path, brand):
     (tmp_path / "photo.jpg").write_bytes(b"\0\0\0\x18ftyp" + brand.encode() + bytes(16))
-    with pytest.raises(WadiError, match="HEIC"):
+    with raises_naming("photo.jpg", "HEIC"):
         read_image(tmp_path / "photo.jpg")

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raising import raises_naming
 from wadi.errors import WadiError
 from wadi.prompts.order import PromptOrder
 from wadi.prompts.reading import Prompts, open_prompts, read_prompts
@@ -20,19 +21,19 @@ def test_lines_are_stripped_and_empty_ones_left_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "word"),
-    [(b"", "no prompt"), (b"\n \n\t\n", "no prompt"), (b"\x89PNG\r\n\x1a\n\xff\xfe", "UTF-8"), (b"apple\0pear", "binary")],
+    ("content", "named"),
+    [(b"", "p.txt"), (b"\n \n\t\n", "p.txt"), (b"\x89PNG\r\n\x1a\n\xff\xfe", "UTF-8"), (b"apple\0pear", "line 1")],
 )
-def test_bad_files(content, word, tmp_path):
+def test_bad_files(content, named, tmp_path):
     path = tmp_path / "p.txt"
     path.write_bytes(content)
-    with pytest.raises(WadiError, match=word):
+    with raises_naming("p.txt", named):
         read_prompts(path)
 
 
 def test_missing_file_and_folder(tmp_path):
-    for path, word in ((tmp_path / "none.txt", "does not exist"), (tmp_path, "folder")):
-        with pytest.raises(WadiError, match=word):
+    for path in (tmp_path / "none.txt", tmp_path):
+        with raises_naming(repr(str(path))):
             read_prompts(path)
 
 
