@@ -1,7 +1,7 @@
 """Model families behind one contract, one file each.
 
 Start with `base.py`: `Backbone` is the contract. `sd.py`, `sdxl.py`, `pixart.py`, `sd3.py`, `flux.py` and `sana.py` are the
-families; `loading.py` turns a folder or a Hub id into a pipeline, and a pipeline into its backbone.
+families. `loading.py` loads a pipeline from a folder or the Hub; `registry.py` finds the backbone of a pipeline.
 """
 
 from wadi.backbones.base import Backbone

@@ -103,7 +103,7 @@ class Backbone(ABC):
         """Return ``resolution`` if the model can generate it.
 
         Raises:
-            WadiError: if a side is not a multiple of what the autoencoder and the network need.
+            WadiError: if a side is not a multiple of the size that the autoencoder and the network need.
         """
         multiple = self.scale * self.patch
         if any(side < multiple or side % multiple for side in resolution):
@@ -126,7 +126,7 @@ class Backbone(ABC):
         """Encode prompts into a condition with ``len(prompts)`` rows, without gradients.
 
         This is the only encoder of prompts, in training, validation, generation and evaluation. The empty prompt is the null
-        prompt: its row is what the pipeline itself guides away from.
+        prompt: its row is the condition that the pipeline itself guides away from.
         """
         return self.encode_with_gradient(prompts)
 

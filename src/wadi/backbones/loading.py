@@ -35,8 +35,7 @@ def load_pipeline(
 
     Args:
         path: folder or Hub id. ``?variant=fp16`` after it chooses a copy of the weights, as ``variant`` does.
-        variant: which copy of the weights, such as ``"fp16"``; None = the plain copy, or the only variant if there is no plain
-            one.
+        variant: which copy of the weights, such as ``"fp16"``; None = the plain copy, or the only variant.
     Raises:
         WadiError: if ``path`` is not a pipeline folder, or is a Hub id that cannot be reached, is gated or does not exist; if a
             model lacks tensors or has values that are not finite; if a tokenizer has no vocabulary.

@@ -69,11 +69,11 @@ def choose_weights(names: Iterable[str], variant: str | None, what: str, stem: s
 
     Args:
         variant: the variant to load, such as ``"fp16"``. A component without it loads its plain copy, as in diffusers. None =
-            the plain copy, or the only variant if there is no plain copy.
+            the plain copy, or the only variant of a component without a plain copy.
         what: name of the component in error messages.
         stem: first part of the file names in the component's library, `DIFFUSERS` or `TRANSFORMERS`.
     Raises:
-        WadiError: if there are no weights, or several variants and none was chosen.
+        WadiError: if the component has no weights, or several variants and none was chosen.
     """
     present = sorted(names)
     copies = weight_copies(present, stem)
@@ -152,19 +152,19 @@ def components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     Raises:
         WadiError: if a component is neither from diffusers nor from transformers.
     """
-    found = {
+    parts = {
         name: (str(value[0]), str(value[1]))
         for name, value in index.items()
         if isinstance(value, (list, tuple)) and len(value) == 2 and all(value)
         if not name.startswith("_") and name not in LEFT_OUT  # "_...": notes of diffusers or ours about the pipeline
     }
-    for name, (library, _) in found.items():
+    for name, (library, _) in parts.items():
         if library not in STEMS and not hasattr(importlib.import_module("diffusers.pipelines"), library):
             raise WadiError(
                 f"Component {name!r} of the pipeline is from the library {library!r}. Only diffusers and transformers are "
                 "supported: use a pipeline of their classes."
             )
-    return found
+    return parts
 
 
 def _is_model(library: str, name: str) -> bool:

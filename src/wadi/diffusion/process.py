@@ -8,10 +8,10 @@ A noised sample is ``x_t = alpha_t x0 + sigma_t eps`` with data ``x0`` and noise
     velocity    eps - x0                            (rectified flow: d x_t / d sigma)
 
 Each of them, together with ``x_t``, determines the others. Variance-preserving schedules read ``alpha_t`` from the table that
-came with the model. Rectified flow has ``alpha = 1 - sigma`` and ``sigma = t / T``. Timesteps ``t`` have shape ``(B,)`` and lie
+came with the model. Rectified flow has ``alpha = 1 - sigma`` and ``sigma = t / T``. Timesteps ``t`` have shape ``(B,)`` and are
 in ``[0, T)``, or in ``[0, T]`` for rectified flow. Samples have shape ``(B, ...)``.
 
-Everything here is float32 (float64 for float64 inputs), whatever the dtype of the network. Rounding ``alpha_t^2`` to bfloat16
+Everything here is float32 (float64 for float64 inputs), for networks of any dtype. Rounding ``alpha_t^2`` to bfloat16
 would change ``sigma_t^2`` by up to a quarter at early timesteps.
 """
 

@@ -76,7 +76,7 @@ def flow_shift(config: Any, image_tokens: int) -> float:
 
 
 def one_step_scheduler(scheduler: Any, timestep: int) -> Any:
-    """Return the scheduler of a student that generates at ``timestep``, made from its teacher's ``scheduler``.
+    """Return the scheduler of a student that generates at ``timestep``, built from its teacher's ``scheduler``.
 
     Its single step leads from ``timestep`` to ``x0``. See `timestep_of` for the inverse.
 
@@ -113,7 +113,7 @@ def stored_timestep(config: Mapping[str, Any]) -> int | None:
 
 
 def _ddim_step(scheduler: Any, timestep: int) -> Any:
-    """Return DDIM over the teacher's own betas cut off after ``timestep``.
+    """Return DDIM over the teacher's betas up to ``timestep``.
 
     With trailing spacing its single step starts at ``timestep``; with ``set_alpha_to_one`` it ends at ``x0``.
     """

@@ -54,7 +54,7 @@ def compose_grid(
     Args:
         scale: enlarge by this whole number with nearest neighbour, so that small images stay sharp.
     Raises:
-        WadiError: if there are no images.
+        WadiError: if it receives no images.
     """
     if not rows or not rows[0]:
         raise WadiError("A grid needs at least one image; it received none.")

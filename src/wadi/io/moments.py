@@ -1,7 +1,7 @@
-"""An optimiser's moments as named tensors, so that safetensors files can hold them.
+"""An optimiser's moments as named tensors, so that they can be saved in safetensors files.
 
-Parameter ``i`` of an optimiser has the tensors ``PREFIX i.NAME``, for example ``adam.3.exp_avg``. bitsandbytes keeps what it
-needs for a quantised moment in a dictionary; such a tensor is called ``PREFIX i.GROUP/NAME``.
+The tensors of parameter ``i`` are called ``PREFIX i.NAME``, for example ``adam.3.exp_avg``. bitsandbytes stores a quantised
+moment as a dictionary of tensors; each is called ``PREFIX i.GROUP/NAME``.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ def moments_of(optimizer: Optimizer, prefix: str, names: Mapping[str, str] | Non
     """Return the moments and step counts of ``optimizer``, each under a name that starts with ``prefix`` (``"adam."``).
 
     Args:
-        names: NAME in the file for each of the optimiser's own names; what is not in it is left out. None = its own names.
+        names: maps the optimiser's names to names in the file. Moments without an entry are left out. None = the optimiser's
+        names.
     """
     tensors: dict[str, Tensor] = {}
     for index, moments in optimizer.state_dict()["state"].items():
-        kept = moments if names is None else {names[name]: value for name, value in moments.items() if name in names}
-        for name, value in kept.items():
+        saved = moments if names is None else {names[name]: value for name, value in moments.items() if name in names}
+        for name, value in saved.items():
             if isinstance(value, dict):  # all parameters share these tables, and tensors in a file may not share memory
                 tensors |= {f"{prefix}{index}.{name}/{inner}": tensor.clone() for inner, tensor in value.items()}
             else:

@@ -1,4 +1,4 @@
-"""Check, before long work, that its result can be written: the name, the permissions, and what is there already."""
+"""Check, before long work, that its result can be written: check the name, the permissions and existing files."""
 
 from __future__ import annotations
 

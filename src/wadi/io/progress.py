@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-LINE_EVERY = 15.0  # seconds between lines when there is no terminal
+LINE_EVERY = 15.0  # seconds between lines without a terminal
 console = Console(stderr=True, highlight=False)
 
 

@@ -1,7 +1,7 @@
 """Linear and Conv2d layers whose weight is rotated by LoRaD adapters.
 
 All adapters of a layer rotate in the same fixed planes (neighbouring columns). So the angles of active adapters
-add, a scale multiplies the angles, and unmerging rotates back. The layer's product is computed once, with the
+add, a scale multiplies them, and unmerging rotates back. The layer's product is computed once, with the
 rotated weight, in the dtype of the input (under autocast, in autocast's dtype).
 """
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from wadi.errors import WadiError
 from wadi.lorad.layer import LoRaDLayer
 
-PEFT_PREFIX = "base_model.model."  # PEFT writes it before the name of every layer, whatever the method
+PEFT_PREFIX = "base_model.model."  # PEFT writes it before the name of every layer, for all its methods
 FACTOR_A, FACTOR_B = ".lorad_A", ".lorad_B"
 
 

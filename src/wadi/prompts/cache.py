@@ -38,7 +38,7 @@ def is_cache(source: str | Path) -> bool:
 def used_tokens(tensors: Mapping[str, Tensor]) -> Tensor | None:
     """Return, per row, the number of tokens up to the last one that the network can see, shape ``(B,)``.
 
-    A token can be seen if it is not masked, or, without a mask, if it is not zero. None if there is no token axis.
+    A token can be seen if it is not masked, or, without a mask, if it is not zero. Return None if no tensor has a token axis.
     """
     if "prompt_embeds" not in tensors:
         return None
@@ -121,7 +121,7 @@ def _shard_count(manifest: Mapping[str, Any]) -> int:
 
 
 def _shard_problem(folder: Path, number: int, manifest: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with a shard, or None."""
+    """Return the problem of a shard, as the end of a sentence; None if it is fine."""
     from safetensors import SafetensorError, safe_open
 
     path = shard_path(folder, number)

@@ -46,8 +46,8 @@ class Field:
     def check(self, source: object) -> None:
         """Raise `WadiError` if no row of ``source`` had the field."""
         if not self.has_values and self.columns:
-            wanted = repr(self.name) if self.name else f"any of {', '.join(USUAL_FIELDS)}"
+            missing = repr(self.name) if self.name else f"any of {', '.join(USUAL_FIELDS)}"
             raise WadiError(
-                f"No row of {str(source)!r} has the field {wanted}. Its fields are {', '.join(map(str, self.columns))}. "
+                f"No row of {str(source)!r} has the field {missing}. Its fields are {', '.join(map(str, self.columns))}. "
                 "Set --prompts_field to one of them."
             )

@@ -66,7 +66,7 @@ def open_prompts(source: str | Path, field: str | None = None, limit: int | None
         field: name of the field with the prompt; with dots for a nested field.
         limit: read only the first ``limit`` prompts.
     Raises:
-        WadiError: if there are no prompts, or the source cannot be read.
+        WadiError: if the source has no prompts or cannot be read.
     """
     left_out = several = 0
 
