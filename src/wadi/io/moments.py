@@ -18,8 +18,8 @@ def moments_of(optimizer: Optimizer, prefix: str, names: Mapping[str, str] | Non
     """Return the moments and step counts of ``optimizer``, each under a name that starts with ``prefix`` (``"adam."``).
 
     Args:
-        names: maps the optimiser's names to names in the file. Moments without an entry are left out. None = the optimiser's
-        names.
+        names: maps the optimiser's names to names in the file. Moments without an entry are left out. None = the
+            optimiser's names.
     """
     tensors: dict[str, Tensor] = {}
     for index, moments in optimizer.state_dict()["state"].items():

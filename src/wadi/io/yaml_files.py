@@ -22,7 +22,7 @@ def read_yaml(path: str | Path, what: str = "File") -> Any:
 
     Raises:
         WadiError: if it cannot be read or is not YAML; or if it is nested too deeply, or its aliases contain themselves or
-            stand for more than `NODES` values.
+            expand to more than `NODES` values.
     """
     where = f"{what} {str(path)!r}"
     return parse_yaml(decode_utf8(read_bytes(path, YAML_BYTES, what), where), where)
@@ -62,7 +62,7 @@ def check_yaml_size(text: str, where: str) -> None:
     """Check YAML text that a library is about to parse. Text that is not YAML passes.
 
     Raises:
-        WadiError: if it is nested too deeply, or if aliases contain themselves or stand for more than `NODES` values.
+        WadiError: if it is nested too deeply, or if aliases contain themselves or expand to more than `NODES` values.
     """
     import yaml
 
