@@ -80,7 +80,7 @@ def network_inputs(backbone, dtype=torch.float32):
 @contextmanager
 def fed(backbone):
     """Notes every tensor that the network is called with, by the name of its argument; the last call counts."""
-    seen = {}
+    inputs = {}
     names = inspect.signature(backbone.network.forward)
 
     def note(module, args, kwargs):
@@ -88,11 +88,11 @@ def fed(backbone):
             parts = value.items() if isinstance(value, dict) else [("", value)]
             for key, part in parts:
                 if isinstance(part, torch.Tensor):
-                    seen[f"{name} {key}".strip()] = part.detach().clone()
+                    inputs[f"{name} {key}".strip()] = part.detach().clone()
 
     handle = backbone.network.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        yield seen
+        yield inputs
     finally:
         handle.remove()
 
@@ -100,15 +100,15 @@ def fed(backbone):
 @contextmanager
 def passes(backbone):
     """Notes the number of rows of every pass through the network."""
-    seen = []
+    batches = []
 
     def note(module, args, kwargs):
         first = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.ndim > 1)
-        seen.append(len(first))
+        batches.append(len(first))
 
     handle = backbone.network.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        yield seen
+        yield batches
     finally:
         handle.remove()
 
@@ -145,23 +145,23 @@ def formula_times(backbone, steps):
 
 def autoencoder_traffic(vae, monkeypatch):
     """Notes what goes into and comes out of ``vae``: lists of ``images``, ``latents`` (encoded), ``decoded`` (latents)."""
-    seen = {"images": [], "latents": [], "decoded": []}
+    traffic = {"images": [], "latents": [], "decoded": []}
     encode, decode = vae.encode, vae.decode
 
     def encoding(x, **kwargs):
         encoded = encode(x, **kwargs)
         first = encoded[0]
-        seen["images"].append(x)
-        seen["latents"].append(first if isinstance(first, torch.Tensor) else first.mode())
+        traffic["images"].append(x)
+        traffic["latents"].append(first if isinstance(first, torch.Tensor) else first.mode())
         return encoded
 
     def decoding(z, **kwargs):
-        seen["decoded"].append(z)
+        traffic["decoded"].append(z)
         return decode(z, **kwargs)
 
     monkeypatch.setattr(vae, "encode", encoding)
     monkeypatch.setattr(vae, "decode", decoding)
-    return seen
+    return traffic
 
 
 def config(**changes):
@@ -236,9 +236,9 @@ class Conformance:
     def test_a_saved_scheduler_still_makes_the_step(self, family, tmp_path):
         backbone = family.backbone()
         for timestep in (EARLY, backbone.process.last_timestep):
-            made = one_step_scheduler(backbone.pipeline.scheduler, timestep)
-            made.save_pretrained(tmp_path / str(timestep))
-            read = type(made).from_pretrained(tmp_path / str(timestep))
+            scheduler = one_step_scheduler(backbone.pipeline.scheduler, timestep)
+            scheduler.save_pretrained(tmp_path / str(timestep))
+            read = type(scheduler).from_pretrained(tmp_path / str(timestep))
             read.set_timesteps(1)
             assert [round(float(t), 3) for t in read.timesteps] == [timestep]
             x_t, t, condition = network_inputs(backbone)
@@ -254,9 +254,9 @@ class Conformance:
         backbone.pipeline.scheduler = backbone.sampler()
         call = backbone.guided_call(2.0)
         torch.testing.assert_close(ours, images_of(backbone, num_inference_steps=3, **call), rtol=0, atol=5e-5)
-        with passes(backbone) as seen:
+        with passes(backbone) as batches:
             images_of(backbone, num_inference_steps=3, **backbone.guided_call(1.0))
-        assert seen == [len(PROMPTS)] * 3  # a scale of 1 is no guidance: one conditional pass
+        assert batches == [len(PROMPTS)] * 3  # a scale of 1 is no guidance: one conditional pass
 
     def test_many_steps_follow_an_independent_formula(self, family):
         """DDIM over the schedule's own alphas, or Euler along the flow, with the prediction of two passes mixed."""
@@ -342,14 +342,14 @@ class Conformance:
     def test_encoding_images_inverts_decoding(self, family, monkeypatch):
         """What the autoencoder gives reaches its decoder as it was, whatever lies between: scale, shift, moments."""
         backbone = family.backbone()
-        seen = autoencoder_traffic(backbone.pipeline.vae, monkeypatch)
+        traffic = autoencoder_traffic(backbone.pipeline.vae, monkeypatch)
         images = torch.rand(3, 3, *backbone.resolution)
         latents = backbone.encode_images(images, batch=2)
-        torch.testing.assert_close(torch.cat(seen["images"]), 2 * images - 1)
-        raw = torch.cat(seen["latents"])
+        torch.testing.assert_close(torch.cat(traffic["images"]), 2 * images - 1)
+        raw = torch.cat(traffic["latents"])
         assert (latents - raw.reshape(latents.shape)).abs().max() > 0.01  # the config says something
         backbone.decode(latents)
-        torch.testing.assert_close(seen["decoded"][0], raw, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(traffic["decoded"][0], raw, rtol=1e-5, atol=1e-5)
 
     def test_an_autoencoder_that_overflows_in_half_precision_runs_in_single(self, family, monkeypatch):
         backbone = family.backbone()
@@ -362,10 +362,10 @@ class Conformance:
         backbone.pipeline.register_modules(vae=copy.deepcopy(half).float())
         exact = backbone.encode_images(images)
         backbone.pipeline.register_modules(vae=half)
-        seen = autoencoder_traffic(half, monkeypatch)
+        traffic = autoencoder_traffic(half, monkeypatch)
         latents = backbone.encode_images(images)
         decoded = backbone.decode(latents)
-        assert {tensor.dtype for tensor in [*seen["images"], *seen["latents"], *seen["decoded"]]} == {torch.float32}
+        assert {tensor.dtype for tensor in [*traffic["images"], *traffic["latents"], *traffic["decoded"]]} == {torch.float32}
         assert half.dtype == torch.float16
         assert torch.equal(latents, exact)
         assert decoded.isfinite().all()

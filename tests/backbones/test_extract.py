@@ -63,8 +63,8 @@ def test_norm_and_rotation_are_told_apart():
 
 @pytest.fixture(scope="module")
 def students(folder_of, tmp_path_factory):
-    """``(teacher, one-step pipeline made by LoRaD of rank 3, its adapter)`` of two families, the first at t = 700."""
-    made = {}
+    """``(teacher, one-step pipeline students by LoRaD of rank 3, its adapter)`` of two families, the first at t = 700."""
+    students = {}
     for name in ("sd1", "sana"):
         teacher, folder = folder_of(name), tmp_path_factory.mktemp(name)
         backbone = from_pipeline(load_pipeline(teacher))
@@ -76,8 +76,8 @@ def students(folder_of, tmp_path_factory):
         timestep = 700 if name == "sd1" else backbone.process.last_timestep
         roles.save(backbone.network, "student", folder / "adapter", extra={"timestep": timestep, "teacher": str(teacher)})
         load.load(adapter=folder / "adapter").save_pretrained(folder / "pipeline")
-        made[name] = teacher, folder / "pipeline", folder / "adapter", timestep
-    return made
+        students[name] = teacher, folder / "pipeline", folder / "adapter", timestep
+    return students
 
 
 @pytest.mark.parametrize("name", ["sd1", "sana"])
@@ -86,12 +86,12 @@ def test_what_lorad_made_is_found_again(students, name, tmp_path, capsys):
     out = tmp_path / "found"
     assert main(["extract", str(teacher), str(pipeline), "--rank", "3", "--out", str(out)]) == 0
     assert "rank 3 keeps 100.0%" in capsys.readouterr().out
-    found, made = (roles.read(path)[1] for path in (out, adapter))
-    assert found.keys() == made.keys()
-    for key in made:
+    found, expected = (roles.read(path)[1] for path in (out, adapter))
+    assert found.keys() == expected.keys()
+    for key in expected:
         if key.endswith("_A"):
             other = key[:-1] + "B"
-            torch.testing.assert_close(found[key] @ found[other], made[key] @ made[other], rtol=0, atol=2e-5)
+            torch.testing.assert_close(found[key] @ found[other], expected[key] @ expected[other], rtol=0, atol=2e-5)
     about = json.loads((out / "wadi.json").read_text())
     assert about["timestep"] == timestep
     report = json.loads((out / "extraction.json").read_text())
@@ -146,18 +146,18 @@ def test_the_authors_weights_run_at_their_constant(released, tmp_path):
     file, base, network = released
     assert main(["import-authors", str(file), "--base", str(base), "--out", str(tmp_path / "out")]) == 0
     pipeline = load_pipeline(tmp_path / "out")
-    seen = {}
+    recorded = {}
 
     def look(module, args, kwargs, output):
-        seen.update(x_t=args[0], t=kwargs["timestep"], eps=output[0][:, :4])
+        recorded.update(x_t=args[0], t=kwargs["timestep"], eps=output[0][:, :4])
 
     pipeline.transformer.register_forward_hook(look, with_kwargs=True)
     call = from_pipeline(pipeline).call
     drawn = pipeline(
         "red apple", generator=torch.Generator().manual_seed(1), num_inference_steps=1, output_type="latent", **call
     )
-    assert seen["t"].tolist() == [999]
-    expected = (seen["x_t"] - math.sqrt(1 - 0.0047) * seen["eps"]) / math.sqrt(0.0047)
+    assert recorded["t"].tolist() == [999]
+    expected = (recorded["x_t"] - math.sqrt(1 - 0.0047) * recorded["eps"]) / math.sqrt(0.0047)
     torch.testing.assert_close(drawn.images, expected, rtol=1e-4, atol=1e-4)
     for key, tensor in network.state_dict().items():
         assert torch.equal(pipeline.transformer.state_dict()[key], tensor)

@@ -93,14 +93,14 @@ def flux_run(folder_of, tmp_path_factory):
 @pytest.fixture
 def received(monkeypatch):
     """``(rows, guidance inputs)`` of every pass through a FLUX network."""
-    seen, forward = [], FluxTransformer2DModel.forward
+    passes_run, forward = [], FluxTransformer2DModel.forward
 
     def noting(self, *args, **kwargs):
-        seen.append((len(kwargs["hidden_states"]), set(kwargs["guidance"].tolist())))
+        passes_run.append((len(kwargs["hidden_states"]), set(kwargs["guidance"].tolist())))
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(FluxTransformer2DModel, "forward", noting)
-    return seen
+    return passes_run
 
 
 @pytest.mark.parametrize(("given", "passes"), [((), 1), (("--guidance-scale", "2"), 2)])

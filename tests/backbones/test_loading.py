@@ -52,13 +52,13 @@ def set_json(file, **values):
 @pytest.mark.parametrize(("family", "component"), MODELS)
 def test_a_model_that_lacks_tensors_is_refused_and_they_are_named(copied, family, component):
     folder = copied(family)
-    lost = sorted(load_file(weights(folder, component)))[:17]
-    changed(weights(folder, component), lambda tensors: {k: v for k, v in tensors.items() if k not in lost})
+    removed = sorted(load_file(weights(folder, component)))[:17]
+    changed(weights(folder, component), lambda tensors: {k: v for k, v in tensors.items() if k not in removed})
     with pytest.raises(WadiError) as refused:
         load_pipeline(folder)
     assert component in str(refused.value)
     assert "17 tensors" in str(refused.value)
-    assert lost[0].removeprefix("text_model.").removeprefix("model.") in str(refused.value)
+    assert removed[0].removeprefix("text_model.").removeprefix("model.") in str(refused.value)
 
 
 @pytest.mark.parametrize(("family", "component"), MODELS)

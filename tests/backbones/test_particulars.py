@@ -23,38 +23,38 @@ def test_sd3_without_some_of_its_text_encoders(folder_of, absent):
     for name in absent:
         pipeline.register_modules(**{name: None, name.replace("text_encoder", "tokenizer"): None})
     backbone = from_pipeline(pipeline)
-    told = backbone.encode(["red apple", ""]).tensors
-    assert {name: tensor.shape for name, tensor in told.items()} == {name: tensor.shape for name, tensor in whole.items()}
+    inputs = backbone.encode(["red apple", ""]).tensors
+    assert {name: tensor.shape for name, tensor in inputs.items()} == {name: tensor.shape for name, tensor in whole.items()}
     places = {  # of each encoder: tokens and channels of the embeddings, channels of the pooled one
         "text_encoder": (slice(0, 16), slice(0, 16), slice(0, 16)),
         "text_encoder_2": (slice(0, 16), slice(16, 32), slice(16, 32)),
         "text_encoder_3": (slice(16, None), slice(None), None),
     }
     for name, (tokens, channels, pooled) in places.items():
-        part, original = told["prompt_embeds"][:, tokens, channels], whole["prompt_embeds"][:, tokens, channels]
+        part, original = inputs["prompt_embeds"][:, tokens, channels], whole["prompt_embeds"][:, tokens, channels]
         torch.testing.assert_close(part, torch.zeros_like(original) if name in absent else original)
         if pooled:
-            part, original = told["pooled"][:, pooled], whole["pooled"][:, pooled]
+            part, original = inputs["pooled"][:, pooled], whole["pooled"][:, pooled]
             torch.testing.assert_close(part, torch.zeros_like(original) if name in absent else original)
 
 
 def test_sdxls_null_prompt_is_zeros_where_its_config_says_so(folder_of):
     pipeline = load_pipeline(folder_of("sdxl"))
-    told = from_pipeline(pipeline).encode(["red apple", ""]).tensors
-    assert told["prompt_embeds"][0].any()
-    assert not told["prompt_embeds"][1].any()
-    assert not told["pooled"][1].any()
-    assert told["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
+    inputs = from_pipeline(pipeline).encode(["red apple", ""]).tensors
+    assert inputs["prompt_embeds"][0].any()
+    assert not inputs["prompt_embeds"][1].any()
+    assert not inputs["pooled"][1].any()
+    assert inputs["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
     pipeline.register_to_config(force_zeros_for_empty_prompt=False)
     assert from_pipeline(pipeline).encode([""]).tensors["prompt_embeds"].any()
 
 
 def test_pixart_is_told_its_size_and_masks_padding(folder_of):
     backbone = from_pipeline(load_pipeline(folder_of("pixart-alpha")), (32, 16))
-    told = backbone.encode(["red apple", ""]).tensors
-    assert told["size"].tolist() == [[32, 16]] * 2
-    assert told["aspect_ratio"].tolist() == [[2]] * 2
-    assert told["mask"].sum(1).tolist() == [len("▁red▁apple") + 1, 1]
+    inputs = backbone.encode(["red apple", ""]).tensors
+    assert inputs["size"].tolist() == [[32, 16]] * 2
+    assert inputs["aspect_ratio"].tolist() == [[2]] * 2
+    assert inputs["mask"].sum(1).tolist() == [len("▁red▁apple") + 1, 1]
     condition, x_t, t = backbone.encode(["red apple"]), torch.randn(1, *backbone.latent_shape), torch.tensor([300])
     before = backbone.predict(x_t, t, condition)
     condition.tensors["prompt_embeds"][0, 20:] += 1  # padding
@@ -80,12 +80,12 @@ def test_sanas_prompts_go_behind_its_instruction_and_the_null_prompt_does_not(fo
 
 def test_flux_tells_the_network_its_guidance(folder_of):
     backbone = from_pipeline(load_pipeline(folder_of("flux")), (16, 16))
-    seen = {}
-    backbone.network.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    inputs = {}
+    backbone.network.register_forward_pre_hook(lambda module, args, kwargs: inputs.update(kwargs), with_kwargs=True)
     backbone.predict(torch.randn(2, *backbone.latent_shape), torch.tensor([250, 500]), backbone.encode(["red apple", ""]))
-    assert seen["guidance"].tolist() == [3.5, 3.5]
-    assert seen["timestep"].tolist() == [0.25, 0.5]
-    assert seen["hidden_states"].shape == (2, 16, 16)
+    assert inputs["guidance"].tolist() == [3.5, 3.5]
+    assert inputs["timestep"].tolist() == [0.25, 0.5]
+    assert inputs["hidden_states"].shape == (2, 16, 16)
     assert backbone.call["guidance_scale"] == 3.5
 
 

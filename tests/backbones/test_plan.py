@@ -34,10 +34,10 @@ def test_a_teachers_configs_tell_what_attaching_does(folder_of, name):
         key: value.shape for key, value in backbone.network.state_dict().items()
     }
     for role in ("student", "fake"):
-        told = plan.role_of(outlined, role, 1)
+        planned_role = plan.role_of(outlined, role, 1)
         angles = roles.parameters(backbone.network, role)
-        assert told.parameters == sum(p.numel() for p in angles.values())
-        assert set(told.layers) == {key.rsplit(".lorad_", 1)[0] for key in angles}
+        assert planned_role.parameters == sum(p.numel() for p in angles.values())
+        assert set(planned_role.layers) == {key.rsplit(".lorad_", 1)[0] for key in angles}
     encoded = backbone.encode(["red apple"]).tensors
     shapes = backbone.condition_shapes()
     assert shapes.keys() == encoded.keys()
@@ -116,17 +116,17 @@ def test_the_command_prints_the_plan_and_its_json(folder_of, capsys):
     teacher = str(folder_of("sd1"))
     small = ["plan", "--teacher", teacher, "--student.rank", "4", "--fake.rank", "2", "--batch", "2", "--processes", "3"]
     assert main([*small, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
+    printed = json.loads(capsys.readouterr().out)
     planned = plan.plan(
         replace(DistillConfig(batch=2), student=StudentConfig(rank=4), fake=FakeConfig(rank=2)),
         plan.architecture_of(teacher),
         3,
     )
-    assert told == json.loads(json.dumps(plan.to_dict(planned)))
-    for parts in told["memory"].values():
+    assert printed == json.loads(json.dumps(plan.to_dict(planned)))
+    for parts in printed["memory"].values():
         assert parts["total"] == sum(value for part, value in parts.items() if part != "total")
         assert min(parts.values()) > 0
-    assert told["memory"]["checkpointed"]["activations"] < told["memory"]["plain"]["activations"]
+    assert printed["memory"]["checkpointed"]["activations"] < printed["memory"]["plain"]["activations"]
     text = plan.describe(planned)
     assert f"{planned.student.parameters:,} trainable" in text
     assert "3 process(es), 6 images a step" in text
@@ -227,17 +227,17 @@ def test_null_and_absurd_values_in_configs_are_bad_input(file, key, value, folde
     config = json.loads((folder / file).read_text())
     (folder / file).write_text(json.dumps(config | {key: value}))
     code = main(["plan", "--teacher", str(folder), "--student.rank=2", "--fake.rank=1"])
-    told = capsys.readouterr()
-    assert code == 2, told.err
-    assert told.out == ""
-    assert len(told.err.splitlines()) == 1, told.err
+    printed = capsys.readouterr()
+    assert code == 2, printed.err
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 1, printed.err
 
 
 def test_the_plan_is_all_that_is_printed(folder_of, capfd):
     assert main(["plan", "--teacher", str(folder_of("sd1")), "--student.rank=2", "--fake.rank=1"]) == 0
-    told = capfd.readouterr()
-    assert "float32: []" not in told.out + told.err
-    assert told.err == ""
+    printed = capfd.readouterr()
+    assert "float32: []" not in printed.out + printed.err
+    assert printed.err == ""
 
 
 def test_gradients_of_earlier_batches_are_held_from_the_second_on(folder_of):

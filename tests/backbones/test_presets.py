@@ -21,12 +21,12 @@ SIZES = {
 
 @pytest.fixture(scope="module")
 def outlines():
-    made = {}
+    outlines = {}
 
     def outline(name):
-        if name not in made:
-            made[name] = plan.outline(plan.architecture(name), replace(PRESETS[name], gradient_checkpointing=False))
-        return made[name]
+        if name not in outlines:
+            outlines[name] = plan.outline(plan.architecture(name), replace(PRESETS[name], gradient_checkpointing=False))
+        return outlines[name]
 
     return outline
 

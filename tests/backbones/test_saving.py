@@ -19,16 +19,16 @@ NETWORKS = ("unet", "transformer")
 @pytest.fixture(scope="session")
 def adapter_of(folder_of, tmp_path_factory):
     """``adapter_of(family)``: an adapter of a family's small pipeline, at a small resolution."""
-    made = {}
+    folders = {}
 
     def adapter(name):
-        if name not in made:
+        if name not in folders:
             backbone = from_pipeline(load_pipeline(folder_of(name)), small_pipelines.RESOLUTIONS.get(name))
             roles.attach(backbone.network, "student", LoRaDConfig(r=2, target_modules=backbone.student_targets))
-            made[name] = tmp_path_factory.mktemp(name) / "adapter"
+            folders[name] = tmp_path_factory.mktemp(name) / "adapter"
             extra = {"timestep": 800, "teacher": str(folder_of(name)), "resolution": list(backbone.resolution)}
-            roles.save(backbone.network, "student", made[name], extra=extra)
-        return made[name]
+            roles.save(backbone.network, "student", folders[name], extra=extra)
+        return folders[name]
 
     return adapter
 

@@ -140,16 +140,16 @@ def test_default_targets_are_the_papers_layers(backbone, tmp_path, prompts_path)
     import tiny
     from wadi.distill.loop import attach_roles
 
-    wanted = linears_of_the_blocks(backbone.network)
+    linears = linears_of_the_blocks(backbone.network)
     attach_roles(backbone, tiny.settings("x", prompts_path, tmp_path / "run"))
     adapted = {
         role: {name for name, layer in backbone.network.named_modules() if role in getattr(layer, "lorad_A", {})}
         for role in ("student", "fake")
     }
-    assert adapted["student"] == wanted
-    assert adapted["fake"] == {name for name in wanted if not name.endswith(("proj_in", "proj_out", "time_emb_proj"))}
+    assert adapted["student"] == linears
+    assert adapted["fake"] == {name for name in linears if not name.endswith(("proj_in", "proj_out", "time_emb_proj"))}
     linear = backbone.network.config.use_linear_projection
-    assert any(name.endswith("proj_in") for name in wanted) == linear
+    assert any(name.endswith("proj_in") for name in linears) == linear
 
 
 @pytest.mark.parametrize(

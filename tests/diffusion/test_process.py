@@ -105,14 +105,14 @@ def test_half_precision_is_computed_in_float32(kind):
     process, t = Process.from_scheduler(vp()), torch.tensor([3, 400, 999])
     low = [normal(seed, torch.bfloat16) for seed in range(2)]
     high = [tensor.float() for tensor in low]
-    for got, wanted in (
+    for got, expected in (
         (process.add_noise(*low, t), process.add_noise(*high, t)),
         (process.join(*low, t, kind), process.join(*high, t, kind)),
         (process.split(*low, t, kind)[0], process.split(*high, t, kind)[0]),
         (process.split(*low, t, kind)[1], process.split(*high, t, kind)[1]),
     ):
         assert got.dtype == torch.float32
-        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 def test_prediction_type_comes_from_the_scheduler():

@@ -308,11 +308,11 @@ def test_what_is_no_file_is_not_replaced_by_one(special):
 
 def test_temporary_names_differ_and_are_created_anew(tmp_path, monkeypatch):
     """A name that somebody planted as a link is an error, whatever it leads to."""
-    seen, create = [], os.open
-    monkeypatch.setattr(os, "open", lambda path, *args, **kwargs: (seen.append(str(path)), create(path, *args, **kwargs))[1])
+    opened, create = [], os.open
+    monkeypatch.setattr(os, "open", lambda path, *args, **kwargs: (opened.append(str(path)), create(path, *args, **kwargs))[1])
     for _ in range(2):
         write_whole(tmp_path / "file", b"x")
-    assert len({path for path in seen if path.endswith(".tmp")}) == 2
+    assert len({path for path in opened if path.endswith(".tmp")}) == 2
     monkeypatch.setattr(temporary.secrets, "token_hex", lambda count: "0" * 16)
     (tmp_path / "victim").write_text("mine")
     (tmp_path / ".file.0000000000000000.wadi.tmp").symlink_to(tmp_path / "victim")
@@ -405,12 +405,12 @@ def test_of_two_writers_one_wins_with_all_its_files(tmp_path):
                     time.sleep(0.001)
     """
     children = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(script), tmp_path, who]) for who in ("first", "second")]
-    seen = set()
+    contents = set()
     while any(child.poll() is None for child in children):
         time.sleep(0.01)
     assert [child.returncode for child in children] == [0, 0]
-    seen = {(tmp_path / "run" / name).read_text() for name in "abc"}
-    assert len(seen) == 1
+    contents = {(tmp_path / "run" / name).read_text() for name in "abc"}
+    assert len(contents) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 

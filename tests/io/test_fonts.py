@@ -40,7 +40,7 @@ def square_font(tmp_path):
 @pytest.fixture
 def installed(monkeypatch):
     def set_to(*files):
-        monkeypatch.setattr(fonts, "installed", lambda: files)
+        monkeypatch.setattr(fonts, "installed_fonts", lambda: files)
 
     set_to()
     return set_to
@@ -54,8 +54,8 @@ def test_latin_is_drawn_as_before(installed):
 
 def test_european_letters_are_always_there():
     """Pillow's own font lacks them; matplotlib brings one."""
-    wanted = ["Größe", "яблоко", "μήλο", "jabłko", "± ≤ →"]
-    assert choose_font(wanted, 14)[1] == wanted
+    expected = ["Größe", "яблоко", "μήλο", "jabłko", "± ≤ →"]
+    assert choose_font(expected, 14)[1] == expected
 
 
 def test_a_font_with_the_glyphs_is_chosen(installed, square_font, tmp_path):
@@ -87,7 +87,7 @@ def test_no_text_crashes_a_grid(installed):
 
 
 def test_what_is_installed_is_upright_and_exists():
-    for file in fonts.installed():
+    for file in fonts.installed_fonts():
         assert "italic" not in file.lower()
 
 

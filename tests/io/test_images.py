@@ -60,16 +60,16 @@ def turned(path: Path, orientation: int) -> None:
 
 def write_all(folder: Path) -> dict[str, np.ndarray]:
     """Files of every kind and the pixels that each must give, ``(SIDE, SIDE, 3)``."""
-    rgb, wanted = Image.fromarray(scene()), {}
+    rgb, expected = Image.fromarray(scene()), {}
 
     def add(name, picture, pixels, **options):
         if picture is not None:
             picture.save(folder / name, **options)
-        wanted[name] = pixels
+        expected[name] = pixels
 
     for orientation in range(1, 9):
         turned(folder / f"turned{orientation}.png", orientation)
-        wanted[f"turned{orientation}.png"] = scene()
+        expected[f"turned{orientation}.png"] = scene()
     alpha = np.full((SIDE, SIDE), 255, np.uint8)
     alpha[:3], alpha[3:5] = 0, 128
     share = alpha[..., None] / 255
@@ -97,25 +97,25 @@ def write_all(folder: Path) -> dict[str, np.ndarray]:
     add("deep.png", Image.fromarray(deep), scaled)
     add("deep.tif", Image.fromarray(deep), scaled)
     (folder / "deep.pgm").write_bytes(b"P5 12 12 65535\n" + deep.astype(">u2").tobytes())
-    wanted["deep.pgm"] = scaled
+    expected["deep.pgm"] = scaled
     colour = (scene().astype(np.uint16) * 257).astype(">u2")
     rows = b"".join(b"\0" + row.tobytes() for row in colour)
     (folder / "deep-colour.png").write_bytes(png(SIDE, SIDE, rows, 16, 2))
-    wanted["deep-colour.png"] = scene()
+    expected["deep-colour.png"] = scene()
     hidden = np.where(deep == deep[0, 5], 255, scaled[..., 0])
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
     (folder / "deep-clear.png").write_bytes(png(SIDE, SIDE, rows, 16, 0, chunk(b"tRNS", struct.pack(">H", deep[0, 5]))))
-    wanted["deep-clear.png"] = np.dstack([hidden] * 3)
+    expected["deep-clear.png"] = np.dstack([hidden] * 3)
     (folder / "name.png").write_bytes((folder / "clear.webp").read_bytes())  # its name lies
-    wanted["name.png"] = on_white
+    expected["name.png"] = on_white
     bad = Image.Exif()
     bad[0x0112] = 99
     rgb.save(folder / "odd-exif.png", exif=bad)
     (folder / "bad-exif.png").write_bytes(
         png(SIDE, SIDE, b"".join(b"\0" + row.tobytes() for row in scene()), 8, 2, chunk(b"eXIf", b"MM\0*\xff\xff\xff\xff"))
     )
-    wanted |= {"odd-exif.png": scene(), "bad-exif.png": scene()}
-    return wanted
+    expected |= {"odd-exif.png": scene(), "bad-exif.png": scene()}
+    return expected
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +125,8 @@ def files(tmp_path_factory):
 
 
 def test_every_kind_of_file_gives_its_colours(files):
-    folder, wanted = files
-    for name, pixels in wanted.items():
+    folder, expected = files
+    for name, pixels in expected.items():
         found = read_image(folder / name)
         assert found.mode == "RGB", name
         assert np.abs(np.asarray(found).astype(float) - pixels).max() <= 1, name
@@ -155,8 +155,8 @@ def readers(path: Path, folder: Path):
 
 
 def test_every_command_reads_the_same_pixels(files, tmp_path):
-    folder, wanted = files
-    for name in wanted:
+    folder, expected = files
+    for name in expected:
         first = np.asarray(read_image(folder / name))
         for entry, found in readers(folder / name, tmp_path):
             assert (found == first).all(), (entry, name)
@@ -177,9 +177,9 @@ def test_images_are_opened_in_one_file_only():
 
 
 def test_whether_an_image_is_transparent(files):
-    folder, wanted = files
+    folder, expected = files
     transparent = {"clear.png", "clear.webp", "grey-clear.png", "palette-clear.png", "name.png"}
-    found = {name for name in wanted if name != "deep-clear.png" and is_transparent(open_image(folder / name))}
+    found = {name for name in expected if name != "deep-clear.png" and is_transparent(open_image(folder / name))}
     assert found == transparent
 
 
@@ -189,8 +189,8 @@ def test_images_in_memory_of_rare_modes(mode):
     steps = {"RGBa": ("RGBA",), "La": ("LA",), "PA": ("P",), "HSV": (), "YCbCr": ()}[mode]
     for step in (*steps, mode):
         rgb = rgb.convert(step)
-    wanted = np.dstack([np.asarray(Image.fromarray(scene()).convert("L"))] * 3) if mode == "La" else scene()
-    assert np.abs(np.asarray(to_rgb(rgb)).astype(int) - wanted).max() <= (60 if mode == "PA" else 4)
+    expected = np.dstack([np.asarray(Image.fromarray(scene()).convert("L"))] * 3) if mode == "La" else scene()
+    assert np.abs(np.asarray(to_rgb(rgb)).astype(int) - expected).max() <= (60 if mode == "PA" else 4)
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])

@@ -45,9 +45,9 @@ def test_rows_are_what_the_encoder_gives(backbone, prompts, cache):
     assert found.digest == prompts.digest
     assert len(list(cache.glob("shard-*"))) == 3
     rows = torch.tensor([4, 0, 3, 0])
-    read, made = conditions_of(backbone, found)(rows), conditions_of(backbone, prompts)(rows)
-    assert read.tensors.keys() == made.tensors.keys()
-    for name, value in made.tensors.items():
+    read, encoded = conditions_of(backbone, found)(rows), conditions_of(backbone, prompts)(rows)
+    assert read.tensors.keys() == encoded.tensors.keys()
+    for name, value in encoded.tensors.items():
         assert read.tensors[name].dtype == value.dtype
         assert_close(read.tensors[name], value, rtol=1e-5, atol=1e-6)
     with pytest.raises(IndexError):
@@ -89,8 +89,8 @@ def test_masked_tokens_are_not_stored_and_come_back_as_zeros(dtype, tmp_path):
     back = found.rows([0, 1, 2])
     assert {name: value.dtype for name, value in back.items()} == {name: value.dtype for name, value in tensors.items()}
     assert all(torch.equal(back[name], tensors[name]) for name in ("pooled", "size", "mask"))
-    seen = torch.arange(6) < torch.tensor([[2], [3], [6]])
-    assert torch.equal(back["prompt_embeds"], tensors["prompt_embeds"] * seen.unsqueeze(-1))
+    visible = torch.arange(6) < torch.tensor([[2], [3], [6]])
+    assert torch.equal(back["prompt_embeds"], tensors["prompt_embeds"] * visible.unsqueeze(-1))
     assert list(found) == ["x", "", "long one"]
     size = shard_path(tmp_path, 0).stat().st_size
     whole = stored(condition(torch.ones(3, 6, dtype=torch.long)), tmp_path / "whole")
@@ -118,9 +118,9 @@ def test_a_network_that_masks_does_not_see_the_difference(tmp_path):
     back = stored(tensors, tmp_path).rows([0, 1, 2])
     x_t = torch.randn(3, 4, 4, 4)
 
-    def predict(told):
+    def predict(inputs):
         return network(
-            x_t, encoder_hidden_states=told["prompt_embeds"], encoder_attention_mask=told["mask"],
+            x_t, encoder_hidden_states=inputs["prompt_embeds"], encoder_attention_mask=inputs["mask"],
             timestep=torch.tensor([5, 6, 7]), added_cond_kwargs={"resolution": None, "aspect_ratio": None},
         ).sample  # fmt: skip
 
@@ -255,10 +255,10 @@ def test_a_run_does_not_go_on_with_other_prompts(sd_folder, tmp_path):
 
 @pytest.mark.parametrize("change", [{"text_encoder_2": "ab float32"}, {"text_encoder": None}, {"tokenizer": "x 77"}])
 def test_an_encoder_that_only_one_of_the_two_has_makes_a_cache_stale(change, tmp_path):
-    made = {"family": "SD", "text_encoder": "cd float32", "resolution": [16, 16]}
-    teacher = {name: value for name, value in {**made, **change}.items() if value is not None}
-    cache_module.check_encoder(tmp_path, made, dict(made))
-    for found, expected in ((made, teacher), (teacher, made)):
+    cached = {"family": "SD", "text_encoder": "cd float32", "resolution": [16, 16]}
+    teacher = {name: value for name, value in {**cached, **change}.items() if value is not None}
+    cache_module.check_encoder(tmp_path, cached, dict(cached))
+    for found, expected in ((cached, teacher), (teacher, cached)):
         with pytest.raises(WadiError, match=next(iter(change))):
             cache_module.check_encoder(tmp_path, found, expected)
 

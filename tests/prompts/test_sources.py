@@ -119,10 +119,10 @@ def test_of_several_captions_the_first_is_used_and_what_is_left_out_is_counted(k
     mixed = kind in ("json", "jsonl")
     assert list(found) == (["a fox", *expected] if mixed else expected)
     assert (found.left_out, found.several) == (3 if mixed else 2, 1)
-    told = capsys.readouterr().err
-    assert f"{found.left_out} rows" in told
-    assert "1 rows" in told
-    assert "first" in told
+    message = capsys.readouterr().err
+    assert f"{found.left_out} rows" in message
+    assert "1 rows" in message
+    assert "first" in message
 
 
 @pytest.mark.parametrize("indent", [None, 1])
