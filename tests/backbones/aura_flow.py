@@ -1,4 +1,4 @@
-"""AuraFlow as somebody outside the package would add it: the worked example of docs/add-a-family.md."""
+"""AuraFlow, added from outside the package: the example of docs/add-a-family.md."""
 
 from collections.abc import Sequence
 

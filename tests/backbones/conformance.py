@@ -53,7 +53,7 @@ class Family:
     idle: tuple[str, ...] = ()
 
     def backbone(self, dtype: torch.dtype = torch.float32):
-        """Of a copy of the pipeline, for images twice as wide as high: height and width in each other's place show."""
+        """Return the backbone of a copy of the pipeline, for images twice as wide as high, so that swapped sides show."""
         own = from_pipeline(self.pipeline, self.resolution)
         height, width = own.resolution
         pipeline = copy.copy(self.pipeline)
@@ -79,7 +79,7 @@ def network_inputs(backbone, dtype=torch.float32):
 
 @contextmanager
 def fed(backbone):
-    """Notes every tensor that the network is called with, by the name of its argument; the last call counts."""
+    """Record every tensor that the network is called with, by the name of its argument. The last call counts."""
     inputs = {}
     names = inspect.signature(backbone.network.forward)
 
@@ -99,7 +99,7 @@ def fed(backbone):
 
 @contextmanager
 def passes(backbone):
-    """Notes the number of rows of every pass through the network."""
+    """Record the number of rows of every pass through the network."""
     batches = []
 
     def note(module, args, kwargs):
@@ -277,7 +277,7 @@ class Conformance:
         torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-4 * float(x.abs().max()))
 
     def test_a_deterministic_first_order_pipeline_takes_the_same_steps_by_itself(self, family):
-        """With the scheduler it came with, and nothing handed to it."""
+        """With the scheduler that came with the pipeline."""
         backbone = family.backbone()
         if type(backbone.pipeline.scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
             pytest.skip(f"{type(backbone.pipeline.scheduler).__name__} takes other steps")
@@ -300,7 +300,7 @@ class Conformance:
             expected = tensor.float().expand_as(ours[name])
             torch.testing.assert_close(ours[name].float(), expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
-    def test_a_scale_that_no_call_can_do_is_refused(self, family):
+    def test_a_scale_that_no_call_can_do_is_an_error(self, family):
         backbone = family.backbone()
         for scale in (0.5, float("nan")):
             with pytest.raises(WadiError, match=str(scale)):
@@ -340,7 +340,7 @@ class Conformance:
         assert 0 <= decoded.min() <= decoded.max() <= 1
 
     def test_encoding_images_inverts_decoding(self, family, monkeypatch):
-        """What the autoencoder gives reaches its decoder as it was, whatever lies between: scale, shift, moments."""
+        """The encoder's output reaches the decoder unchanged: scale, shift and moments cancel."""
         backbone = family.backbone()
         traffic = autoencoder_traffic(backbone.pipeline.vae, monkeypatch)
         images = torch.rand(3, 3, *backbone.resolution)

@@ -219,7 +219,7 @@ def test_a_schedule_of_one_step_alone_is_refused_for_others(flags, folder_of, tm
     assert main(argv) == 0
 
 
-def test_a_base_of_another_length_is_refused(folder_of):
+def test_a_base_of_another_length_is_an_error(folder_of):
     from diffusers import DDIMScheduler
 
     with pytest.raises(WadiError, match="500"):

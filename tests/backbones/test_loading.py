@@ -88,7 +88,7 @@ def test_a_value_beyond_the_range_of_the_dtype_is_named(copied, dtype):
 @pytest.mark.parametrize(
     ("family", "component"), [("sd1", "tokenizer"), ("sdxl", "tokenizer_2"), ("sd3", "tokenizer_3"), ("sana", "tokenizer")]
 )
-def test_a_tokenizer_without_its_files_is_refused(copied, family, component):
+def test_a_tokenizer_without_its_files_is_an_error(copied, family, component):
     folder = copied(family)
     for file in (folder / component).iterdir():
         if file.name != "tokenizer_config.json":
@@ -110,7 +110,7 @@ def test_half_of_the_files_of_a_slow_tokenizer_do_not_do(copied):
         load_pipeline(folder)
 
 
-def test_a_tokenizer_larger_than_the_embedding_is_refused(copied):
+def test_a_tokenizer_larger_than_the_embedding_is_an_error(copied):
     folder = copied()
     tokenizer = load_pipeline(folder).tokenizer
     tokenizer.add_tokens(["<one>", "<two>"])
@@ -169,7 +169,7 @@ def test_a_class_name_that_is_no_name_is_shown(copied, name):
 
 
 @pytest.mark.parametrize("place", [["diffusers", "NoSuchModel"], ["transformers", "BertModel"], ["os", "system"]])
-def test_a_component_of_another_class_is_refused(copied, place):
+def test_a_component_of_another_class_is_an_error(copied, place):
     folder = copied()
     set_json(folder / "model_index.json", text_encoder=place)
     with pytest.raises(WadiError) as refused:

@@ -241,7 +241,7 @@ def test_the_plan_is_all_that_is_printed(folder_of, capfd):
 
 
 def test_gradients_of_earlier_batches_are_held_from_the_second_on(folder_of):
-    """However many batches a step has, one set of gradients lies beside the batch at work."""
+    """For any number of batches in a step, memory holds one set of gradients and the current batch."""
     found = plan.architecture_of(str(folder_of("sd1")))
     config = replace(CONFIG, resolution=small_pipelines.RESOLUTIONS.get("sd1"))
     one, two, three = (plan.plan(replace(config, accumulate=n), found).memory["plain"].total for n in (1, 2, 3))

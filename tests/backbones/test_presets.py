@@ -70,7 +70,7 @@ def test_the_papers_trainable_parameters(outlines, name, rank, layers, parameter
 
 
 @pytest.mark.parametrize("name", sorted(SIZES))
-def test_a_student_is_asked_where_errors_stay_small(name):
+def test_a_student_generates_where_errors_stay_small(name):
     """At most 15-fold: what the paper had, and never the 157 that PixArt has at 999."""
     scheduler = make_scheduler(plan.architecture(name).scheduler)
     process = Process.from_scheduler(scheduler)

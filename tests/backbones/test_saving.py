@@ -1,4 +1,4 @@
-"""Whatever is written loads with the line that is printed: for every family and dtype, without this package."""
+"""Every export loads with the printed line of Python: for every family and dtype, without this package."""
 
 import json
 
@@ -81,7 +81,7 @@ def test_the_lines_of_a_hybrid_and_of_authors_weights_can_be_executed(folder_of,
     assert executed(capsys.readouterr().out, authors).unet.dtype == getattr(torch, dtype)
 
 
-def test_authors_weights_that_are_not_finite_are_refused(folder_of, tmp_path, capsys):
+def test_authors_weights_that_are_not_finite_are_errors(folder_of, tmp_path, capsys):
     teacher, file = folder_of("sd1"), tmp_path / "rotated_unet.safetensors"
     state = {name: value.clone() for name, value in load_pipeline(teacher).unet.state_dict().items()}
     state["conv_in.bias"][0] = float("inf")

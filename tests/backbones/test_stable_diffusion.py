@@ -20,7 +20,7 @@ def backbone(request):
     return from_pipeline(load_pipeline(request.getfixturevalue("sd_folder" if request.param == "epsilon" else "sd_v_folder")))
 
 
-def test_what_it_is_read_from_the_pipeline(backbone):
+def test_its_attributes_come_from_the_pipeline(backbone):
     scheduler = backbone.pipeline.scheduler
     assert backbone.process.prediction == scheduler.config.prediction_type
     assert_close(backbone.process.alpha(torch.tensor([999])) ** 2, scheduler.alphas_cumprod[999:])
@@ -69,7 +69,7 @@ def test_conditions_keep_their_batch_dimension():
 @torch.no_grad()
 @pytest.mark.parametrize("timestep", [800, 999])
 def test_a_step_with_zero_angles_is_one_step_of_the_pipelines_own_scheduler(backbone, timestep):
-    """Asked at ``t*``, once by `sampling.one_step` and once by diffusers from the same noise."""
+    """One step at ``t*``, by `sampling.one_step` and by diffusers from the same noise."""
     config = backbone.pipeline.scheduler.config
     condition, z = backbone.encode(PROMPTS[:1]), noise(backbone.latent_shape, [7])
     x0 = one_step(backbone, condition, z, timestep)
@@ -180,7 +180,7 @@ def test_rank_256_on_the_real_architectures_has_the_papers_number_of_parameters(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
-def test_half_precision_networks_are_asked_in_their_own_dtype(sd_folder, dtype):
+def test_half_precision_networks_run_in_their_own_dtype(sd_folder, dtype):
     low, high = (from_pipeline(load_pipeline(sd_folder, kind)) for kind in (dtype, torch.float32))
     assert low.network.dtype == low.pipeline.vae.dtype == low.pipeline.text_encoder.dtype == dtype
     z, t = noise(low.latent_shape, [1]), torch.tensor([500])
@@ -193,7 +193,7 @@ def test_half_precision_networks_are_asked_in_their_own_dtype(sd_folder, dtype):
 # --- loading ------------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_no_pipeline_is_told_in_one_line(tmp_path, sd_folder):
+def test_anything_but_a_pipeline_is_a_one_line_error(tmp_path, sd_folder):
     import shutil
 
     (tmp_path / "empty").mkdir()

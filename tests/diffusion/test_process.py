@@ -132,7 +132,7 @@ def test_the_schedule_is_the_models_own():
     assert Process.from_scheduler(vp(num_train_timesteps=50)).num_timesteps == 50
 
 
-def test_other_schedulers_are_refused():
+def test_other_schedulers_are_errors():
     from diffusers import EDMEulerScheduler
 
     with pytest.raises(WadiError, match="EDMEulerScheduler"):

@@ -1,4 +1,4 @@
-"""Files and folders are written whole or not at all."""
+"""Files and folders are written completely or not at all."""
 
 import ast
 import os
@@ -98,7 +98,7 @@ def test_leftovers_of_a_killed_process_are_cleared_away(tmp_path):
 
 
 def test_a_file_where_a_folder_should_be(tmp_path):
-    """Root may write anywhere, so that a place which takes no files is made of a file."""
+    """Root may write anywhere, so the place that cannot be written is a file."""
     (tmp_path / "taken").write_text("mine")
     with raises_naming(tmp_path / "taken" / "file"):
         write_whole(tmp_path / "taken" / "file", b"x")
@@ -147,7 +147,7 @@ def test_sha256_of_a_known_text(tmp_path):
 
 @pytest.fixture
 def special(tmp_path):
-    """Paths that are no regular file, by kind; reading one of them would block, never end, or fail with a traceback."""
+    """Paths that are not regular files, by kind. Reading one would block, never end, or fail with a traceback."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     with socket.socket(socket.AF_UNIX) as server:
@@ -295,7 +295,7 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path):
     assert everything_in(tmp_path / "disk") == {"run": None, "run/a.txt": b"new"}
 
 
-def test_what_is_no_file_is_not_replaced_by_one(special):
+def test_a_pipe_folder_socket_link_or_device_is_not_replaced(special):
     for kind in ("pipe", "folder", "socket", "link", "device"):
         with raises_naming(special[kind]):
             write_whole(special[kind], b"x")
@@ -307,7 +307,7 @@ def test_what_is_no_file_is_not_replaced_by_one(special):
 
 
 def test_temporary_names_differ_and_are_created_anew(tmp_path, monkeypatch):
-    """A name that somebody planted as a link is an error, whatever it leads to."""
+    """A temporary name that somebody has created as a link is an error."""
     opened, create = [], os.open
     monkeypatch.setattr(os, "open", lambda path, *args, **kwargs: (opened.append(str(path)), create(path, *args, **kwargs))[1])
     for _ in range(2):
@@ -498,7 +498,7 @@ def test_the_longest_name_can_be_written(tmp_path):
 
 
 def test_no_reader_opens_what_is_not_a_regular_file():
-    """Whatever opens a path goes through `wadi.io.regular`: a test over the syntax trees."""
+    """All code opens paths through `wadi.io.regular`: a test over the syntax trees."""
     import wadi
 
     allowed = {"/proc/cpuinfo", "/proc/self/status", "CARD"}
@@ -535,7 +535,7 @@ def test_a_folder_that_somebody_else_locks_for_long_is_written(tmp_path, monkeyp
 
 
 def test_a_new_folder_that_is_taken_for_a_leftover_is_made_again(tmp_path):
-    """Another process finds it between its creation and its lock; the lock is held until it is gone."""
+    """Another process finds the folder between its creation and its lock, and holds the lock until it has removed it."""
     place = tmp_path / ".run.0.tmp"
     place.mkdir()
     with ThreadPoolExecutor(1) as pool, temporary._abandoned(place) as dead:

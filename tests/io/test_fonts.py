@@ -1,4 +1,4 @@
-"""Titles of grids in any script: a font that has the glyphs, or text that can be read; never boxes, never a crash."""
+"""Titles of grids in any script: written in a font with their glyphs, or escaped; never boxes, never a crash."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""One image reader: the same pixels for every command, whatever the file; a hostile file is one error."""
+"""One image reader: every command gets the same pixels, and a hostile file is one error."""
 
 import ast
 import os
@@ -45,7 +45,7 @@ def png(width: int, height: int, rows: bytes, depth=8, colour=0, *more: bytes) -
 
 
 def turned(path: Path, orientation: int) -> None:
-    """The scene as a camera stores it that was held in another way."""
+    """The scene as a rotated camera stores it."""
     turn = Image.Transpose
     back = {
         1: None, 2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM,
@@ -194,7 +194,7 @@ def test_images_in_memory_of_rare_modes(mode):
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])
-def test_numbers_without_a_known_range_are_refused(tmp_path, mode):
+def test_numbers_without_a_known_range_are_errors(tmp_path, mode):
     values = {"F": np.ones((4, 4), np.float32), "I": np.full((4, 4), 70_000, np.int32)}
     picture = Image.fromarray(values[mode])
     picture.save(tmp_path / "odd.tif")
@@ -210,7 +210,7 @@ def test_an_image_of_one_pixel(tmp_path):
 
 
 def hostile(folder: Path) -> dict[str, Path]:
-    """Files that must end in one error, soon and without much memory."""
+    """Files that must give one error, quickly and without much memory."""
     whole = folder / "whole.jpg"
     Image.effect_noise((64, 64), 90).save(whole)
     data = {
@@ -251,8 +251,8 @@ def test_hostile_files_end_in_one_error_that_names_them(tmp_path, recwarn):
 
 
 @pytest.mark.parametrize("kind", ["EPS", "PCX", "TGA"])
-def test_formats_outside_the_list_are_not_open(tmp_path, kind, monkeypatch):
-    """Pillow reads them; EPS it hands to Ghostscript, a program that would run the file."""
+def test_formats_outside_the_list_are_not_opened(tmp_path, kind, monkeypatch):
+    """Pillow reads them. It passes EPS to Ghostscript, which would run the file as a program."""
     Image.fromarray(scene()).save(tmp_path / "a.png", format=kind)
     monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was started"))
     with raises_naming("a.png"):
@@ -279,7 +279,7 @@ def test_a_finished_condition_is_not_transparent(tmp_path):
 
 
 @pytest.mark.parametrize("brand", ["heic", "heix", "mif1"])
-def test_heic_is_named_as_what_it_is(tmp_path, brand):
+def test_heic_is_named(tmp_path, brand):
     (tmp_path / "photo.jpg").write_bytes(b"\0\0\0\x18ftyp" + brand.encode() + bytes(16))
     with raises_naming("photo.jpg", "HEIC"):
         read_image(tmp_path / "photo.jpg")

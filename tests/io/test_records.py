@@ -1,4 +1,4 @@
-"""One reader of our own JSON and YAML: what is wrong in a file is one error that names the file and the field."""
+"""One reader for JSON and one for YAML: a wrong file is one error that names the file and the field."""
 
 import ast
 import os

@@ -18,7 +18,7 @@ HALVES = pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["
 
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_angles_zero_is_the_base_model_to_the_bit(dtype, recompute):
+def test_angles_zero_is_the_base_model_bit_for_bit(dtype, recompute):
     base = Toy().to(dtype)
     model = adapted(copy.deepcopy(base), random=False, recompute=recompute)
     x = inputs().to(dtype)
@@ -27,7 +27,7 @@ def test_angles_zero_is_the_base_model_to_the_bit(dtype, recompute):
 
 @BOTH
 @HALVES
-def test_angles_zero_is_the_base_model_to_the_bit_under_autocast(half, recompute):
+def test_angles_zero_is_the_base_model_bit_for_bit_under_autocast(half, recompute):
     base = Toy()
     model = adapted(copy.deepcopy(base), random=False, recompute=recompute)
     with torch.autocast("cpu", dtype=half):
@@ -36,7 +36,7 @@ def test_angles_zero_is_the_base_model_to_the_bit_under_autocast(half, recompute
 
 
 @BOTH
-def test_no_active_adapter_disabled_and_scale_zero_are_the_base_model_to_the_bit(recompute):
+def test_no_active_adapter_disabled_and_scale_zero_are_the_base_model_bit_for_bit(recompute):
     base = Toy()
     model = adapted(copy.deepcopy(base), recompute=recompute)
     layers = [m for m in model.modules() if hasattr(m, "lorad_A")]
@@ -112,7 +112,7 @@ def test_angles_stay_float32_whatever_happens_to_the_model(half, recompute):
 
 @HALVES
 def test_small_angles_survive_a_half_precision_model(half):
-    """A change of angles that half precision cannot represent beside them still changes the rotated weight right."""
+    """A change of angles too small for half precision still changes the rotated weight correctly."""
     layer = rotated_layer(64, 64).to(half)
     W = layer.get_base_layer().weight
     with torch.no_grad():
@@ -276,7 +276,7 @@ def test_merging_one_adapter_after_the_other_is_merging_both():
     torch.testing.assert_close(model(inputs()), y)
 
 
-def test_safe_merge_refuses_broken_angles_and_leaves_the_weight():
+def test_safe_merge_of_broken_angles_is_an_error_and_leaves_the_weight():
     layer = rotated_layer()
     W = layer.get_base_weight().clone()
     layer.lorad_A["default"].data[0, 0] = float("nan")

@@ -64,7 +64,7 @@ def test_a_convolution_keeps_as_little(recompute):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_nothing_is_kept_where_no_gradient_is_asked(recompute):
+def test_nothing_is_kept_without_gradients(recompute):
     layer = rotated_layer(SIDE, SIDE, recompute=recompute)
     with torch.no_grad():
         assert bytes_kept(lambda: layer(inputs(5, SIDE)), []) == 0

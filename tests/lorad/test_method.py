@@ -1,4 +1,4 @@
-"""LoRaD as a PEFT method: settings, adapters by name, files, and what it refuses."""
+"""LoRaD as a PEFT method: settings, adapters by name, files, and errors."""
 
 import copy
 import json
@@ -248,7 +248,7 @@ def test_a_layer_with_an_adapter_of_another_method_is_an_error():
 
 
 class FakeQuantised(nn.Module):
-    """A layer whose weight is stored otherwise and given back by a backend, as bitsandbytes' are."""
+    """A layer whose weight is stored quantised and dequantised by a backend, as with bitsandbytes."""
 
     def __init__(self, linear):
         super().__init__()

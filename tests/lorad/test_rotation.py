@@ -54,7 +54,7 @@ def test_both_ways_to_compute_it_agree(size):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(6, 8), (6, 7), (6, 2, 3, 3), (6, 3, 3, 3)])
-def test_angle_zero_is_the_identity_to_the_bit(shape, dtype):
+def test_angle_zero_is_the_identity_bit_for_bit(shape, dtype):
     W = torch.randn(shape).to(dtype)
     R = rotate(W, torch.zeros(6, W[0].numel() // 2))
     assert R.dtype == dtype

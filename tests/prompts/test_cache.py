@@ -1,4 +1,4 @@
-"""The cache of prompt embeddings: what the encoder gives, to the bit; resumed, and refused when stale."""
+"""The cache of prompt embeddings: equal to the encoder's output bit for bit, resumed, and checked against the encoder."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ def test_rows_are_what_the_encoder_gives(backbone, prompts, cache):
 
 
 def same(one, other):
-    """Whether two caches hold the same; the order of a header's entries is not said."""
+    """Return whether two caches have the same contents; the order of entries in a header may differ."""
     names = sorted(path.name for path in one.iterdir())
     assert names == sorted(path.name for path in other.iterdir())
     assert (one / cache_module.MANIFEST).read_text() == (other / cache_module.MANIFEST).read_text()
@@ -106,7 +106,7 @@ def test_without_a_mask_only_zeros_are_cut(tmp_path):
 
 
 def test_a_network_that_masks_does_not_see_the_difference(tmp_path):
-    """What is cut comes back as zeros, and the prediction is the same to the bit."""
+    """Cut tokens come back as zeros, and the prediction is the same bit for bit."""
     from diffusers import PixArtTransformer2DModel
 
     torch.manual_seed(0)
@@ -210,7 +210,7 @@ def test_encoders_are_let_go(sd_folder):
     assert isinstance(own.decode(torch.zeros(1, *own.latent_shape)), torch.Tensor)
 
 
-def test_the_encoder_is_asked_for_batches(backbone, prompts, tmp_path, monkeypatch):
+def test_the_encoder_receives_batches(backbone, prompts, tmp_path, monkeypatch):
     sizes, plain = [], backbone.encode
     monkeypatch.setattr(backbone, "encode", lambda texts: sizes.append(len(texts)) or plain(texts))
     assert isinstance(embedding.Conditions(backbone, prompts)([0, 1, 2, 3]), Condition)
@@ -220,7 +220,7 @@ def test_the_encoder_is_asked_for_batches(backbone, prompts, tmp_path, monkeypat
     assert manifest["count"] == 5
 
 
-def test_training_from_a_cache_is_training_without_to_the_bit(sd_folder, prompts_path, tmp_path, monkeypatch):
+def test_training_from_a_cache_is_training_without_bit_for_bit(sd_folder, prompts_path, tmp_path, monkeypatch):
     """And the encoder is gone by the first step."""
     from wadi.cli.main import main
     from wadi.distill import loop

@@ -1,4 +1,4 @@
-"""Prompts: read as they stand, drawn in an order of seed and position alone."""
+"""Prompts are read unchanged, and their order depends only on seed and position."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""What people keep prompts in: every format gives the same prompts, and what is wrong is told in a line."""
+"""Every file format gives the same prompts, and an error is one line."""
 
 import csv
 import json
@@ -210,7 +210,7 @@ def test_a_line_without_end_is_not_read_whole(tmp_path, monkeypatch):
 
 
 def test_texts_are_on_disk_and_read_at_random(tmp_path):
-    """8 bytes a prompt are held, whatever their length."""
+    """8 bytes per prompt are in memory, however long the prompt."""
     path = tmp_path / "p.txt"
     path.write_text("".join(f"{i} {'x' * 500}\n" for i in range(20_000)))
     found = open_prompts(path)

@@ -116,7 +116,7 @@ def test_a_folder_of_fp16_files_alone_is_a_teacher(half_only, pipelines, dtype):
     assert teacher_digest(half_only) == teacher_digest(f"{half_only}?variant=fp16")
 
 
-def test_a_variant_that_is_not_there_is_refused_and_those_there_named(half_only):
+def test_a_missing_variant_is_an_error_that_names_the_variants(half_only):
     with pytest.raises(WadiError, match=r"fp16.*bf16"):
         load_pipeline(f"{half_only}?variant=bf16")
     for file in list(half_only.rglob("*.fp16.safetensors")):
@@ -170,7 +170,7 @@ def test_the_hub_cache_gives_what_it_has(half_only, tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A Hub whose only repository is ``owner/name``; returns its folder. What is downloaded is copied to another one."""
+    """Fake a Hub whose only repository is ``owner/name``. Return its folder; downloads are copied to another folder."""
     from diffusers.pipelines import pipeline_utils
     from huggingface_hub import HfApi
 
@@ -209,7 +209,7 @@ def test_a_safety_checker_is_not_downloaded_and_may_be_a_pickle(hub, pipelines):
 
 
 def test_a_variant_outside_the_components_chooses_nothing(hub, pipelines):
-    """SDXL's repository has a second autoencoder beside the pipeline."""
+    """SDXL's repository has a second autoencoder that is not part of the pipeline."""
     full, half = pipelines
     full.save_pretrained(hub)
     half.save_pretrained(hub, variant="fp16")
@@ -218,7 +218,7 @@ def test_a_variant_outside_the_components_chooses_nothing(hub, pipelines):
     same(load_pipeline("owner/name").unet.state_dict(), full.unet)
 
 
-def test_pickled_weights_are_refused_with_the_way_to_convert_them(pipelines, tmp_path):
+def test_pickled_weights_are_an_error_that_says_how_to_convert_them(pipelines, tmp_path):
     pipelines[0].save_pretrained(tmp_path / "p", safe_serialization=False)
     component = next(p for p in ("unet", "vae") if list((tmp_path / "p" / p).glob("*.bin")))
     with pytest.raises(WadiError, match=rf"{component}.*\.bin.*use_safetensors=False"):
@@ -245,7 +245,7 @@ def test_a_damaged_index_is_named(pipelines, tmp_path, damage):
 
 
 @pytest.mark.parametrize("library", ["os", "wadi", "torch.nn"])
-def test_a_component_of_a_foreign_library_is_refused(pipelines, tmp_path, library):
+def test_a_component_of_a_foreign_library_is_an_error(pipelines, tmp_path, library):
     """A pipeline's own list of classes does not decide what is imported."""
     pipelines[0].save_pretrained(tmp_path / "p")
     path = tmp_path / "p" / "model_index.json"
