@@ -119,11 +119,11 @@ def test_a_students_schedule_is_the_teachers_up_to_its_timestep(folder_of, times
 def test_the_package_has_one_encoder_and_decoder_of_images(words):
     root = Path(wadi.__file__).parent
     having = {path.relative_to(root).as_posix() for path in root.rglob("*.py") if words in path.read_text()}
-    assert having == {"backbones/autoencoder.py"}
+    assert having == {"diffusion/autoencoder.py"}
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "flux", "pixart-alpha"])
-def test_prompts_that_are_too_long_are_remarked_on_once(folder_of, name, monkeypatch):
+def test_prompts_that_are_too_long_are_reported_once(folder_of, name, monkeypatch):
     backbone = from_pipeline(load_pipeline(folder_of(name)), (16, 16))
     handler = next(h for h in logging.getLogger("diffusers").handlers if type(h) is logging.StreamHandler)
     monkeypatch.setattr(truncation_notice._ONCE, "first", None)

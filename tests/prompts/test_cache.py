@@ -249,7 +249,7 @@ def test_a_run_does_not_go_on_with_other_prompts(sd_folder, tmp_path):
     distill(config)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-0000002")
     prompts.write_text("red apple\nblue cat\n")
-    with raises_naming("p.txt"):
+    with raises_naming("step-0000001"):
         distill(config)
 
 
