@@ -79,10 +79,13 @@ def main() -> None:
     from wadi.backbones.configs import build_network
     from wadi.backbones.outline import Outline
     from wadi.diffusion.schedulers import make_scheduler
-    from wadi.distill.loop import Batch, attach_roles, student_timestep, train_step
+    from wadi.distill.batch import Batch
     from wadi.distill.optimizers import initial_state
     from wadi.distill.plan import plan
     from wadi.distill.presets import preset
+    from wadi.distill.setup import attach_roles
+    from wadi.distill.step import train_step
+    from wadi.sampling import student_timestep
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -71,10 +71,12 @@ class Rig:
 
 def build(layout: str, args: argparse.Namespace) -> Any:
     """A function that runs one step of ``layout``, and the bytes of its parameters."""
-    from wadi.distill.checkpoints import TrainState
+    from wadi.distill.batch import Batch
     from wadi.distill.config import DistillConfig, FakeConfig, StudentConfig
-    from wadi.distill.loop import Batch, attach_roles, train_step
     from wadi.distill.optimizers import initial_state
+    from wadi.distill.setup import attach_roles
+    from wadi.distill.state import TrainState
+    from wadi.distill.step import train_step
 
     rig = Rig(args)
     backbone, network = rig.backbone, rig.backbone.network

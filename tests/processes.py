@@ -56,8 +56,8 @@ def finish(started, seconds=240):
 
 def distilled(config, index):
     """What ``wadi distill`` does with a config, as an exit code."""
-    from wadi.distill.loop import Interrupted, distill
-    from wadi.errors import WadiError
+    from wadi.distill.loop import distill
+    from wadi.errors import Interrupted, WadiError
 
     try:
         distill(config)

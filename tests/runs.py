@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from wadi.distill import checkpoints, loop
+from wadi.distill import checkpoint_folders, loop
 
 TIMES = {"seconds", "images_per_second", "peak_memory_mib", "student_ms_per_image", "teacher_ms_per_image"}
 WARM = {"pairs": 3, "sampler_steps": 2, "steps": 2, "fake_steps": 1, "weight": 0.5}
@@ -21,7 +21,7 @@ def stats_of(run):
 
 def state_of(run):
     """Everything the last checkpoint and the saved adapters hold, times apart."""
-    last, _ = checkpoints.latest(run / "checkpoints")
+    last, _ = checkpoint_folders.latest(run / "checkpoints")
     tensors = {}
     for place in (last, run):
         for file in (*place.glob("*.safetensors"), *place.glob("*/*.safetensors")):

@@ -1,6 +1,6 @@
-"""Images from a backbone in whichever role is active: one step, many steps, and the noise they start from.
+"""Generate latents with a backbone in the role that is active: in one step or in many, and the noise that they start from.
 
-Image ``i`` depends on its own seed alone: noise is drawn per image, on the CPU, as diffusers draws it from a generator.
+An image depends only on its own seed: noise is drawn per image, on the CPU, as diffusers draws it from a generator.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from wadi.backbones import Backbone, Condition
 from wadi.errors import WadiError
 
-MIN_ALPHA = 1e-3  # below it an epsilon-prediction's error is multiplied by more than a thousand
+MIN_ALPHA = 1e-3  # below it, an error of an epsilon-prediction grows more than a thousandfold
 
 
 def student_timestep(backbone: Backbone, timestep: int | None) -> int:
@@ -25,32 +25,32 @@ def student_timestep(backbone: Backbone, timestep: int | None) -> int:
     last = backbone.process.last_timestep
     timestep = last if timestep is None else timestep
     if timestep > last:
-        raise WadiError(f"student.timestep is {timestep}. Expected at most {last}, the last of the teacher's schedule.")
+        raise WadiError(f"student.timestep is {timestep}. The teacher's schedule ends at {last}: set it to that or less.")
     alpha = float(backbone.process.alpha(torch.tensor([timestep])))
     if backbone.process.prediction == "epsilon" and alpha < MIN_ALPHA:
         raise WadiError(
             f"At timestep {timestep} the teacher's schedule has alpha = {alpha:.1e} (zero terminal SNR), and the network "
-            "predicts noise, from which no image can be told there. Expected an earlier student.timestep: try 800."
+            "predicts noise, which does not determine an image there. Set an earlier student.timestep, such as 800."
         )
     return timestep
 
 
 def check_steps(backbone: Backbone, steps: int, name: str = "steps") -> None:
-    """Raise `WadiError` if ``steps``, given as the option ``name``, are more than the schedule has timesteps."""
+    """Raise `WadiError` if the schedule has fewer timesteps than ``steps``; ``name`` is the option to name in the message."""
     if not 1 <= steps <= backbone.process.num_timesteps:
         raise WadiError(
-            f"{name} is {steps}. It must be from 1 to {backbone.process.num_timesteps}: the teacher's schedule has no more "
-            "timesteps."
+            f"{name} is {steps}. It must be from 1 to {backbone.process.num_timesteps}, the number of timesteps of the "
+            "teacher's schedule."
         )
 
 
 def noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
-    """``N(0, I)`` of shape ``(len(seeds), *shape)``, float32: what ``pipe(generator=[manual_seed(s) ...])`` starts from."""
+    """Return noise ``N(0, I)``, ``(len(seeds), *shape)``, float32; ``pipe(generator=[manual_seed(s) ...])`` uses the same."""
     return torch.cat([torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 def one_step(backbone: Backbone, condition: Condition, z: Tensor, timestep: int) -> Tensor:
-    """``x0`` ``(B, C, H, W)`` from noise ``z`` in one evaluation; for epsilon-prediction ``(z - sigma eps) / alpha``."""
+    """Return ``x0`` ``(B, C, H, W)`` from noise ``z`` by one evaluation; for epsilon-prediction ``(z - sigma eps) / alpha``."""
     t = torch.full((len(z),), timestep, device=z.device)
     return backbone.process.x0(backbone.predict(z, t, condition), z, t)
 
@@ -58,7 +58,7 @@ def one_step(backbone: Backbone, condition: Condition, z: Tensor, timestep: int)
 def predict_guided(
     backbone: Backbone, x_t: Tensor, t: Tensor, condition: Condition, null: Condition, guidance_scale: float
 ) -> Tensor:
-    """The network's guided prediction; conditional and null rows go through as one batch. ``null`` has one row."""
+    """Return the network's guided prediction. Rows with prompt and with ``null`` (one row) are computed in one batch."""
     if guidance_scale == 1:
         return backbone.predict(x_t, t, condition)
     both = Condition.cat([condition, null.expand(len(condition))])
@@ -76,10 +76,10 @@ def many_steps(
     guidance_scale: float,
     before_step: Callable[[], None] | None = None,
 ) -> Tensor:
-    """``x0`` by the family's deterministic sampler from noise ``z``, shape ``(B, C, H, W)``.
+    """Return ``x0`` ``(B, C, H, W)`` from noise ``z`` by the family's deterministic sampler.
 
     Args:
-        before_step: called before each step; may raise to end early.
+        before_step: called before each step; may raise an exception to end early.
     """
     scheduler, sigmas = backbone.sampler(), backbone.sampler_sigmas(steps)
     if sigmas is None:
@@ -97,5 +97,5 @@ def many_steps(
 
 @torch.no_grad()
 def decode_in_batches(backbone: Backbone, latents: Tensor, batch: int = 16) -> Tensor:
-    """Images in ``[0, 1]`` on the CPU, ``(B, 3, height, width)``."""
+    """Return images in ``[0, 1]`` on the CPU, ``(B, 3, height, width)``."""
     return torch.cat([backbone.decode(part).cpu() for part in latents.split(batch)])

@@ -21,9 +21,11 @@ from wadi import roles
 from wadi.backbones import Condition, from_pipeline
 from wadi.diffusion.process import Prediction
 from wadi.diffusion.schedulers import one_step_scheduler
+from wadi.distill.batch import Batch
 from wadi.distill.config import DistillConfig, FakeConfig, StudentConfig
-from wadi.distill.loop import Batch, attach_roles, train_step
 from wadi.distill.optimizers import initial_state
+from wadi.distill.setup import attach_roles
+from wadi.distill.step import train_step
 from wadi.errors import WadiError
 from wadi.sampling import many_steps, noise, one_step, predict_guided
 

@@ -11,9 +11,10 @@ from wadi.backbones import check_not_distilled, from_pipeline, load_pipeline
 from wadi.cli.main import main
 from wadi.diffusion.process import Process
 from wadi.diffusion.schedulers import one_step_scheduler
-from wadi.distill import loop
+from wadi.distill import setup
 from wadi.distill.config import DistillConfig, FakeConfig, StudentConfig
 from wadi.errors import WadiError
+from wadi.sampling import student_timestep
 
 CONFIG = DistillConfig(student=StudentConfig(rank=2), fake=FakeConfig(rank=2))
 
@@ -87,7 +88,7 @@ def test_a_teacher_with_an_adapter_attached(tmp_path):
     pipeline = small_pipelines.make("sd1", tmp_path / "parts")
     pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     with raises_naming("to_q"):
-        loop.attach_roles(from_pipeline(pipeline), CONFIG)
+        setup.attach_roles(from_pipeline(pipeline), CONFIG)
     pipeline.save_pretrained(tmp_path / "saved")
     with raises_naming("unet", "8 tensors", "to_q", "fuse_lora"):
         load_pipeline(tmp_path / "saved")
@@ -95,13 +96,13 @@ def test_a_teacher_with_an_adapter_attached(tmp_path):
 
 def test_a_rank_above_what_any_layer_has(pipeline):
     with raises_naming("student.rank", "65", "32"):
-        loop.attach_roles(from_pipeline(pipeline), replace(CONFIG, student=StudentConfig(rank=65)))
+        setup.attach_roles(from_pipeline(pipeline), replace(CONFIG, student=StudentConfig(rank=65)))
 
 
 @pytest.mark.parametrize("pattern", ["nothing_like_it", r".*norm1", r"mid_block\.attentions\.0"])
 def test_a_pattern_that_matches_nothing_or_nothing_that_can_be_rotated(pipeline, pattern):
     with pytest.raises(WadiError, match=r"Linear|Conv2d") as caught:
-        loop.attach_roles(from_pipeline(pipeline), replace(CONFIG, student=StudentConfig(rank=2, target_modules=pattern)))
+        setup.attach_roles(from_pipeline(pipeline), replace(CONFIG, student=StudentConfig(rank=2, target_modules=pattern)))
     assert "\n" not in str(caught.value)
 
 
@@ -150,8 +151,8 @@ def test_a_schedule_that_ends_in_pure_noise_needs_an_earlier_timestep(folder_of)
     pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, rescale_betas_zero_snr=True)
     backbone = from_pipeline(pipeline)
     with raises_naming("999"):
-        loop.student_timestep(backbone, None)
-    assert loop.student_timestep(backbone, 800) == 800
+        student_timestep(backbone, None)
+    assert student_timestep(backbone, 800) == 800
 
 
 def test_plan_without_anything_to_plan_for(capsys):

@@ -13,8 +13,8 @@ import tiny
 from runs import at_steps, terminate
 from wadi.backbones import load_pipeline
 from wadi.backbones.digest import loaded_digest, teacher_digest
-from wadi.distill import checkpoints, loop
-from wadi.errors import WadiError
+from wadi.distill import checkpoint_folders, loop
+from wadi.errors import Interrupted, WadiError
 from wadi.io import digest_cache
 
 
@@ -156,7 +156,7 @@ def interrupted(sd_folder, prompts_path, tmp_path, monkeypatch):
     folder = shutil.copytree(sd_folder, tmp_path / "teacher")
     config = tiny.settings(folder, prompts_path, tmp_path / "run", steps=3)
     at_steps(monkeypatch, {1}, terminate)
-    with pytest.raises(loop.Interrupted):
+    with pytest.raises(Interrupted):
         loop.distill(config)
     return config, folder
 
@@ -171,7 +171,7 @@ def test_a_run_is_not_continued_with_a_teacher_that_changed_in_any_part(interrup
 
 def test_a_run_of_an_earlier_version_is_continued_and_has_the_digest_from_then_on(interrupted):
     config, folder = interrupted
-    last, _ = checkpoints.latest(tmp := (folder.parent / "run" / "checkpoints"))
+    last, _ = checkpoint_folders.latest(tmp := (folder.parent / "run" / "checkpoints"))
     state = json.loads((last / "state.json").read_text())
     assert state.pop("pipeline") == teacher_digest(folder)
     (last / "state.json").write_text(json.dumps(state))
@@ -179,7 +179,7 @@ def test_a_run_of_an_earlier_version_is_continued_and_has_the_digest_from_then_o
     manifest["state.json"] = digest_cache.sha256(last / "state.json")
     (last / "manifest.json").write_text(json.dumps(manifest))
     loop.distill(config)
-    last, _ = checkpoints.latest(tmp)
+    last, _ = checkpoint_folders.latest(tmp)
     state = json.loads((last / "state.json").read_text())
     assert state["step"] == 3
     assert state["pipeline"] == teacher_digest(folder)

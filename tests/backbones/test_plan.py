@@ -11,11 +11,13 @@ import torch
 from wadi import roles
 from wadi.backbones import from_pipeline, load_pipeline
 from wadi.cli.main import main
+from wadi.distill.batch import Batch
 from wadi.distill.config import DistillConfig, FakeConfig, StudentConfig
-from wadi.distill.loop import Batch, attach_roles, train_step
 from wadi.distill.optimizers import initial_state
 from wadi.distill.plan import plan
 from wadi.distill.plan.memory import LiveBytes, peak_bytes
+from wadi.distill.setup import attach_roles
+from wadi.distill.step import train_step
 
 CONFIG = DistillConfig(batch=4, student=StudentConfig(rank=16), fake=FakeConfig(rank=4, guidance_scale=1.0))
 

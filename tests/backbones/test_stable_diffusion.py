@@ -138,7 +138,7 @@ def linears_of_the_blocks(network):
 def test_default_targets_are_the_papers_layers(backbone, tmp_path, prompts_path):
     """Every Linear of the blocks for the student; for the fake model not the projections and not the time embeddings'."""
     import tiny
-    from wadi.distill.loop import attach_roles
+    from wadi.distill.setup import attach_roles
 
     linears = linears_of_the_blocks(backbone.network)
     attach_roles(backbone, tiny.settings("x", prompts_path, tmp_path / "run"))

@@ -12,7 +12,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import tiny
-from wadi import roles
 from wadi.analysis.swap import matching
 from wadi.backbones import load_pipeline
 from wadi.cli.guard import BAD_INPUT, guard
@@ -20,9 +19,11 @@ from wadi.cli.main import main
 from wadi.distill import checkpoints
 from wadi.errors import WadiError
 from wadi.extras.lora.training import attach_lora
+from wadi.io import patterns
 from wadi.io.files import whole_folder
 from wadi.io.images import open_image
 from wadi.io.yaml_files import check_yaml_size
+from wadi.lorad.angles import largest_rank
 
 ENDLESS = r"(\w|\w\w|\.|\w\.)+[#!]"
 
@@ -88,14 +89,15 @@ def test_a_group_of_settings_is_still_read_from_a_file(sd_folder, tmp_path, caps
 
 
 def test_a_pattern_that_never_ends_is_named(sd_folder, monkeypatch):
-    monkeypatch.setattr(roles, "PATTERN_SECONDS", 0.2)
+    monkeypatch.setattr(patterns, "TIME_LIMIT", 0.2)
     network = load_pipeline(sd_folder).unet
     with pytest.raises(WadiError, match="--layers"):
         matching(r"(a|aa)+$")("a" * 60 + "b")
     with pytest.raises(WadiError) as error:
         attach_lora(network, 2, ENDLESS)
     assert repr(ENDLESS) in str(error.value)
-    assert roles.full_rank(network, ENDLESS) is None
+    with pytest.raises(WadiError):
+        largest_rank(network, ENDLESS)
 
 
 def test_a_lora_is_put_on_what_its_pattern_matches(sd_folder):

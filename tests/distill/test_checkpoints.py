@@ -12,8 +12,8 @@ from torch import nn
 
 from failing import fails
 from wadi import roles
-from wadi.distill import checkpoints
-from wadi.distill.checkpoints import TrainState
+from wadi.distill import checkpoint_folders, checkpoints
+from wadi.distill.state import TrainState
 from wadi.io.files import sha256
 from wadi.io.temporary import sweep
 from wadi.lorad import LoRaDConfig
@@ -34,7 +34,9 @@ def spoil(path):
 
 def steps_in(folder, intact=True):
     return [
-        n for n in range(10) if (path := checkpoints.place(folder, n)).exists() and (checkpoints.damage(path) is None) == intact
+        n
+        for n in range(10)
+        if (path := checkpoint_folders.place(folder, n)).exists() and (checkpoint_folders.damage(path) is None) == intact
     ]
 
 
@@ -49,19 +51,19 @@ def test_intact_checkpoints_are_never_crowded_out_by_damaged_ones(damaged, keep,
         saved(tmp_path, step)
     for step, bad in enumerate(damaged, 1):
         if bad:
-            spoil(checkpoints.place(tmp_path, step))
+            spoil(checkpoint_folders.place(tmp_path, step))
     if all(damaged):
         with fails("step-0000004"):
-            checkpoints.latest(tmp_path)
+            checkpoint_folders.latest(tmp_path)
         return
-    found, complaints = checkpoints.latest(tmp_path)
-    start = checkpoints.step_of(found)
+    found, complaints = checkpoint_folders.latest(tmp_path)
+    start = checkpoint_folders.step_of(found)
     assert (start, len(complaints)) == (max(steps_in(tmp_path)), 4 - start)
     before = steps_in(tmp_path)
     for step in range(start + 1, start + 4):
         saved(tmp_path, step, keep, keep_every)
-        newest, _ = checkpoints.latest(tmp_path)
-        assert checkpoints.step_of(newest) == step  # the same command continues from what was just saved
+        newest, _ = checkpoint_folders.latest(tmp_path)
+        assert checkpoint_folders.step_of(newest) == step  # the same command continues from what was just saved
         before = [*before, step]
         every = [n for n in before if keep_every and n % keep_every == 0]
         assert steps_in(tmp_path) == sorted({*before[-keep:], *every})
@@ -105,15 +107,15 @@ def test_killed_before_any_change_of_the_file_system_it_still_continues(damaged,
         for step in (1, 2, 3):
             saved(folder, step)
         for step in damaged:
-            spoil(checkpoints.place(folder, step))
+            spoil(checkpoint_folders.place(folder, step))
         start = max(steps_in(folder))
         alive = not killed_at(operation, lambda folder=folder, new=start + 1: saved(folder, new, keep))
         sweep(folder, "step-*")
         assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
-        found, _ = checkpoints.latest(folder)
-        assert checkpoints.step_of(found) in (start, start + 1)
+        found, _ = checkpoint_folders.latest(folder)
+        assert checkpoint_folders.step_of(found) in (start, start + 1)
         saved(folder, start + 1, keep)
-        assert checkpoints.latest(folder)[0].name == f"step-000000{start + 1}"
+        assert checkpoint_folders.latest(folder)[0].name == f"step-000000{start + 1}"
         operation += 1
     assert operation > 3
 
@@ -127,7 +129,7 @@ def test_a_kill_between_two_renames_loses_no_checkpoint(tmp_path):
     (tmp_path / "notes.txt").touch()
     sweep(tmp_path, "step-*")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "step-0000001"]
-    assert checkpoints.latest(tmp_path)[0].name == "step-0000001"
+    assert checkpoint_folders.latest(tmp_path)[0].name == "step-0000001"
     saved(tmp_path, 1).rename(tmp_path / ".step-0000001.456.old")
     saved(tmp_path, 1)
     sweep(tmp_path, "step-*")
@@ -157,8 +159,8 @@ def rewrite(path, change):
 def test_what_cannot_be_continued_from_is_passed_over(what, change, tmp_path):
     saved(tmp_path, 1)
     rewrite(saved(tmp_path, 2), change)
-    found, complaints = checkpoints.latest(tmp_path)
-    assert checkpoints.step_of(found) == 1
+    found, complaints = checkpoint_folders.latest(tmp_path)
+    assert checkpoint_folders.step_of(found) == 1
     assert len(complaints) == 1
     assert "step-0000002" in complaints[0]
 
@@ -175,4 +177,4 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
     with fails("step 1", "student", "0.lorad_A"):
         checkpoints.save(tmp_path, state, "teacher", keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-0000000"]
-    assert checkpoints.latest(tmp_path)[1] == []
+    assert checkpoint_folders.latest(tmp_path)[1] == []

@@ -12,9 +12,11 @@ from runs import assert_same_run, at_steps, state_of, terminate
 from wadi import roles
 from wadi.backbones import from_pipeline, load_pipeline
 from wadi.distill.batch import Batch
-from wadi.distill.loop import Interrupted, attach_roles, distill, train_step
+from wadi.distill.loop import distill
 from wadi.distill.optimizers import initial_state
-from wadi.errors import WadiError
+from wadi.distill.setup import attach_roles
+from wadi.distill.step import train_step
+from wadi.errors import Interrupted, WadiError
 
 
 def test_checkpointed_blocks_are_computed_again_and_nothing_frozen_has_a_gradient(sd_folder, prompts_path):

@@ -13,8 +13,8 @@ from torch.testing import assert_close
 import tiny
 from processes import distilled, finish, free_port, start, stopped_at
 from runs import assert_same_run, state_of, stats_of
-from wadi.distill import checkpoints
-from wadi.distill.checkpoints import TrainState
+from wadi.distill import checkpoint_folders
+from wadi.distill.state import TrainState
 from wadi.parallel.ranks import Ranks
 from wadi.prompts.order import PromptOrder
 
@@ -75,7 +75,7 @@ def test_a_run_on_two_is_stopped_by_one_and_resumes_to_the_bit(alone, sd_folder,
     one = start(2, distilled, straight, log=tmp_path / "log")
     two = start(2, stopped_at, broken, 2, 1, signal.SIGTERM, log=tmp_path / "first")
     assert finish(two) == [128 + signal.SIGTERM] * 2, (tmp_path / "first-0").read_text()
-    assert checkpoints.latest(tmp_path / "broken" / "checkpoints")[0].name == "step-0000003"
+    assert checkpoint_folders.latest(tmp_path / "broken" / "checkpoints")[0].name == "step-0000003"
     wrong = dataclasses.replace(broken, batch=4)
     assert finish(start(2, distilled, wrong, log=tmp_path / "wrong")) == [2, 2]
     complaint = (tmp_path / "wrong-0").read_text()
@@ -98,12 +98,12 @@ def test_a_process_that_dies_ends_the_run_with_a_line(sd_folder, prompts_path, t
     codes = finish(start(2, stopped_at, config, 3, 1, signal.SIGKILL, log=tmp_path / "log"))
     assert codes == [2, -signal.SIGKILL]
     assert "Traceback" not in (tmp_path / "log-0").read_text()
-    found, complaints = checkpoints.latest(tmp_path / "run" / "checkpoints")
+    found, complaints = checkpoint_folders.latest(tmp_path / "run" / "checkpoints")
     assert (found.name, complaints) == ("step-0000003", [])
 
 
 def rank(count, index):
-    one = Ranks()
+    one = Ranks.of_process_group()
     one.count, one.index = count, index
     return one
 

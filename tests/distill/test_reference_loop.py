@@ -17,7 +17,7 @@ from torch.testing import assert_close
 import tiny
 from runs import stats_of
 from wadi import roles
-from wadi.distill import checkpoints, loop
+from wadi.distill import checkpoint_folders, loop
 from wadi.distill.loop import distill
 
 T = 1000
@@ -263,7 +263,7 @@ def test_the_loop_is_the_method(settings, teacher, prompts_path, tmp_path, monke
         assert reported == pytest.approx(stats, rel=2e-4, abs=1e-9), line["step"]
 
     # where they lead
-    last, _ = checkpoints.latest(folder / "checkpoints")
+    last, _ = checkpoint_folders.latest(folder / "checkpoints")
     ema = {k.removeprefix("ema."): v for k, v in load_file(last / "training.safetensors").items() if k.startswith("ema.")}
     for role, tensors, wanted in (
         ("student", load_file(last / "student" / roles.WEIGHTS), reference.angles["student"]),

@@ -16,8 +16,9 @@ import tiny
 from failing import fails
 from runs import WARM, assert_same_run, at_steps, state_of, terminate
 from wadi import roles
-from wadi.distill import checkpoints, loop
-from wadi.distill.loop import Interrupted, distill
+from wadi.distill import checkpoint_folders, loop
+from wadi.distill.loop import distill
+from wadi.errors import Interrupted
 
 # --- resuming -----------------------------------------------------------------------------------------------------------------
 
@@ -225,7 +226,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(sd_folder, prompts_path, tmp_pa
                 distill(config)
         finally:
             disk.__exit__(None, None, None)
-    last, complaints = checkpoints.latest(tmp_path / "run" / "checkpoints")
+    last, complaints = checkpoint_folders.latest(tmp_path / "run" / "checkpoints")
     assert (last.name, complaints) == ("step-0000002", [])
     left = [path.name for path in (tmp_path / "run").rglob("*") if path.name.endswith((".tmp", ".old"))]
     assert left == []

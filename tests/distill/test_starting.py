@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ import torch
 import tiny
 from processes import finish, start
 from runs import WARM, assert_same_run, at_steps, state_of, terminate
-from wadi.distill import loop, preview
-from wadi.distill.loop import Interrupted, attach_roles, distill
-from wadi.errors import WadiError
+from wadi.distill import loop, preview, setup, step
+from wadi.distill.loop import distill
+from wadi.distill.run_folder import Run
+from wadi.distill.setup import attach_roles
+from wadi.errors import Interrupted, WadiError
 
 
 def contents(folder):
@@ -41,23 +44,23 @@ def test_a_start_with_other_settings_changes_nothing(change, stopped, prompts_pa
     if "teacher" in change:
         tiny.stable_diffusion(tmp_path / "parts", seed=1).save_pretrained(tmp_path / "other")
         change = {"teacher": str(tmp_path / "other")}
-    before = contents(loop.Path(stopped.out))
+    before = contents(Path(stopped.out))
     with pytest.raises(WadiError):
         distill(dataclasses.replace(stopped, **change))
-    assert contents(loop.Path(stopped.out)) == before
+    assert contents(Path(stopped.out)) == before
 
 
 def test_fewer_steps_than_a_run_has_change_nothing(stopped, capsys):
-    before = contents(loop.Path(stopped.out))
-    assert distill(dataclasses.replace(stopped, steps=1)) == loop.Path(stopped.out)
-    assert contents(loop.Path(stopped.out)) == before
+    before = contents(Path(stopped.out))
+    assert distill(dataclasses.replace(stopped, steps=1)) == Path(stopped.out)
+    assert contents(Path(stopped.out)) == before
     assert "2 steps" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("where", ["/proc/run", "/dev/null/run", "FILE/run", "/" + "x" * 300, "x" * 5000])
 def test_an_unwritable_folder_is_named_before_the_teacher_is_loaded(where, sd_folder, prompts_path, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(loop, "load_pipeline", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr(setup, "load_pipeline", lambda *a: pytest.fail("loaded"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(WadiError, match=r"x{100}|run"):
         distill(tiny.settings(sd_folder, prompts_path, where.replace("FILE", str(tmp_path / "file"))))
@@ -113,12 +116,12 @@ def test_a_rank_above_the_largest_layer_is_named_before_it_is_allocated(role, sd
 def test_the_largest_rank_is_that_of_the_largest_layer(sd_folder):
     from torch import nn
 
-    from wadi import roles
+    from wadi.lorad.angles import largest_rank
 
     model = nn.ModuleDict(
         {"a": nn.Linear(12, 5), "b": nn.Conv2d(4, 16, 3), "c": nn.Linear(6, 100), "d": nn.Conv2d(8, 40, 1, groups=2)}
     )
-    assert [roles.full_rank(model, name) for name in ("a", "b", "c", "d", "a|b", "x", "(")] == [5, 16, 3, 2, 16, None, None]
+    assert [largest_rank(model, name) for name in ("a", "b", "c", "d", "a|b", "x")] == [5, 16, 3, 2, 16, None]
 
 
 # --- several processes --------------------------------------------------------------------------------------------------------
@@ -163,9 +166,9 @@ def test_skipped_steps_are_counted_across_a_resume_and_bounded(sd_folder, prompt
     from wadi.distill.objectives import vsd
 
     config = tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=9, max_skipped=3)
-    plain = loop.vsd_gradient
+    plain = step.vsd_gradient
     assert plain is vsd.vsd_gradient
-    monkeypatch.setattr(loop, "vsd_gradient", lambda *a: plain(*a) * float("nan"))
+    monkeypatch.setattr(step, "vsd_gradient", lambda *a: plain(*a) * float("nan"))
     with monkeypatch.context() as patch:
         at_steps(patch, [1], terminate)
         with pytest.raises(Interrupted, match="2"):
@@ -175,11 +178,11 @@ def test_skipped_steps_are_counted_across_a_resume_and_bounded(sd_folder, prompt
     with pytest.raises(WadiError, match=r"student.*\b3\b.*\b2\b"):
         distill(config)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "vsd_gradient", plain)
+        patch.setattr(step, "vsd_gradient", plain)
         distill(dataclasses.replace(config, steps=3))
     after = state_of(tmp_path / "run")[1]
     assert (after["skipped"], after["skipped_in_a_row"]["student"], after["step"]) == (2, 0, 3)
-    assert [line["skipped"] for line in loop.Run(dataclasses.replace(config, steps=3)).rewind(3)] == [1, 2, 2]
+    assert [line["skipped"] for line in Run(dataclasses.replace(config, steps=3)).rewind(3)] == [1, 2, 2]
 
 
 def test_stats_lines_have_steps_times_and_speeds(sd_folder, prompts_path, tmp_path):

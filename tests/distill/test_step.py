@@ -14,17 +14,18 @@ from failing import fails
 from runs import state_of, stats_of
 from wadi import roles
 from wadi.backbones import load_pipeline
-from wadi.distill import checkpoints, loop
+from wadi.distill import checkpoint_folders, loop, setup, step
 from wadi.distill.config import load as load_config
 from wadi.distill.loop import distill
 from wadi.errors import WadiError
+from wadi.lorad.angles import layer_angles
 
 # --- what changes -------------------------------------------------------------------------------------------------------------
 
 
 def test_angles_change_and_every_other_tensor_stays(sd_folder, prompts_path, tmp_path, monkeypatch):
     kept = []
-    monkeypatch.setattr(loop, "load_pipeline", lambda *a: kept.append(load_pipeline(*a)) or kept[0])
+    monkeypatch.setattr(setup, "load_pipeline", lambda *a: kept.append(load_pipeline(*a)) or kept[0])
     distill(tiny.settings(sd_folder, prompts_path, tmp_path / "run"))
     fresh = load_pipeline(sd_folder)
     for part in ("unet", "vae", "text_encoder"):
@@ -33,7 +34,7 @@ def test_angles_change_and_every_other_tensor_stays(sd_folder, prompts_path, tmp
         assert {key.replace(".base_layer", "") for key in own} == expected.keys()
         assert all(torch.equal(value, expected[key.replace(".base_layer", "")]) for key, value in own.items())
     for role in ("student", "fake"):
-        angles = list(roles.angles(kept[0].unet, role))
+        angles = list(layer_angles(kept[0].unet, role))
         moved = [name for name, theta in angles if theta.abs().max() > 0]
         assert len(moved) > 0.9 * len(angles)  # every layer that the loss reaches
 
@@ -87,9 +88,9 @@ def test_the_student_is_asked_at_its_own_timestep(sd_folder, prompts_path, tmp_p
         with torch.enable_grad():
             return plain(backbone, batch, timestep, config, state)
 
-    gradient = loop.vsd_gradient
+    gradient = step.vsd_gradient
     monkeypatch.setattr(loop, "train_step", train_step)
-    monkeypatch.setattr(loop, "vsd_gradient", lambda x0, *rest: seen.append(x0.detach()) or gradient(x0, *rest))
+    monkeypatch.setattr(step, "vsd_gradient", lambda x0, *rest: seen.append(x0.detach()) or gradient(x0, *rest))
     distill(tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=1, student={"timestep": 800}))
     assert_close(seen[1], seen[0])
 
@@ -128,7 +129,7 @@ def test_what_a_run_leaves_behind(finished_run, sd_folder):
 
 def test_the_moving_average_is_what_is_saved(sd_folder, prompts_path, tmp_path):
     run = distill(tiny.settings(sd_folder, prompts_path, tmp_path / "run", student={"ema": 0.9}))
-    last, _ = checkpoints.latest(run / "checkpoints")
+    last, _ = checkpoint_folders.latest(run / "checkpoints")
     average = {k.removeprefix("ema."): v for k, v in load_file(last / "training.safetensors").items() if k.startswith("ema.")}
     saved = load_file(run / "student" / roles.WEIGHTS)
     live = load_file(last / "student" / roles.WEIGHTS)
@@ -149,13 +150,13 @@ def test_a_finished_run_is_left_as_it_is(finished_run, monkeypatch):
 
 def nan_gradient(monkeypatch, steps):
     """The student's gradient is not a number at ``steps``; the fake model never notices."""
-    plain, calls = loop.vsd_gradient, []
+    plain, calls = step.vsd_gradient, []
 
     def vsd_gradient(*arguments):
         calls.append(None)
         return plain(*arguments) * (float("nan") if len(calls) - 1 in steps else 1)
 
-    monkeypatch.setattr(loop, "vsd_gradient", vsd_gradient)
+    monkeypatch.setattr(step, "vsd_gradient", vsd_gradient)
 
 
 def test_a_step_that_is_not_finite_is_left_out_and_counted(sd_folder, prompts_path, tmp_path, monkeypatch):
@@ -181,7 +182,7 @@ def test_one_role_that_stays_not_finite_stops_the_run(sd_folder, prompts_path, t
     )
     with fails("student", "step 3"):
         distill(config)
-    last, complaints = checkpoints.latest(tmp_path / "run" / "checkpoints")
+    last, complaints = checkpoint_folders.latest(tmp_path / "run" / "checkpoints")
     assert (last.name, complaints) == ("step-0000003", [])
     # the count is part of the state: the same command does not buy three more
     nan_gradient(monkeypatch, set(range(99)))
@@ -198,7 +199,7 @@ def test_a_finite_step_in_between_starts_the_count_anew(sd_folder, prompts_path,
 def test_angles_that_left_the_numbers_stop_the_run(sd_folder, prompts_path, tmp_path):
     with fails("fake"):
         distill(tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=20, max_skipped=2, fake={"lr": 1e25}))
-    assert checkpoints.latest(tmp_path / "run" / "checkpoints") == (None, [])
+    assert checkpoint_folders.latest(tmp_path / "run" / "checkpoints") == (None, [])
 
 
 # --- places and parts ---------------------------------------------------------------------------------------------------------
@@ -242,12 +243,12 @@ def test_learning_rates(sd_folder, prompts_path):
 
     config = tiny.settings("t", "p", "o", steps=10, lr_schedule="cosine", lr_warmup=1, student={"lr": 1.0}, fake={"lr": 10.0})
     rates = []
-    for step in range(11):
+    for n in range(11):
         groups = {role: SimpleNamespace(param_groups=[{}]) for role in ("student", "fake")}
-        set_learning_rates(SimpleNamespace(step=step, optimizers=groups), config)
+        set_learning_rates(SimpleNamespace(step=n, optimizers=groups), config)
         rates.append([groups[role].param_groups[0]["lr"] for role in ("student", "fake")])
     assert all(fake == pytest.approx(10 * student) for student, fake in rates)
-    cosine = [0.1 + 0.45 * (1 + math.cos(math.pi * step / 10)) for step in range(11)]
+    cosine = [0.1 + 0.45 * (1 + math.cos(math.pi * n / 10)) for n in range(11)]
     assert [student for student, _ in rates] == pytest.approx([0.5 * cosine[0], *cosine[1:]])
     assert rates[10][0] == pytest.approx(0.1)
 
@@ -277,8 +278,8 @@ def test_a_run_of_an_earlier_version_with_a_weight_and_no_pairs_is_continued(sd_
 @pytest.mark.parametrize("loss_scale", [1.0, 2.0**16])
 def test_the_gradient_that_a_step_takes_is_no_longer_than_clip_whatever_the_loss_scale(loss_scale):
     """Plain descent at rate 1 moves the angles by the gradient itself. A scaled loss is unscaled before it is clipped."""
-    from wadi.distill.checkpoints import TrainState
     from wadi.distill.optimizers import update
+    from wadi.distill.state import TrainState
 
     for gradient, moved in ((torch.tensor([3.0, 4.0]), torch.tensor([0.3, 0.4])), (torch.tensor([0.03, 0.04]), None)):
         angle = torch.nn.Parameter(torch.zeros(2))

@@ -11,8 +11,9 @@ import tiny
 from processes import distilled, finish, start
 from runs import WARM, assert_same_run, at_steps, state_of, terminate
 from wadi.distill import preview, warm_start
-from wadi.distill.loop import Interrupted, distill
-from wadi.distill.run_folder import stop_on_signals
+from wadi.distill.loop import distill
+from wadi.errors import Interrupted
+from wadi.parallel.signals import stop_on_signals
 
 
 def names_in(folder):
@@ -134,9 +135,9 @@ def test_what_is_ignored_stays_ignored():
         with stop_on_signals() as stop:
             for number in before:
                 os.kill(os.getpid(), number)
-            assert not stop.agreed()
+            assert not stop.synchronise()
             os.kill(os.getpid(), signal.SIGTERM)
-            assert stop.agreed()
+            assert stop.synchronise()
         assert all(signal.getsignal(number) == signal.SIG_IGN for number in before)
     finally:
         for number, handler in before.items():

@@ -15,7 +15,7 @@ import torch
 import tiny
 from processes import distilled, distilled_on_a_full_disk, finish, free_port, start
 from runs import assert_same_run, state_of
-from wadi.distill import checkpoints
+from wadi.distill import checkpoint_folders
 from wadi.distill.loop import distill
 from wadi.distill.run_folder import LOCK, Run
 from wadi.errors import WadiError
@@ -41,9 +41,9 @@ def test_killed_at_20_random_moments_it_is_the_uninterrupted_run_to_the_bit(sd_f
         process.kill()
         process.join()
         kills += 1
-        found, complaints = checkpoints.latest(tmp_path / "killed" / "checkpoints")
+        found, complaints = checkpoint_folders.latest(tmp_path / "killed" / "checkpoints")
         assert complaints == []
-        steps.append(checkpoints.step_of(found))
+        steps.append(checkpoint_folders.step_of(found))
         midst += bool(list((tmp_path / "killed").glob("**/.*.tmp")))
     assert steps == sorted(set(steps))  # no kill lost a saved step
     assert midst > 0  # some hit a save
@@ -66,7 +66,7 @@ def newest(run):
 def test_the_last_and_every_so_many_th_checkpoints_stay(sd_folder, prompts_path, tmp_path):
     changes = {"steps": 7, "checkpoint_every": 1, "keep_checkpoints": 2, "keep_every": 3}
     run = distill(tiny.settings(sd_folder, prompts_path, tmp_path / "run", **changes))
-    assert sorted(checkpoints.step_of(path) for path in (run / "checkpoints").iterdir()) == [3, 6, 7]
+    assert sorted(checkpoint_folders.step_of(path) for path in (run / "checkpoints").iterdir()) == [3, 6, 7]
 
 
 def holding(config, index):
@@ -188,7 +188,7 @@ def test_a_clock_that_goes_backwards(sd_folder, prompts_path, tmp_path, monkeypa
         patch.setattr(time, "time", lambda: next(hours) * 3600.0)
         patch.setattr(os, "replace", replace)
         distill(configs[1])
-    assert checkpoints.latest(tmp_path / "odd" / "checkpoints")[0].name == "step-0000003"
+    assert checkpoint_folders.latest(tmp_path / "odd" / "checkpoints")[0].name == "step-0000003"
     assert_same_run(tmp_path / "plain", tmp_path / "odd")
 
 
@@ -231,10 +231,10 @@ def test_a_full_disk_while_a_grid_is_written(world, sd_folder, prompts_path, tmp
     assert "Cannot write" in told[0]
     assert "samples" in told[0]
     assert all("Traceback" not in text for text in told), told
-    last, complaints = checkpoints.latest(tmp_path / "run" / "checkpoints")
+    last, complaints = checkpoint_folders.latest(tmp_path / "run" / "checkpoints")
     assert (last.name, complaints) == ("step-0000002", [])
     assert finish(start(world, distilled, longer, log=tmp_path / "again")) == [0] * world
-    assert checkpoints.latest(tmp_path / "run" / "checkpoints")[0].name == "step-0000003"
+    assert checkpoint_folders.latest(tmp_path / "run" / "checkpoints")[0].name == "step-0000003"
 
 
 @pytest.mark.slow
@@ -252,6 +252,6 @@ def test_a_launcher_that_is_told_to_end_lets_the_run_save(sd_folder, prompts_pat
         time.sleep(0.1)
     launched.send_signal(signal.SIGTERM)
     assert launched.wait(120) != 0
-    found, complaints = checkpoints.latest(tmp_path / "run" / "checkpoints")
+    found, complaints = checkpoint_folders.latest(tmp_path / "run" / "checkpoints")
     assert complaints == []
-    assert checkpoints.step_of(found) == len(stats.read_text().splitlines()) > 1
+    assert checkpoint_folders.step_of(found) == len(stats.read_text().splitlines()) > 1

@@ -14,10 +14,9 @@ from wadi.backbones.lazy_tensors import LazyTensors, network_weights
 from wadi.backbones.weight_files import split_variant
 from wadi.errors import WadiError
 from wadi.lorad.rotation import Factor, pair_angles, rotate
+from wadi.lorad.stored import PEFT_PREFIX
 from wadi.zoo.paths import NAME as ZOO
 from wadi.zoo.paths import embedded_path, resolve_teacher
-
-_PREFIX = "base_model.model."
 
 
 class RotatedLayer(NamedTuple):
@@ -37,9 +36,9 @@ class AdaptedNetwork(Mapping[str, Tensor]):
     """
 
     def __init__(self, base: LazyTensors, folder: Path) -> None:
-        roles.read_config(folder)
+        roles.check_lorad(folder, roles.read_config(folder))
         self.base, self.stored = base, LazyTensors([folder / roles.WEIGHTS])
-        names = {key: key.removeprefix(_PREFIX).rpartition(".lorad_") for key in self.stored}
+        names = {key: key.removeprefix(PEFT_PREFIX).rpartition(".lorad_") for key in self.stored}
         if unknown := sorted(key for key, (layer, _, end) in names.items() if not layer or end not in ("A", "B")):
             raise WadiError(f"Adapter {str(folder)!r} contains {unknown[0]!r}. Only angles (lorad_A, lorad_B) can be read.")
         self._keys = {(layer, end): key for key, (layer, _, end) in names.items()}

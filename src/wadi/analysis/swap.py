@@ -16,7 +16,7 @@ from wadi.analysis.change import exchange_rows
 from wadi.analysis.sources import LoadedNetwork
 from wadi.backbones.lazy_tensors import LazyTensors
 from wadi.errors import WadiError
-from wadi.roles import matched
+from wadi.io.patterns import matching_names
 
 TAKES = ("norm", "direction")
 
@@ -25,10 +25,10 @@ def matching(layers: str) -> Callable[[str], bool]:
     """Return a function that says whether a regular expression matches the whole name of a layer, as ``target_modules`` does.
 
     Raises:
-        WadiError: if it is not a regular expression, or later if it takes too long (see `wadi.roles.matched`).
+        WadiError: if it is not a regular expression, or later if it takes too long (see `wadi.io.patterns.matching_names`).
     """
-    matched(layers, (), "--layers")
-    return lambda name: bool(matched(layers, [name], "--layers"))
+    matching_names(layers, (), "--layers")
+    return lambda name: bool(matching_names(layers, [name], "--layers"))
 
 
 @torch.no_grad()

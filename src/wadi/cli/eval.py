@@ -49,7 +49,7 @@ def run(arguments: Arguments) -> int:
     device = find_device(options.device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         device = make_accelerator(device, None, Path(options.pictures)).device
-    return _evaluate(arguments, device, Ranks())
+    return _evaluate(arguments, device, Ranks.of_process_group())
 
 
 def _evaluate(arguments: Arguments, device: Any, ranks: Any) -> int:

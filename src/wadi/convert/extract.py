@@ -30,6 +30,7 @@ from wadi.errors import WadiError
 from wadi.io.files import whole_folder
 from wadi.io.outputs import check_out
 from wadi.io.weight_checks import check_finite
+from wadi.lorad.angles import set_factors
 from wadi.zoo.paths import resolve_teacher
 
 NAME = "student"
@@ -195,7 +196,7 @@ def _fill(
             check_finite(whose, {f"{name}.weight": tensor})
         A, B = factors(angles_between(W, S), rank)
         layer: Any = network.get_submodule(name)
-        layer.lorad_A[NAME], layer.lorad_B[NAME] = nn.Parameter(A), nn.Parameter(B)
+        set_factors(layer, NAME, A, B)
         changes.append(measure(name, W, S, A, B))
     adapted = {f"{name}.weight" for name in names}
     outside = [name for name in before if name not in adapted and not torch.equal(before[name].float(), after[name].float())]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wadi.backbones import Backbone, Condition
 from wadi.backbones.digest import loaded_digest
-from wadi.distill.checkpoints import fingerprint
+from wadi.distill.state import fingerprint
 from wadi.errors import WadiError
 from wadi.io.progress import progress
 from wadi.prompts import cache

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from wadi import roles
+from wadi.lorad.angles import layer_angles
 
 BUCKETS = 4  # of timesteps, in quarters of the schedule
 LOW_DIVERSITY = 0.5  # same-prompt diversity below this share of the teacher's is called a collapse
@@ -35,13 +35,18 @@ def distance_by_timestep(sums: Tensor) -> dict[str, float]:
 
 
 def angle_stats(network: nn.Module, role: str) -> dict[str, float]:
-    """RMS and largest absolute angle over all layers of a role, in radians, and the share above 1e-3."""
+    """Return RMS and largest absolute angle of a role over all layers, in radians, and the share above 1e-3.
+
+    Nothing if the role's adapter is of another method than LoRaD.
+    """
     count, sums, largest = 0, [], []
-    for _, theta in roles.angles(network, role):
+    for _, theta in layer_angles(network, role):
         magnitude = theta.abs()
         sums.append(torch.stack([magnitude.square().sum(), (magnitude > 1e-3).sum()]))
         largest.append(magnitude.max())
         count += theta.numel()
+    if not count:
+        return {}
     # one transfer for all layers; float64 on the CPU, as Apple's GPUs have none
     each = torch.cat([torch.stack(sums), torch.stack(largest).unsqueeze(1)], 1).cpu().double()
     (square, above), most = each[:, :2].sum(0).tolist(), float(each[:, 2].max())

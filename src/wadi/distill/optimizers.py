@@ -1,8 +1,7 @@
-"""The two optimisers of a run, their learning rates, and the moving average of the student's angles."""
+"""The optimisers of both roles, their learning rates, and the moving average of the student's adapter."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,24 +10,32 @@ import torch
 from torch import Tensor, nn
 
 from wadi import roles
-from wadi.distill.checkpoints import TrainState
 from wadi.distill.config import DistillConfig
+from wadi.distill.schedules import average_weight, cosine_to_a_tenth, rise
+from wadi.distill.state import TrainState
 from wadi.errors import WadiError
+from wadi.parallel.ranks import Ranks
 
 
-def initial_state(network: nn.Module, config: DistillConfig, device: torch.device) -> TrainState:
-    """Optimisers, scalers, generator and moving average at step 0."""
+def initial_state(network: nn.Module, config: DistillConfig, device: torch.device, ranks: Ranks | None = None) -> TrainState:
+    """Return the state at step 0: optimisers, scalers, random generator and moving average.
 
-    def adamw(role: str, lr: float) -> Any:
-        angles = list(roles.parameters(network, role).values())
-        return kind(angles, lr=lr, betas=config.betas, weight_decay=config.weight_decay)
+    Args:
+        ranks: the processes of the run; None = this one alone.
+    Raises:
+        WadiError: if the config wants 8-bit moments and bitsandbytes is not installed.
+    """
+    optimizer_class = _adamw8bit() if config.optimizer == "adamw8bit" else torch.optim.AdamW
 
-    kind = _adamw8bit() if config.optimizer == "adamw8bit" else torch.optim.AdamW
+    def optimizer_of(role: str, lr: float) -> Any:
+        trainable = list(roles.parameters(network, role).values())
+        return optimizer_class(trainable, lr=lr, betas=config.betas, weight_decay=config.weight_decay)
 
-    optimizers = {"student": adamw("student", config.student.lr), "fake": adamw("fake", config.fake.lr)}
+    optimizers = {"student": optimizer_of("student", config.student.lr), "fake": optimizer_of("fake", config.fake.lr)}
     scalers = {role: torch.amp.GradScaler(device.type, enabled=config.dtype == "float16") for role in optimizers}
     ema = {k: v.clone() for k, v in roles.state_dict(network, "student").items()} if config.student.ema else {}
-    return TrainState(network, dict(optimizers), scalers, torch.Generator().manual_seed(config.seed), ema)
+    generator = torch.Generator().manual_seed(config.seed)
+    return TrainState(network, dict(optimizers), scalers, generator, ema, ranks or Ranks())
 
 
 def _adamw8bit() -> Any:
@@ -36,25 +43,32 @@ def _adamw8bit() -> Any:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise WadiError(
-            "optimizer is 'adamw8bit', and bitsandbytes is not installed. Expected it, or 'adamw': "
-            "pip install 'wadi-onestep[8bit]'."
+            "optimizer is 'adamw8bit', and bitsandbytes is not installed. Install it (pip install 'wadi-onestep[8bit]'), or "
+            "set optimizer to 'adamw'."
         ) from error
     return AdamW8bit
 
 
+def backward(state: TrainState, role: str, loss: Tensor) -> None:
+    """Add the gradient of ``loss`` to the parameters of ``role``; scaled, where the network computes in float16."""
+    state.scalers[role].scale(loss).backward()
+
+
 def update(state: TrainState, role: str, config: DistillConfig) -> Tensor:
-    """Average over processes, clip, step and clear one role's optimiser; the gradient's norm before clipping.
+    """Make one update of a role: average its gradient over processes, clip it, step, and clear it. Communicates.
 
-    A non-finite gradient is counted and its step left out.
+    A step with a non-finite gradient is counted and left out.
 
+    Returns:
+        Norm of the gradient before clipping.
     Raises:
-        WadiError: after ``config.max_skipped`` steps in a row without a finite gradient.
+        WadiError: after ``config.max_skipped`` steps in a row with a non-finite gradient.
     """
     optimizer, scaler = state.optimizers[role], state.scalers[role]
-    angles = optimizer.param_groups[0]["params"]
-    state.ranks.average([angle.grad for angle in angles if angle.grad is not None])
+    trainable = optimizer.param_groups[0]["params"]
+    state.ranks.average([parameter.grad for parameter in trainable if parameter.grad is not None])
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(angles, config.clip)
+    norm = nn.utils.clip_grad_norm_(trainable, config.clip)
     if norm.isfinite():
         scaler.step(optimizer)
         in_a_row = 0
@@ -66,43 +80,41 @@ def update(state: TrainState, role: str, config: DistillConfig) -> Tensor:
     optimizer.zero_grad(set_to_none=True)
     if in_a_row >= config.max_skipped:
         raise WadiError(
-            f"The {role}'s gradient was not finite {in_a_row} times in a row at step {state.step}. "
-            "Expected finite numbers: try dtype bfloat16 or float32, a lower student.lr or fake.lr, or an earlier "
-            "student.timestep. The last checkpoint is untouched."
+            f"The {role}'s gradient was not finite {in_a_row} times in a row at step {state.step}. The last checkpoint is "
+            "untouched. Try dtype bfloat16 or float32, a lower student.lr or fake.lr, or an earlier student.timestep."
         )
     return norm
 
 
 @contextmanager
 def averaged(state: TrainState) -> Iterator[None]:
-    """Within the block the student's angles are their moving average, if one is kept."""
+    """Within the block the student's adapter has its moving average as values, if there is one."""
     with torch.no_grad():
         live = roles.state_dict(state.network, "student")
-        raw = {key: live[key].clone() for key in state.ema}
+        current = {key: live[key].clone() for key in state.ema}
         for key, average in state.ema.items():
             live[key].copy_(average)
     try:
         yield
     finally:
-        for key, value in raw.items():
+        for key, value in current.items():
             live[key].copy_(value)
 
 
 @torch.no_grad()
 def update_average(state: TrainState, decay: float) -> None:
-    """Move the average; early on it follows faster, so that it forgets where it began."""
+    """Move the average towards the student. It follows faster in early steps, so that it forgets the start."""
     if state.ema:
-        weight = 1 - min(decay, (1 + state.step) / (10 + state.step))
+        weight = average_weight(state.step, decay)
         for key, value in roles.state_dict(state.network, "student").items():
             state.ema[key].lerp_(value, weight)
 
 
 def set_learning_rates(state: TrainState, config: DistillConfig) -> None:
-    """Both learning rates at the state's step: linear rise, then constant or a cosine to a tenth."""
-    rise = min(1.0, (state.step + 1) / (config.lr_warmup + 1))
-    fall = 1.0
-    if config.lr_schedule == "cosine":
-        fall = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * state.step / config.steps))
-    for role, lr in (("student", config.student.lr), ("fake", config.fake.lr)):
-        for group in state.optimizers[role].param_groups:
-            group["lr"] = lr * rise * fall
+    """Set both learning rates for the state's step: a linear rise, then constant or a cosine down to a tenth."""
+    warmup = rise(state.step + 1, config.lr_warmup + 1)
+    fall = cosine_to_a_tenth(state.step, config.steps) if config.lr_schedule == "cosine" else 1.0
+    rates = {"student": config.student.lr, "fake": config.fake.lr}
+    for role, optimizer in state.optimizers.items():
+        for group in optimizer.param_groups:
+            group["lr"] = rates[role] * warmup * fall

@@ -1,4 +1,4 @@
-"""The folder of a run: its config, statistics and sample grids, and stopping between two steps."""
+"""The folder of a run: its config, statistics and image grids, and the lock that keeps a second run out."""
 
 from __future__ import annotations
 
@@ -7,20 +7,16 @@ import json
 import math
 import os
 import re
-import signal
 import socket
 import stat
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 from wadi import roles
 from wadi.distill import config as configs
 from wadi.distill.config import DistillConfig
-from wadi.errors import Interrupted, WadiError
+from wadi.errors import WadiError
 from wadi.io.files import remove_folder, write_whole
 from wadi.io.outputs import JUNK, check_replaceable, check_writable, write_error
 from wadi.io.progress import console
@@ -32,17 +28,21 @@ from wadi.parallel.ranks import Ranks
 LOCK = ".lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what some network file systems answer
 ROLES = ("student", "fake")  # the adapter folders of a run
-STEP_0 = "step-0000000"  # a checkpoint of it has nothing that a new start has not
+STEP_0 = "step-0000000"  # its checkpoint holds no training yet
 WARM_START = "warm_start.safetensors"
 _FIRST_FILES = rf"{re.escape(LOCK)}|\.config\.yaml\..*tmp"
 
 
 class Run:
-    """``runs/NAME`` on disk. Naming it checks that it is new, holds the same config, or holds no checkpoint; `open` writes.
+    """The folder of a run. The constructor checks that it can be used; `open` writes to it. Communicates.
 
+    A folder can be used if it is new or empty, has the same config, or has no checkpoint yet.
+
+    Args:
+        ranks: the processes of the run; None = this one alone.
     Raises:
-        WadiError: if the folder cannot be written, or holds a run of another config (the difference is shown) or something
-            else. On every process, whichever of them noticed.
+        WadiError: if the folder cannot be written, or contains other files or a run with another config (the message shows the
+            difference).
     """
 
     def __init__(self, config: DistillConfig, ranks: Ranks | None = None) -> None:
@@ -53,50 +53,49 @@ class Run:
         self.samples = self.folder / "samples"
         self.stats_file = self.folder / "stats.jsonl"
         self.config_file = self.folder / "config.yaml"
-        self.ranks.first(self._check)
+        self.ranks.on_first(self._check)
 
     def _check(self) -> None:
         try:
             if self.config_file.exists():
-                changed = configs.differences(configs.load(self.config_file), self.config, sources=not self._saved())
-                if changed and self._begun():
+                changed = configs.differences(configs.load(self.config_file), self.config, sources=not self._has_checkpoint())
+                if changed and self._has_any_checkpoint():
                     raise WadiError(
-                        f"{str(self.folder)!r} holds a run of another config. Different: {'; '.join(changed)}. Expected the "
-                        "same command as before, or another --out."
+                        f"{str(self.folder)!r} contains a run with another config. Different: {'; '.join(changed)}. Use the "
+                        "same command as before, or choose another --out."
                     )
-            elif self.folder.exists() and (not self.folder.is_dir() or self._foreign()):
+            elif self.folder.exists() and (not self.folder.is_dir() or self._other_files()):
                 raise WadiError(
-                    f"--out {str(self.folder)!r} exists and is no run (it holds no config.yaml). Expected a new or empty "
-                    "folder: choose another --out."
+                    f"--out {str(self.folder)!r} exists and is not a run (it has no config.yaml). Choose a new folder."
                 )
             check_writable(self.folder, folder=True)
         except OSError as error:
             raise write_error(self.folder, error) from error
 
-    def _begun(self) -> bool:
-        """Whether there is something to continue, damaged or not."""
+    def _has_any_checkpoint(self) -> bool:
+        """Return whether there is something to continue, damaged or not."""
         return any(STEP_0 not in path.name for pattern in ("step-*", ".step-*") for path in self.checkpoints.glob(pattern))
 
-    def _saved(self) -> bool:
-        """Whether there is a checkpoint, whose digests say more about teacher and prompts than their names."""
+    def _has_checkpoint(self) -> bool:
+        """Return whether there is a checkpoint. Its digests identify teacher and prompts better than their names do."""
         return any(path.name != STEP_0 for path in self.checkpoints.glob("step-*"))
 
-    def _foreign(self) -> set[str]:
-        """Names in the folder that are not of a start that was killed before it wrote the config."""
+    def _other_files(self) -> set[str]:
+        """Return names in the folder that a run did not write before it was killed at its start."""
         names = {path.name for path in self.folder.iterdir() if not re.fullmatch(_FIRST_FILES, path.name)} - JUNK
         return names - ({"samples"} if self.samples.is_dir() and not any(self.samples.iterdir()) else set())
 
     def forget(self) -> None:
-        """Remove what a start with other settings left that made no checkpoint: its pairs, images and statistics.
+        """Remove the pairs, images and statistics of an earlier start with other settings that saved no checkpoint.
 
         Raises:
             WadiError: if the folder cannot be written.
         """
-        if not self.config_file.exists() or self._begun():
+        if not self.config_file.exists() or self._has_any_checkpoint():
             return
         if changed := configs.differences(configs.load(self.config_file), self.config):
             console.print(
-                f"{self.folder} has no checkpoint of its earlier settings. It starts anew; changed: {'; '.join(changed)}.",
+                f"{self.folder} has no checkpoint of its earlier settings, so it starts again. Changed: {'; '.join(changed)}.",
                 soft_wrap=True,
             )
             try:
@@ -108,7 +107,7 @@ class Run:
                 raise write_error(self.folder, error) from error
 
     def open(self) -> None:
-        """Create the folder and write the config; after everything else was checked, so that a mistyped run leaves no folder.
+        """Create the folder and write the config. Call it after all checks, so that a mistyped command leaves no folder.
 
         Raises:
             WadiError: if the folder cannot be written.
@@ -122,24 +121,25 @@ class Run:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Within the block no other run writes into the folder. The lock goes with the process that holds it.
+        """Within the block no other run can write into the folder. The lock ends with the process that has it. Communicates.
 
         Raises:
-            WadiError: if another process holds it, the folder cannot be written, or an adapter's folder contains other files.
+            WadiError: if another process has the lock, the folder cannot be written, or an adapter's folder contains other
+                files.
         """
-        path, held = self.folder / LOCK, list[int]()
+        path, descriptors = self.folder / LOCK, list[int]()
 
         def take() -> None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                held.extend(_locked(path))
+                descriptors.extend(_lock(path))
             except OSError as error:
                 raise write_error(self.folder, error) from error
-            if not held:
+            if not descriptors:
                 holder = read_text(path, limit=1000).strip() if path.exists() else "just ended"
                 raise WadiError(
-                    f"Another run is writing into {str(self.folder)!r} ({holder}). Expected one at a time: wait for it or stop "
-                    "it, or choose another --out."
+                    f"Another run is writing into {str(self.folder)!r} ({holder}). Wait for it, stop it, or choose another "
+                    "--out."
                 )
             for role in ROLES:  # each save replaces these folders
                 check_replaceable(self.folder / role, roles.FILES)
@@ -147,16 +147,16 @@ class Run:
             sweep(self.checkpoints, "step-*")
 
         try:
-            self.ranks.first(take)
+            self.ranks.on_first(take)
             yield
         finally:
-            for stream in held:
+            for descriptor in descriptors:
                 with suppress(OSError):  # the folder may have been removed
                     path.unlink()
-                os.close(stream)
+                os.close(descriptor)
 
     def rewind(self, step: int) -> list[dict[str, float]]:
-        """Drop statistics after ``step``, which a resumed run will write again; return those that stay."""
+        """Drop statistics after ``step``, which a resumed run writes again. Return the lines that stay."""
         lines = [line for line in read_stats(self.stats_file) if line["step"] <= step]
         text = "".join(_as_line(line) for line in lines).encode()
         if not self.stats_file.exists() or read_bytes(self.stats_file) != text:
@@ -164,22 +164,22 @@ class Run:
         return lines
 
     def amend(self, history: list[dict[str, float]], stats: dict[str, float]) -> None:
-        """Add ``stats`` to the last line of ``history``, on disk too; nothing if there is no line yet."""
+        """Add ``stats`` to the last line of ``history`` and of the file, if there is one. Communicates."""
 
         def act() -> None:
-            if history:  # on the first process alone
+            if history:  # only the first process has it
                 history[-1] |= stats
                 write_whole(self.stats_file, "".join(_as_line(line) for line in history).encode())
 
-        self.ranks.first(act)
+        self.ranks.on_first(act)
 
     def grid_file(self, step: int) -> Path:
-        """Where the sample grid of ``step`` lies."""
+        """Return the path of the image grid of ``step``."""
         return self.samples / f"step-{step:07d}.png"
 
     def grid_exists(self, step: int) -> bool:
-        """Whether the sample grid of ``step`` is there; the same on all processes."""
-        return bool(self.ranks.first(self.grid_file(step).exists))
+        """Return whether the image grid of ``step`` exists, the same on all processes. Communicates."""
+        return bool(self.ranks.on_first(self.grid_file(step).exists))
 
     def log(self, line: dict[str, float]) -> None:
         """Append one line of statistics."""
@@ -209,109 +209,35 @@ def read_stats(path: Path) -> list[dict[str, float]]:
 
 
 def _as_line(stats: dict[str, float]) -> str:
-    """A line of statistics as JSON; what is not finite has no place there and is left out."""
+    """Return a line of statistics as JSON. Numbers that are not finite are left out: JSON has none."""
     return json.dumps({name: value for name, value in stats.items() if math.isfinite(value)}) + "\n"
 
 
-def _locked(path: Path) -> list[int]:
-    """A descriptor of the file that holds its lock; none if another process does."""
+def _lock(path: Path) -> list[int]:
+    """Lock a file and return its descriptor; an empty list if another process has the lock."""
     try:
         import fcntl
-    except ImportError:  # a system without: two runs in one folder go unnoticed there
+    except ImportError:  # a system without locks, where two runs in one folder are not noticed
         return [os.open(path, os.O_RDWR | os.O_CREAT)]
     while True:
-        stream = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)  # what a link leads to would be emptied
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)  # the target of a link would be emptied
         try:
-            if not stat.S_ISREG(os.fstat(stream).st_mode):
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise FileExistsError(errno.EEXIST, f"{path.name} is not a regular file")
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(stream), path.stat()):  # not one that its holder just removed
-                os.truncate(stream, 0)
-                os.write(stream, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-                return [stream]
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):  # not a file that its owner just removed
+                os.truncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                return [descriptor]
         except BlockingIOError:
-            os.close(stream)
+            os.close(descriptor)
             return []
         except BaseException as error:
             if isinstance(error, OSError) and error.errno in NO_LOCKS:
                 console.print(
                     f"[yellow]{path.parent} is on a file system without locks. Start no second run in it.[/]", soft_wrap=True
                 )
-                return [stream]
-            os.close(stream)
+                return [descriptor]
+            os.close(descriptor)
             raise
-        os.close(stream)
-
-
-class Stopped(Exception):
-    """Ends work that a stop makes pointless: the images of a grid, warm-start pairs. Raised by `Stop.check`."""
-
-
-@dataclass
-class Stop:
-    """Set by a signal; looked at between two pieces of work. `agreed` and `check` are the same on all processes."""
-
-    signal: int | None = None
-    ranks: Ranks = field(default_factory=Ranks)
-
-    def agreed(self) -> bool:
-        """Whether any process received a signal; every process must call it at the same place."""
-        self.signal = self.ranks.largest(self.signal or 0) or None
-        return self.signal is not None
-
-    def interrupted(self, message: str) -> Interrupted:
-        """The exception with which a command ends after a signal; ``message`` says what was saved."""
-        return Interrupted(self.signal or signal.SIGTERM, message)
-
-    def check(self) -> None:
-        """Raise `Stopped` if any process received a signal; every process must call it at the same place."""
-        if self.agreed():
-            raise Stopped
-
-
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-
-
-@contextmanager
-def stop_on_signals(ranks: Ranks | None = None) -> Iterator[Stop]:
-    """Within the block SIGINT, SIGTERM and SIGHUP ask for a stop instead of making one; a second SIGINT interrupts at once.
-
-    A signal that is ignored stays ignored: ``nohup`` ignores SIGHUP, and a shell SIGINT for what runs in its background.
-    """
-    stop = Stop(ranks=ranks or Ranks())
-    terminals = [stream for stream in (0, 1, 2) if _is_terminal(stream)]
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if stop.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if number not in (signal.SIGINT, signal.SIGTERM):
-            _let_go(terminals)
-        stop.signal = number
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield stop
-        return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _is_terminal(stream: int) -> bool:
-    try:
-        return os.isatty(stream)
-    except OSError:
-        return False
-
-
-def _let_go(terminals: list[int]) -> None:
-    """Point streams of a terminal that hung up to nowhere: writing to it would fail, and nothing would be saved."""
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for stream in terminals:
-        os.dup2(nowhere, stream)
-    os.close(nowhere)
+        os.close(descriptor)

@@ -74,7 +74,7 @@ def draw_missing(
         "seeds": seeds_digest(seeds),
         "libraries": installed_versions(LIBRARIES),
     }
-    ranks.first(lambda: _claim(folder, about, prompts, seeds))
+    ranks.on_first(lambda: _claim(folder, about, prompts, seeds))
     missing = [i for i in range(ranks.index, len(prompts), ranks.count) if not (folder / file_name(i)).exists()]
     if missing:
         pipeline = generator.open()
@@ -88,7 +88,7 @@ def draw_missing(
                 for i, picture in zip(rows, drawn.images, strict=True):
                     write_whole(folder / file_name(i), _png(picture))
                 bar.advance(by=len(rows))
-    ranks.first(lambda: None)
+    ranks.wait_for_all()
     return len(missing)
 
 

@@ -1,4 +1,4 @@
-"""Which device to run on, and what a CPU needs to run well."""
+"""The device to run on, its memory, and settings that make a CPU faster."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from wadi.io.regular import read_text
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of that name, or the best there is: an NVIDIA or AMD GPU, an Apple GPU, the CPU.
+    """Return the device called ``name``.
 
+    Args:
+        name: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ...; None = the best of this machine: an NVIDIA or AMD GPU, an Apple
+            GPU, or the CPU.
     Raises:
         WadiError: if the machine has no such device.
     """
@@ -53,11 +56,11 @@ def dtype_of(name: str, allowed: Sequence[str] = DTYPES) -> torch.dtype:
 
 
 def refuse_larger(size: int, device: torch.device, what: str, remedy: str) -> None:
-    """Raise `WadiError` if ``size`` bytes cannot fit into all the memory of ``device``; call it before they are allocated.
+    """Raise `WadiError` if ``size`` bytes exceed all the memory of ``device``. Call it before they are allocated.
 
     Args:
-        what: what has that size, at the start of the message.
-        remedy: what to do, at its end.
+        what: starts the message, such as ``"A batch of 8 images"``.
+        remedy: ends the message with what to do.
     """
     total = memory_of(device)
     if total is not None and size > total:
@@ -66,7 +69,7 @@ def refuse_larger(size: int, device: torch.device, what: str, remedy: str) -> No
 
 
 def memory_of(device: torch.device) -> int | None:
-    """Return the bytes of memory that ``device`` has in all; None if it does not say."""
+    """Return all memory of ``device`` in bytes; None if the system does not say."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     try:
@@ -98,10 +101,10 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explained_when_full(device: torch.device, doing: Callable[[], str], advice: str) -> Iterator[None]:
-    """Raise `OutOfMemory` for whatever says within the block that memory ran out.
+    """Turn every error about full memory within the block into `OutOfMemory`.
 
     Args:
-        doing: says what was done, such as ``step 3 of 100``; called only then.
+        doing: called in that case; returns the work that was running, such as ``step 3 of 100``.
         advice: what to do, in sentences.
     """
     try:
@@ -114,18 +117,18 @@ def explained_when_full(device: torch.device, doing: Callable[[], str], advice: 
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of memory that ``device`` has; of the CPU what this process may use of it."""
+    """Return the memory of ``device`` in bytes; for the CPU the part that this process may use."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container
         with suppress(WadiError, ValueError):
-            found.append(int(read_text(Path("/sys/fs/cgroup", limit))))
+            limits.append(int(read_text(Path("/sys/fs/cgroup", limit))))
     with suppress(ImportError, OSError):
         import resource
 
-        found += [bytes_ for bytes_ in resource.getrlimit(resource.RLIMIT_AS) if bytes_ != resource.RLIM_INFINITY]
-    return min(found)
+        limits += [bytes_ for bytes_ in resource.getrlimit(resource.RLIMIT_AS) if bytes_ != resource.RLIM_INFINITY]
+    return min(limits)
 
 
 # --- the CPU ----------------------------------------------------------------------------------------------------------------
@@ -134,7 +137,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # from malloc.h
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on ``device``: of a GPU's memory, else of the machine's."""
+    """Return the bytes that can still be allocated on ``device``."""
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
@@ -144,16 +147,19 @@ def free_memory(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep the memory that torch frees: a training loop asks for the same blocks again at every step.
+    """Let the C library keep the memory that torch frees. Call it once per process.
 
-    By default glibc gives each large block back to the system, whose pages are faulted in and zeroed anew the next time; on
-    small virtual machines that can cost more than the arithmetic. Once per process; False where there is no ``mallopt``.
+    A training loop needs the same blocks at every step. By default glibc returns each large block to the system, which then
+    provides and zeroes its pages again. On small virtual machines that can take longer than the arithmetic.
+
+    Returns:
+        False if the system has no ``mallopt``.
     """
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    wanted = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 * 2**20))
-    done = [mallopt(option, value) == 1 for option, value in wanted]  # each is set, whatever became of the others
+    options = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 * 2**20))
+    done = [mallopt(option, value) == 1 for option, value in options]  # a list, so that each is set
     return all(done)

@@ -1,8 +1,10 @@
-"""Several processes, one run: what they agree on, and who writes.
+"""The processes that share one run: how they agree, and which of them writes files.
 
-Every process holds the same angles, optimisers and random generator, draws the whole step's numbers and takes its own rows of
-them. After the backward pass the gradients of the angles, which are small, are averaged in one message; nothing is wrapped and
-nothing frozen travels. So a run does not depend on how many processes share it, to rounding.
+Every process holds the same adapters, optimisers and random generator. Each draws the random numbers of a whole step and uses
+its own rows. After the backward pass the gradients of the adapters, which are small, are averaged in one message. Nothing is
+wrapped, and no frozen weight travels, so the result does not depend on the number of processes, up to rounding.
+
+Methods of `Ranks` that communicate say so. All processes must call them at the same place.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +22,36 @@ from torch import Tensor, nn
 
 from wadi.errors import WadiError, first_line
 
-PATIENCE = datetime.timedelta(hours=2)  # a process may wait that long while the first one writes
+WAITING_TIME = datetime.timedelta(hours=2)  # for which a process waits while the first one writes
 
 
+@dataclass(frozen=True)
 class Ranks:
-    """The processes of a run, as accelerate set them up; one process if it did not.
+    """The processes of a run; without arguments, this process alone.
 
     Attributes:
-        count: how many there are.
-        index: which of them this is; 0 is the first, which alone writes files.
+        count: number of processes.
+        index: number of this process; 0 is the first, which alone writes files.
     """
 
-    def __init__(self) -> None:
-        together = dist.is_available() and dist.is_initialized()
-        self.count = dist.get_world_size() if together else 1
-        self.index = dist.get_rank() if together else 0
+    count: int = 1
+    index: int = 0
+
+    @classmethod
+    def of_process_group(cls) -> Ranks:
+        """Return the processes that accelerate or torchrun set up; this one alone if there is no process group."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        return cls(dist.get_world_size(), dist.get_rank())
 
     def own(self, rows: Tensor) -> Tensor:
-        """This process's equal share of the ``rows`` of a step."""
+        """Return this process's equal share of the ``rows`` of a step."""
         share = len(rows) // self.count
         return rows[self.index * share : (self.index + 1) * share]
 
     @torch.no_grad()
     def average(self, tensors: Sequence[Tensor]) -> None:
-        """Every process's mean in place of its own ``tensors``, in one message.
+        """Replace ``tensors`` by their mean over all processes, in one message. Communicates.
 
         Raises:
             WadiError: if another process ended.
@@ -50,62 +59,76 @@ class Ranks:
         if self.count == 1 or not tensors:
             return
         flat = torch.cat([tensor.flatten().float() for tensor in tensors])
-        with _met():
+        with _lost_process_explained():
             dist.all_reduce(flat)
         flat /= self.count
         for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(mean.view_as(tensor))
 
     def largest(self, number: int) -> int:
-        """The largest of every process's ``number``, on each of them."""
+        """Return the largest ``number`` of all processes, on each of them. Communicates.
+
+        Raises:
+            WadiError: if another process ended.
+        """
         if self.count == 1:
             return number
-        value = torch.tensor([number], device=_device())
-        with _met():
+        value = torch.tensor([number], device=_message_device())
+        with _lost_process_explained():
             dist.all_reduce(value, dist.ReduceOp.MAX)
         return int(value)
 
-    def first(self, act: Callable[[], int | None]) -> int:
-        """``act()`` on the first process while the others wait; its number (0 for None) is given to all.
+    def wait_for_all(self) -> None:
+        """Return once every process has called this. Communicates.
 
         Raises:
-            Exception: on the first process what ``act`` raised.
-            WadiError: on the others, if it raised something.
+            WadiError: if another process ended.
         """
-        failed: Exception | None = None
-        number = 0
+        self.largest(0)
+
+    def on_first(self, act: Callable[[], int | None]) -> int:
+        """Run ``act`` on the first process while the others wait, and return its result on all of them. Communicates.
+
+        Args:
+            act: returns a number of 0 or more, or None, which counts as 0.
+        Raises:
+            Exception: on the first process, whatever ``act`` raised.
+            WadiError: on the other processes, if ``act`` raised something.
+        """
+        failure: Exception | None = None
+        number = -1
         if self.index == 0:
             try:
                 number = int(act() or 0)
-            except Exception as error:  # whatever it is, the others wait for a number
-                failed, number = error, -1
-        number = self.largest(number if self.index == 0 else -1)  # numbers are 0 or more
-        if failed is not None:
-            raise failed
+            except Exception as error:  # the others wait for a number, whatever happened
+                failure = error
+        number = self.largest(number)
+        if failure is not None:
+            raise failure
         if number < 0:
-            raise WadiError("The first process stopped on an error. Expected it to go on: see its message.")
+            raise WadiError("The first process of this run stopped with an error: see its message.")
         return number
 
 
 @contextmanager
-def _met() -> Iterator[None]:
-    """Turn the backend's complaint about a lost process into a sentence."""
+def _lost_process_explained() -> Iterator[None]:
+    """Turn the backend's error about a lost process into a sentence."""
     try:
         yield
     except RuntimeError as error:
         raise WadiError(
-            f"Another process of this run ended: {first_line(error)}. Expected all of them to go on. The last "
-            "checkpoint is untouched, and the same command continues from it."
+            f"Another process of this run ended: {first_line(error)}. The last checkpoint is untouched. The same "
+            "command continues from it."
         ) from error
 
 
-def _device() -> torch.device:
-    """Where messages of the backend in use have to lie."""
+def _message_device() -> torch.device:
+    """Return the device on which the backend in use expects the tensors that it sends."""
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
 def make_accelerator(device: torch.device, tracker: str | None, folder: Path) -> Any:
-    """Accelerate's accelerator: it sets up the processes that ``accelerate launch`` started, and reports to ``tracker``.
+    """Return accelerate's accelerator. It sets up the processes that ``accelerate launch`` started, and reports to ``tracker``.
 
     Raises:
         WadiError: if accelerate does not know the tracker, or it is not installed.
@@ -118,28 +141,28 @@ def make_accelerator(device: torch.device, tracker: str | None, folder: Path) ->
             cpu=device.type == "cpu",
             log_with=tracker,
             project_dir=folder,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=WAITING_TIME)],
         )
     except ValueError as error:
-        raise WadiError(f"tracker is {tracker!r}. Expected one that accelerate knows: {error}") from error
+        raise WadiError(f"tracker is {tracker!r}, which accelerate does not know: {error}") from error
     if tracker and not accelerator.log_with:
-        raise WadiError(f"tracker is {tracker!r}, which is not installed. Expected it, or null: install {tracker}.")
+        raise WadiError(f"tracker is {tracker!r}, which is not installed. Install it, or set tracker to null.")
     return accelerator
 
 
-def shard_frozen(network: nn.Module, angles: Iterable[nn.Parameter]) -> None:
-    """Spread the frozen weights over all processes (FSDP2), block by block; the ``angles`` stay whole on each.
+def shard_frozen(network: nn.Module, trainable: Iterable[nn.Parameter]) -> None:
+    """Spread the frozen weights over all processes (FSDP2), block by block. ``trainable`` parameters stay whole on each.
 
     Raises:
-        WadiError: if there is one process only.
+        WadiError: if there is only one process.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     if not dist.is_initialized():
-        raise WadiError("shard is true, and there is one process. Expected several: start with `accelerate launch`.")
-    mesh = init_device_mesh(_device().type, (dist.get_world_size(),))
-    whole = set(angles)
+        raise WadiError("shard is true, but there is only one process. Start several with `accelerate launch`.")
+    mesh = init_device_mesh(_message_device().type, (dist.get_world_size(),))
+    unsharded = set(trainable)
     lists = [child for child in network.children() if isinstance(child, nn.ModuleList)]
     for block in (*(block for blocks in lists for block in blocks), network):
-        fully_shard(block, mesh=mesh, ignored_params=whole)
+        fully_shard(block, mesh=mesh, ignored_params=unsharded)

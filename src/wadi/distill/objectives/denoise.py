@@ -3,8 +3,8 @@
     'alpha2'    mean (alpha_t eps_fake - alpha_t noise)^2                   the paper's
     'none'      mean (prediction - target)^2, both of the network's own type
 
-For epsilon-prediction the two differ by ``alpha_t^2``; for v-prediction by ``alpha_t^4``, which leaves the noisy timesteps,
-where a one-step student is judged first, almost without weight. Shapes: all tensors ``(B, ...)``, ``t`` ``(B,)``.
+For epsilon-prediction the two differ by ``alpha_t^2``. For v-prediction they differ by ``alpha_t^4``: then the noisy timesteps,
+which matter most for a one-step student, have almost no weight. Shapes: all tensors ``(B, ...)``, ``t`` ``(B,)``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def denoising_loss(
     process: Process,
     weighting: Literal["alpha2", "none"] = "alpha2",
 ) -> Tensor:
-    """Scalar loss of the network's own ``prediction`` at ``x_t = alpha_t x0 + sigma_t noise``."""
+    """Return the scalar loss of the network's own ``prediction`` at ``x_t = alpha_t x0 + sigma_t noise``."""
     if weighting == "none":
         return (prediction - process.join(x0, noise, t)).square().mean()
     alpha = per_sample(process.alpha(t), x_t)

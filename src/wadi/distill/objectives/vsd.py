@@ -3,8 +3,8 @@
     g = sigma_t^2 (eps_real - eps_fake)                                     'sigma2', the paper's
     g = (x0_fake - x0_real) / mean |x0 - x0_real|                           'dmd', DMD's normalised gradient (eq. 8 there)
 
-``eps_real`` and ``x0_real`` come from the frozen teacher, ``eps_fake`` and ``x0_fake`` from the model of the student's own
-images, all at one noised ``x_t`` of the student's ``x0``. Both are the same direction: ``eps = (x_t - alpha_t x0) / sigma_t``,
+``eps_real`` and ``x0_real`` come from the frozen teacher, ``eps_fake`` and ``x0_fake`` from the fake model, all at the same
+noised ``x_t`` of the student's ``x0``. Both formulas have the same direction: ``eps = (x_t - alpha_t x0) / sigma_t``,
 so ``sigma_t^2 (eps_real - eps_fake) = sigma_t alpha_t (x0_fake - x0_real)``.
 Shapes: ``x0``, ``x_t``, predictions ``(B, ...)``; ``t`` ``(B,)``. Everything float32.
 """
@@ -28,10 +28,10 @@ def vsd_gradient(
     process: Process,
     weighting: Literal["sigma2", "dmd"] = "sigma2",
 ) -> Tensor:
-    """``g``, the gradient wanted at each entry of ``x0``; ``(B, ...)``, float32, without graph.
+    """Return ``g``, the gradient at each entry of ``x0``; ``(B, ...)``, float32, without graph.
 
     Args:
-        real, fake: the network's own (guided) predictions at ``x_t`` in the two roles.
+        real, fake: guided predictions of teacher and fake model at ``x_t``, in the network's own prediction type.
     """
     with torch.no_grad():
         if weighting == "sigma2":
@@ -39,10 +39,10 @@ def vsd_gradient(
             return sigma**2 * (process.eps(real, x_t, t) - process.eps(fake, x_t, t))
         x0_real = process.x0(real, x_t, t)
         scale = (x0.detach() - x0_real).abs().flatten(1).mean(1)
-        # An exact teacher leaves no distance to divide by, and then there is no gradient worth scaling either.
+        # Where the teacher predicts exactly x0, there is no distance to divide by and no gradient to scale.
         return (process.x0(fake, x_t, t) - x0_real) / per_sample(scale.clamp_min(1e-6), x_t)
 
 
 def vsd_loss(x0: Tensor, gradient: Tensor) -> Tensor:
-    """``1/2 mean (x0 - stopgrad(x0 - g))^2``: its gradient at ``x0`` is ``g / numel``. Its value says nothing of quality."""
+    """Return ``1/2 mean (x0 - stopgrad(x0 - g))^2``. Its gradient at ``x0`` is ``g / numel``. It does not measure quality."""
     return 0.5 * (x0 - (x0 - gradient).detach()).square().mean()

@@ -1,13 +1,14 @@
-"""The memory of one distillation step, found by going through it with tensors that have shapes and no contents.
+"""The memory of one training step, found by running it with tensors that have shapes but no contents.
 
-The step's own code runs under torch's fake tensors; a dispatch mode adds up the storages that are alive. What the student's
-graph keeps, what checkpointing recomputes, what a guided pass of the teacher needs beside it: all of it is counted, and
-nothing of it is modelled. Kernels' own workspaces, the allocator's slack and the CUDA context are not seen.
+`wadi.distill.step.train_step` itself runs under torch's fake tensors, and a dispatch mode adds up the storages that are alive.
+So everything that the step does is counted: tensors that the student's graph keeps, that checkpointing recomputes, that the
+guided passes need at the same time. Not seen are workspaces of kernels, unused memory of the allocator, and the CUDA context.
 """
 
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,14 +18,14 @@ from torch.utils._pytree import tree_leaves
 
 from wadi import roles
 from wadi.backbones import Backbone, Condition
-from wadi.distill.config import DistillConfig
-from wadi.distill.objectives.denoise import denoising_loss
-from wadi.distill.objectives.vsd import vsd_gradient, vsd_loss
-from wadi.sampling import one_step, predict_guided
+from wadi.distill.batch import Batch
+from wadi.distill.config import DistillConfig, WarmStartConfig
+from wadi.distill.state import TrainState
+from wadi.distill.step import train_step
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive among those it was shown or that appeared while it was active.
+    """Counts the bytes of living tensors: those passed to `show`, and those that appear while it is active.
 
     Attributes:
         now, peak: bytes.
@@ -36,7 +37,7 @@ class LiveBytes(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def show(self, tensor: Tensor) -> None:
-        """Count ``tensor``'s storage, once, for as long as it lives."""
+        """Count the storage of ``tensor`` once, for as long as it lives."""
         storage: Any = tensor.untyped_storage()
         if storage._cdata in self._sizes:
             return
@@ -57,86 +58,74 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_bytes(backbone: Backbone, config: DistillConfig, shapes: dict[str, tuple[int, ...]], timestep: int) -> int:
-    """Largest number of bytes alive in a step of ``config``: weights of the network, angles, moments, gradients, activations.
+    """Return the largest number of bytes alive in a step of ``config``: network, adapters, moments, gradients, activations.
 
     Args:
-        backbone: with both roles attached; its network's parameters become fake ones, without contents, for good.
+        backbone: with both roles attached. Its network's parameters are replaced by fake ones for good.
         shapes: of one row of each tensor of a condition.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    # The schedule's table is a real tensor, and small.
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        _empty(backbone.network)
+    ema = bool(config.student.ema)
+    # One update of each kind has the memory of all; more than two micro-batches have that of two.
+    config = replace(
+        config,
+        accumulate=min(config.accumulate, 2),
+        fake=replace(config.fake, updates=1),
+        warm_start=WarmStartConfig(),
+        student=replace(config.student, ema=0.0),
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True):  # the schedule's table is a small real tensor
+        _replace_by_fakes(backbone.network)
         live = LiveBytes()
         for tensor in backbone.network.state_dict().values():
             live.show(tensor)
         with live:
-            owners = ("student", "fake") if not config.student.ema else ("student", "fake", "student")  # the last: its average
-            held = [p.new_empty(p.shape) for role in owners for p in roles.parameters(backbone.network, role).values()]
-            held += [p.new_empty(p.shape) for role in owners[:2] for p in roles.parameters(backbone.network, role).values()]
-            if config.accumulate > 1:  # those of the batches before
-                for parameter in roles.parameters(backbone.network, "student").values():
-                    parameter.grad = torch.empty_like(parameter)
-            condition = _condition(shapes, config.batch)
-            _step(backbone, config, condition, timestep)
+            held = _optimizer_memory(backbone.network, averaged=ema)
+            batch = _batch(backbone, shapes, config)
+            train_step(backbone, batch, timestep, config, _state(backbone.network), update=_drop_gradient)
             del held
         return live.peak
 
 
-def _empty(network: nn.Module) -> None:
-    """Put an empty tensor in place of every parameter and buffer, on the CPU under the fake mode that is active."""
+def _replace_by_fakes(network: nn.Module) -> None:
+    """Replace every parameter and buffer by an empty tensor on the CPU, under the fake mode that is active."""
     for module in network.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
-                fresh = torch.empty(parameter.shape, dtype=parameter.dtype)
-                module._parameters[name] = nn.Parameter(fresh, requires_grad=parameter.requires_grad)
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+                module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def _condition(shapes: dict[str, tuple[int, ...]], batch: int) -> Condition:
-    return Condition({name: torch.zeros(batch, *shape) for name, shape in shapes.items()})
+def _optimizer_memory(network: nn.Module, averaged: bool) -> list[Tensor]:
+    """Return tensors as large as AdamW's two moments of both roles, and the student's moving average if there is one."""
+    copies = [("student", 2), ("fake", 2), ("student", 1 if averaged else 0)]
+    return [
+        parameter.new_empty(parameter.shape)
+        for role, count in copies
+        for _ in range(count)
+        for parameter in roles.parameters(network, role).values()
+    ]
 
 
-def _step(backbone: Backbone, config: DistillConfig, condition: Condition, timestep: int) -> None:
-    """What `wadi.distill.loop.train_step` does, without statistics and optimisers, which need contents.
-
-    Left out is what needs less than another part of the step: the teacher's pass where the fake model's has as many rows, and
-    the fake model's update where its layers are among the student's.
-    """
-    network, process = backbone.network, backbone.process
-    z = torch.randn(config.batch, *backbone.latent_shape)
-    t = torch.full((config.batch,), timestep)
-    with roles.active(network, "student"):
-        x0 = one_step(backbone, condition, z, timestep)
-        with torch.no_grad():
-            null = condition[:1]
-            x_t = process.add_noise(x0.detach(), torch.randn(x0.shape), t)
-            with roles.active(network, "fake"):
-                fake = predict_guided(backbone, x_t, t, condition, null, config.fake.guidance_scale)
-            real = torch.empty_like(fake)
-            if config.fake.guidance_scale == 1 != config.guidance_scale:
-                with roles.active(network, None):
-                    real = predict_guided(backbone, x_t, t, condition, null, config.guidance_scale)
-            gradient = vsd_gradient(x0, x_t, t, real, fake, process, config.student.weighting)
-        loss = vsd_loss(x0, gradient)
-        del x_t, real, fake, gradient
-        loss.backward()
-    x0 = x0.detach()
-    _forget_gradients(network)
-    sizes = [{name: p.numel() for name, p in roles.parameters(network, role).items()} for role in ("student", "fake")]
-    if all(size <= sizes[0].get(name, 0) for name, size in sizes[1].items()):
-        return
-    with roles.active(network, "fake"):
-        eps = torch.randn(x0.shape)
-        x_t = process.add_noise(x0, eps, t)
-        predicted = backbone.predict(x_t, t, condition)
-        denoising_loss(predicted, x0, eps, x_t, t, process, config.fake.weighting).backward()
-    _forget_gradients(network)
+def _batch(backbone: Backbone, shapes: dict[str, tuple[int, ...]], config: DistillConfig) -> Batch:
+    size = config.batch * config.accumulate
+    condition = Condition({name: torch.zeros(size, *shape) for name, shape in shapes.items()})
+    z = torch.randn(size, *backbone.latent_shape)
+    return Batch(condition, condition[:1], z, z[:0])
 
 
-def _forget_gradients(network: nn.Module) -> None:
-    for parameter in network.parameters():
+def _state(network: nn.Module) -> TrainState:
+    """Return a state without optimisers: their updates need numbers."""
+    scalers = {role: torch.amp.GradScaler("cpu", enabled=False) for role in ("student", "fake")}
+    return TrainState(network, {}, scalers, torch.Generator().manual_seed(0))
+
+
+def _drop_gradient(state: TrainState, role: str, config: DistillConfig) -> Tensor:
+    """Stand in for `wadi.distill.optimizers.update`: free the gradient as the update does, without changing a parameter."""
+    for parameter in roles.parameters(state.network, role).values():
         parameter.grad = None
+    return torch.zeros(())

@@ -22,11 +22,12 @@ from wadi.backbones.load_errors import explain_run_errors
 from wadi.backbones.outline import Outline
 from wadi.diffusion.schedulers import make_scheduler
 from wadi.distill.config import DistillConfig
-from wadi.distill.loop import attach_roles, student_timestep
 from wadi.distill.plan.memory import peak_bytes
+from wadi.distill.setup import attach_roles
 from wadi.errors import WadiError, first_line, short_repr
 from wadi.io.quiet import errors_only
 from wadi.io.records import read_json
+from wadi.sampling import student_timestep
 from wadi.zoo.paths import resolve_teacher
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
@@ -212,8 +213,7 @@ def outline(found: Architecture, config: DistillConfig) -> Backbone:
 def role_of(backbone: Backbone, role: str, rank: int) -> Role:
     """What is attached for a role."""
     angles = roles.parameters(backbone.network, role)
-    layers = dict.fromkeys(name.rsplit(".lorad_", 1)[0] for name in angles)
-    return Role(rank, sum(parameter.numel() for parameter in angles.values()), list(layers))
+    return Role(rank, sum(parameter.numel() for parameter in angles.values()), roles.adapted_layers(backbone.network, role))
 
 
 def plan(config: DistillConfig, found: Architecture, processes: int = 1) -> Plan:
@@ -230,7 +230,8 @@ def plan(config: DistillConfig, found: Architecture, processes: int = 1) -> Plan
         timestep = student_timestep(backbone, config.student.timestep)
         student = role_of(backbone, "student", config.student.rank)
         fake = role_of(backbone, "fake", config.fake.rank)
-        parameters = sum(p.numel() for name, p in backbone.network.named_parameters() if "lorad_" not in name)
+        trainable = student.parameters + fake.parameters
+        parameters = sum(parameter.numel() for parameter in backbone.network.parameters()) - trainable
         memory[name] = memory_of(backbone, config, timestep, found, processes)
     at = torch.tensor([timestep])
     amplification = float(backbone.process.sigma(at) / backbone.process.alpha(at).clamp_min(1e-12))
@@ -277,8 +278,7 @@ def memory_of(backbone: Backbone, config: DistillConfig, timestep: int, found: A
 
 def _bytes(module: nn.Module) -> int:
     """Of parameters and buffers, angles left out."""
-    own = [tensor for name, tensor in module.state_dict().items() if "lorad_" not in name]
-    return sum(tensor.numel() * tensor.element_size() for tensor in own)
+    return sum(tensor.numel() * tensor.element_size() for tensor in roles.base_tensors(module).values())
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from wadi.backbones import Backbone, Condition
-from wadi.distill.run_folder import stop_on_signals
 from wadi.distill.schedules import cosine, rise
 from wadi.errors import WadiError, first_line
 from wadi.extras.control.config import ControlConfig
@@ -22,6 +21,7 @@ from wadi.extras.control.losses import edge_loss, noisy_timesteps, residual_chan
 from wadi.io.files import write_whole
 from wadi.io.moments import moments_of, restore_moments
 from wadi.io.progress import progress
+from wadi.parallel.signals import stop_on_signals
 
 WARMUP = 30  # steps
 
@@ -98,7 +98,7 @@ class ControlTraining:
                 average = loss if average == 0 else 0.95 * average + 0.05 * loss
                 self.step += 1
                 bar.advance({"loss": average})
-                if stop.agreed() or self.step % config.save_every == 0 or self.step == config.steps:
+                if stop.synchronise() or self.step % config.save_every == 0 or self.step == config.steps:
                     self.save()
                 if stop.signal is not None:
                     raise stop.interrupted(f"Stopped at step {self.step} of {config.steps}, saved. The same command continues.")

@@ -19,7 +19,7 @@ from torch import nn
 from wadi.backbones import Backbone, from_pipeline
 from wadi.backbones.digest import loaded_digest, tensors_digest
 from wadi.diffusion.schedulers import timestep_of
-from wadi.distill.checkpoints import fingerprint
+from wadi.distill.state import fingerprint
 from wadi.errors import WadiError
 from wadi.extras.control.config import ControlConfig
 from wadi.extras.control.data import (

@@ -34,7 +34,7 @@ def rotate_by_adapter(network: nn.Module, folder: Path, scale: float) -> int:
         _remove_adapter(network)
         raise
     set_scale(network, ADAPTER_NAME, scale)
-    layers = sum(1 for _ in roles.angles(network, ADAPTER_NAME))
+    layers = len(roles.adapted_layers(network, ADAPTER_NAME))
     roles.fuse(network, ADAPTER_NAME)
     return layers
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from wadi import roles
 from wadi.backbones import from_pipeline
 from wadi.errors import WadiError, first_line
 from wadi.extras.lora import ADAPTER_NAME
+from wadi.io.patterns import matching_names
 
 
 def attach_lora(network: nn.Module, rank: int, target_modules: str) -> list[nn.Parameter]:
@@ -27,7 +27,7 @@ def attach_lora(network: nn.Module, rank: int, target_modules: str) -> list[nn.P
     from peft import LoraConfig, inject_adapter_in_model
 
     network.requires_grad_(False)
-    names = roles.matched(target_modules, [name for name, _ in network.named_modules() if name], "target_modules")
+    names = matching_names(target_modules, [name for name, _ in network.named_modules() if name], "target_modules")
     exact = "|".join(map(re.escape, names)) or r"(?!)"  # PEFT would match without a limit of time
     try:
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=exact), network, adapter_name=ADAPTER_NAME)

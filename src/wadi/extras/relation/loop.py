@@ -11,9 +11,8 @@ from torch import Tensor
 
 from wadi.backbones import Backbone
 from wadi.backbones.digest import tensors_digest
-from wadi.distill.checkpoints import fingerprint
 from wadi.distill.objectives.denoise import denoising_loss
-from wadi.distill.run_folder import stop_on_signals
+from wadi.distill.state import fingerprint
 from wadi.errors import WadiError
 from wadi.extras.relation.config import RelationConfig
 from wadi.extras.relation.exemplars import Exemplars
@@ -21,6 +20,7 @@ from wadi.extras.relation.loss import NEUTRAL, focal_density, focal_timesteps, s
 from wadi.extras.relation.state import TokenState, save_state
 from wadi.extras.relation.vocabulary import TextEncoder, text_encoders
 from wadi.io.progress import progress
+from wadi.parallel.signals import stop_on_signals
 
 BAD_STEPS = 10  # steps whose gradient is not finite, before the training gives up
 EVALUATED = 64  # (exemplar, noise, timestep) triples on which a token is evaluated before and after
@@ -90,7 +90,7 @@ class TokenTraining:
                 losses = self.step()
                 self.state.statistics.append({"step": self.state.step, **losses})
                 bar.advance(losses)
-                if stop.agreed() or (self.state.step % self.config.save_every == 0 and self.state.step < total):
+                if stop.synchronise() or (self.state.step % self.config.save_every == 0 and self.state.step < total):
                     save_state(out, self.state, job, self.network)
                 if stop.signal is not None:
                     raise stop.interrupted(f"Stopped at step {self.state.step} of {total}, saved. The same command continues.")

@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from contextlib import contextmanager
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,7 +14,9 @@ from torch.testing import assert_close
 import tiny
 from wadi import roles
 from wadi.errors import WadiError
+from wadi.io import patterns
 from wadi.lorad import LoRaDConfig
+from wadi.lorad.angles import layer_angles
 
 STUDENT = r"(down_blocks|mid_block|up_blocks)\..*(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2|time_emb_proj)"
 FAKE = r".*attn\d\.(to_q|to_k|to_v)"
@@ -70,7 +72,7 @@ def requires_grad(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_at_zero_angles_all_roles_are_the_plain_network_to_the_bit(dtype):
+def test_at_zero_angles_all_roles_are_the_plain_network_bit_for_bit(dtype):
     plain = call(network(dtype)).detach()
     model = both(dtype, size=0)
     for role in ("student", "fake", None):
@@ -138,18 +140,10 @@ def test_a_role_that_nobody_plays_is_refused():
 # --- gradients ----------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def checkpointed(model, wanted):
-    if wanted:
-        model.enable_gradient_checkpointing()
-        model.train()
-    yield
-    model.eval()
-
-
+@pytest.mark.parametrize("backward_in", ["student", "fake", "outside"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_the_students_gradient_is_its_own_whoever_spoke_in_between(checkpointing, recompute):
+def test_the_students_gradient_does_not_depend_on_the_role_at_backward(checkpointing, recompute, backward_in):
     alone, model = network(), network()
     for one in (alone, model):
         roles.attach(one, "student", LoRaDConfig(r=4, target_modules=STUDENT, recompute=recompute))
@@ -159,13 +153,14 @@ def test_the_students_gradient_is_its_own_whoever_spoke_in_between(checkpointing
     turn(model, "fake", seed=2)
 
     call(alone).square().sum().backward()
-    with checkpointed(model, checkpointing), roles.active(model, "student"):
+    if checkpointing:
+        roles.enable_checkpointing(model)
+    with roles.active(model, "student"):
         loss = call(model).square().sum()
-        with torch.no_grad():
-            with roles.active(model, "fake"):
-                call(model)
-            with roles.active(model, None):
-                call(model)
+    with torch.no_grad():
+        speak(model, "fake")
+        speak(model, None)
+    with nullcontext() if backward_in == "outside" else roles.active(model, backward_in):
         loss.backward()
     expected, got = roles.parameters(alone, "student"), roles.parameters(model, "student")
     assert expected.keys() == got.keys()
@@ -180,6 +175,38 @@ def test_the_students_gradient_is_its_own_whoever_spoke_in_between(checkpointing
     assert all(gradient is None for gradient in others)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_gradient_flows_through_two_roles(checkpointing):
+    """``fake(student(x))``: checkpointing must recompute the first call as the student and the second as the fake model."""
+
+    def gradients(on):
+        model = both()
+        if on:
+            roles.enable_checkpointing(model)
+        generator = torch.Generator().manual_seed(3)
+        x, words = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 16, generator=generator)
+        for role in ("student", "fake"):
+            with roles.active(model, role):
+                x = model(x, torch.tensor([500, 500]), words).sample
+        x.square().sum().backward()
+        return {f"{role} {key}": p.grad for role in ("student", "fake") for key, p in roles.parameters(model, role).items()}
+
+    expected, found = gradients(False), gradients(checkpointing)
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert all(value.abs().max() > 0 for value in expected.values())
+
+
+def test_a_network_without_checkpointing_is_named():
+    class Plain(nn.Module):
+        is_gradient_checkpointing = False
+
+        def enable_gradient_checkpointing(self, function):
+            pass
+
+    with pytest.raises(WadiError, match="Plain"):
+        roles.enable_checkpointing(Plain())
+
+
 # --- memory and precision -----------------------------------------------------------------------------------------------------
 
 
@@ -189,8 +216,8 @@ def storages(tensors):
 
 def test_parameter_memory_is_one_network_and_the_angles(tmp_path, sd_folder, prompts_path):
     from wadi.backbones import from_pipeline, load_pipeline
-    from wadi.distill.loop import attach_roles
     from wadi.distill.optimizers import initial_state
+    from wadi.distill.setup import attach_roles
 
     config = tiny.settings(sd_folder, prompts_path, tmp_path / "run")
     backbone = from_pipeline(load_pipeline(sd_folder))
@@ -218,13 +245,13 @@ def test_angles_are_float32_on_a_half_precision_network(dtype):
     angles = [*roles.parameters(model, "student").values(), *roles.parameters(model, "fake").values()]
     assert {parameter.dtype for parameter in angles} == {torch.float32}
     assert {p.dtype for key, p in model.named_parameters() if "lorad_" not in key} == {dtype}
-    assert {theta.dtype for _, theta in roles.angles(model, "student")} == {torch.float32}
+    assert {theta.dtype for _, theta in layer_angles(model, "student")} == {torch.float32}
 
 
 # --- on disk ------------------------------------------------------------------------------------------------------------------
 
 
-def test_save_and_load_are_inverse_to_the_bit(tmp_path):
+def test_save_and_load_are_inverse_bit_for_bit(tmp_path):
     model = both()
     roles.save(model, "student", tmp_path / "student", extra={"timestep": 7})
     fresh = network()
@@ -264,11 +291,11 @@ def test_an_adapter_of_another_architecture_names_the_layers(tmp_path):
     roles.save(wide, "student", tmp_path / "wide")
     shallow = both(size=0)
     roles.save(shallow, "student", tmp_path / "shallow")
-    with pytest.raises(WadiError, match=r"another architecture.*'[a-z_]+blocks\.[\w.]+' and \d+ more"):
+    with pytest.raises(WadiError, match=r"'[a-z_]+blocks\.[\w.]+'"):
         roles.load(network(), tmp_path / "deep", "student")
-    with pytest.raises(WadiError, match=r"\d+ of another shape \(first: [\w.]*attn2\.to_k\.lorad_B\)"):
+    with pytest.raises(WadiError, match=r"attn2\.to_k\.lorad_B"):
         roles.load(network(), tmp_path / "wide", "student")
-    with pytest.raises(WadiError, match=r"\d+ missing \(first: [a-z_]+blocks\.[\w.]+\)"):
+    with pytest.raises(WadiError, match=r"[a-z_]+blocks\.[\w.]+"):
         roles.load(network(layers_per_block=2), tmp_path / "shallow", "student")
 
 
@@ -276,7 +303,7 @@ def test_an_adapter_of_another_rank_does_not_fit():
     model, other = both(), network()
     roles.attach(other, "student", LoRaDConfig(r=3, target_modules=STUDENT))
     before = {key: value.clone() for key, value in roles.state_dict(model, "student").items()}
-    with pytest.raises(WadiError, match="of another shape"):
+    with pytest.raises(WadiError, match=r"\.lorad_[AB]"):
         roles.restore(model, "student", roles.state_dict(other, "student"))
     assert all(torch.equal(value, before[key]) for key, value in roles.state_dict(model, "student").items())
 
@@ -341,8 +368,9 @@ def test_a_fused_network_is_plain_and_speaks_as_the_student(tmp_path):
 
 
 def test_fusing_what_is_not_there():
-    with pytest.raises(WadiError, match=r"'ghost'.*'fake', 'student'"):
+    with pytest.raises(WadiError) as error:
         roles.fuse(both(), "ghost")
+    assert all(name in str(error.value) for name in ("'ghost'", "'student'", "'fake'"))
 
 
 # --- attaching ----------------------------------------------------------------------------------------------------------------
@@ -356,13 +384,13 @@ def test_attach_tells_the_layers():
 
 
 def test_a_taken_name_is_refused():
-    with pytest.raises(WadiError, match="'student' is attached already"):
+    with pytest.raises(WadiError, match="'student'"):
         roles.attach(both(), "student", LoRaDConfig(r=4, target_modules=STUDENT))
 
 
 @pytest.mark.parametrize(
     ("pattern", "word"),
-    [("nothing_like_this", "nothing_like_this"), (r".*(unclosed", "unclosed"), (r".*norm1", "cannot rotate")],
+    [("nothing_like_this", "nothing_like_this"), (r".*(unclosed", "unclosed"), (r".*norm1", "norm1")],
 )
 def test_bad_targets_are_one_clear_error(pattern, word):
     with pytest.raises(WadiError, match=word):
@@ -398,7 +426,7 @@ def test_angles_that_are_not_finite_are_refused_and_the_tensor_named(tmp_path, v
 
 @pytest.mark.parametrize("setting", ["target_modules", "exclude_modules", "rank_pattern"])
 def test_a_regular_expression_that_never_ends_is_refused(tmp_path, monkeypatch, setting):
-    monkeypatch.setattr(roles, "PATTERN_SECONDS", 0.2)
+    monkeypatch.setattr(patterns, "TIME_LIMIT", 0.2)
     pattern = r"(x|xx)+[yz]"
 
     def made():

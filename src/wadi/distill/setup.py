@@ -1,0 +1,141 @@
+"""Prepare a run: load the teacher, attach the adapters of both roles, read the prompts, and check that everything fits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wadi import roles
+from wadi.backbones import Backbone, Condition, check_not_distilled, from_pipeline, load_pipeline
+from wadi.backbones.digest import loaded_digest
+from wadi.distill.batch import images_per_step
+from wadi.distill.conditions import Conditions, conditions_of, open_source
+from wadi.distill.config import DistillConfig, FakeConfig, StudentConfig
+from wadi.distill.optimizers import initial_state
+from wadi.distill.run_folder import Run
+from wadi.distill.state import TrainState, fingerprint
+from wadi.errors import WadiError
+from wadi.io.progress import console
+from wadi.lorad.angles import largest_rank
+from wadi.parallel.device import find_device, keep_freed_memory, refuse_larger
+from wadi.parallel.ranks import Ranks, make_accelerator, shard_frozen
+from wadi.prompts.order import PromptOrder
+from wadi.sampling import check_steps, student_timestep
+from wadi.zoo.paths import absolute_source, resolve_teacher
+
+
+@dataclass
+class Training:
+    """A run that is ready to start.
+
+    Attributes:
+        config: with the teacher named by its absolute path.
+        timestep: ``t*``, at which the student generates.
+        fingerprint: of the frozen weights.
+        conditions: encodes prompts by their index, or reads their cache.
+        null: condition of the null prompt, one row.
+        order: in which prompts are drawn.
+    """
+
+    config: DistillConfig
+    run: Run
+    ranks: Ranks
+    device: torch.device
+    accelerator: Any
+    backbone: Backbone
+    timestep: int
+    state: TrainState
+    fingerprint: str
+    conditions: Conditions
+    null: Condition
+    order: PromptOrder
+
+
+def prepare(config: DistillConfig) -> Training:
+    """Load and check everything that a run needs. The run's folder is not written. Communicates.
+
+    Raises:
+        WadiError: if a setting, the teacher, the prompts or the run's folder cannot be used.
+    """
+    from accelerate.utils import set_seed
+
+    config = replace(config, teacher=absolute_source(config.teacher))
+    device = find_device(config.device)
+    accelerator = make_accelerator(device, config.tracker, Path(config.out))
+    ranks = Ranks.of_process_group()
+    run = Run(config, ranks)
+    console.quiet = ranks.index > 0
+    prompts = open_source(config.prompts, config.prompts_field)
+    if ranks.count > 1:
+        device = accelerator.device
+    if device.type == "cpu":
+        keep_freed_memory()
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    set_seed(config.seed)  # for the adapters' initial values; everything later draws from the state's own generator
+
+    pipeline = load_pipeline(resolve_teacher(config.teacher), getattr(torch, config.dtype), device)
+    backbone = from_pipeline(pipeline, config.resolution)
+    network = backbone.network
+    check_not_distilled(pipeline, network)
+    timestep = student_timestep(backbone, config.student.timestep)
+    check_sizes(backbone, config)
+    check_steps(backbone, config.teacher_steps, "teacher_steps")
+    if config.warm_start.pairs:
+        check_steps(backbone, config.warm_start.sampler_steps, "warm_start.sampler_steps")
+    attach_roles(backbone, config)
+    state = initial_state(network, config, device, ranks)
+    state.prompts_digest, state.images_per_step = prompts.digest, images_per_step(config, ranks.count)
+    weights = fingerprint(network)
+    ranks.on_first(lambda: bool(loaded_digest(pipeline)))  # the other processes then find it in the cache
+    state.teacher_digest = loaded_digest(pipeline)
+    conditions, null = conditions_of(backbone, prompts), backbone.encode([""])
+    order = PromptOrder(len(prompts), config.seed)
+    if config.shard:
+        shard_frozen(network, [p for role in state.optimizers for p in roles.parameters(network, role).values()])
+    if config.compile:
+        network.compile()
+    return Training(config, run, ranks, device, accelerator, backbone, timestep, state, weights, conditions, null, order)
+
+
+def attach_roles(backbone: Backbone, config: DistillConfig) -> None:
+    """Attach the adapters of student and fake model. They start from zero, so all three roles still agree.
+
+    Raises:
+        WadiError: if the network already has an adapter, no layer matches, a rank is too large, or the network does not support
+            gradient checkpointing.
+    """
+    from wadi.lorad import LoRaDConfig
+
+    network = backbone.network
+    roles.refuse_adapted(network)
+    settings_of: dict[str, tuple[StudentConfig | FakeConfig, str]] = {
+        "student": (config.student, config.student.target_modules or backbone.student_targets),
+        "fake": (config.fake, config.fake.target_modules or backbone.fake_targets),
+    }
+    for role, (settings, targets) in settings_of.items():  # before anything of that rank is allocated
+        largest = largest_rank(network, targets)
+        if largest is not None and settings.rank > largest:
+            raise WadiError(
+                f"{role}.rank is {settings.rank}. The angles of its largest layer have rank {largest} at most: set "
+                f"--{role}.rank to that or less."
+            )
+    for role, (settings, targets) in settings_of.items():
+        roles.attach(network, role, LoRaDConfig(r=settings.rank, target_modules=targets, recompute=config.recompute))
+    network.eval()
+    if config.gradient_checkpointing:
+        roles.enable_checkpointing(network)
+
+
+def check_sizes(backbone: Backbone, config: DistillConfig) -> None:
+    """Raise `WadiError` if the latents of a batch, or of the warm-start pairs, exceed the memory by themselves."""
+    height, width = backbone.resolution
+    latent_bytes = 4 * math.prod(backbone.latent_shape)
+    batch, pairs = config.batch, config.warm_start.pairs
+    what = f"A batch of {batch} images of {height} x {width}"
+    refuse_larger(2 * batch * latent_bytes, backbone.device, what, "Set a smaller --batch or --resolution.")
+    what = f"{pairs:,} pairs of the warm start (warm_start.pairs)"
+    refuse_larger(2 * pairs * latent_bytes, torch.device("cpu"), what, "Set a smaller --warm-start.pairs.")

@@ -1,0 +1,171 @@
+"""A role may carry an adapter of any PEFT method, not of LoRaD alone."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny
+from wadi import roles
+from wadi.backbones import from_pipeline, load_pipeline
+from wadi.distill.batch import Batch
+from wadi.distill.checkpoints import load, save
+from wadi.distill.optimizers import initial_state
+from wadi.distill.setup import attach_roles
+from wadi.distill.step import as_numbers, train_step
+from wadi.lorad import LoRaDConfig
+
+TARGETS = r".*attn\d\.(to_q|to_k|to_v|to_out\.0)"
+
+
+def configs():
+    from peft import HRAConfig, LoraConfig, OFTConfig
+
+    return {
+        "lorad": lambda: LoRaDConfig(r=2, target_modules=TARGETS),
+        "lora": lambda: LoraConfig(r=2, target_modules=TARGETS),
+        "dora": lambda: LoraConfig(r=2, target_modules=TARGETS, use_dora=True),
+        "oft": lambda: OFTConfig(oft_block_size=4, r=0, target_modules=TARGETS),
+        "hra": lambda: HRAConfig(r=2, target_modules=TARGETS),
+    }
+
+
+METHODS = ("lorad", "lora", "dora", "oft", "hra")
+
+
+@pytest.fixture
+def unet(sd_folder):
+    return load_pipeline(sd_folder).unet.eval()
+
+
+def call(unet, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, unet.config.in_channels, 8, 8, generator=generator)
+    words = torch.randn(2, 5, unet.config.cross_attention_dim, generator=generator)
+    return unet(x, torch.tensor([500, 500]), words).sample
+
+
+def in_role(unet, role):
+    with torch.no_grad(), roles.active(unet, role):
+        return call(unet)
+
+
+def disturb(unet, role, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in roles.parameters(unet, role).values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+PAIRS = [*((method, method) for method in METHODS), ("lorad", "lora"), ("dora", "oft")]
+
+
+@pytest.mark.parametrize(("method", "other"), PAIRS)
+def test_a_role_starts_as_the_teacher_and_then_differs(unet, method, other):
+    plain = call(unet).detach()
+    layers = roles.attach(unet, "student", configs()[method]())
+    roles.attach(unet, "fake", configs()[other]())
+    assert layers == roles.adapted_layers(unet, "student")
+    assert all(layer.split(".")[-1] in ("to_q", "to_k", "to_v", "0") for layer in layers)
+    torch.testing.assert_close(in_role(unet, "student"), plain, atol=1e-5, rtol=1e-4)
+    disturb(unet, "student")
+    assert torch.equal(in_role(unet, None), plain)
+    assert (in_role(unet, "student") - plain).abs().max() > 1e-3
+    torch.testing.assert_close(in_role(unet, "fake"), plain, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "other"), PAIRS)
+def test_only_the_adapter_of_the_role_gets_a_gradient(unet, method, other):
+    for role, name in (("student", method), ("fake", other)):
+        roles.attach(unet, role, configs()[name]())
+        disturb(unet, role)
+    with roles.active(unet, "student"):
+        loss = call(unet).square().sum()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in roles.parameters(unet, "student").values())
+    assert all(p.grad is None for p in roles.parameters(unet, "fake").values())
+    own = {id(p) for role in ("student", "fake") for p in roles.parameters(unet, role).values()}
+    assert all(p.grad is None and not p.requires_grad for p in unet.parameters() if id(p) not in own)
+
+
+@pytest.mark.parametrize(("method", "other"), PAIRS)
+def test_peft_reads_the_folder_of_a_role(unet, sd_folder, tmp_path, method, other):
+    from peft import PeftModel
+
+    roles.attach(unet, "student", configs()[method]())
+    roles.attach(unet, "fake", configs()[other]())
+    disturb(unet, "student")
+    roles.save(unet, "student", tmp_path / "student")
+    assert load_file(tmp_path / "student" / roles.WEIGHTS).keys() == roles.state_dict(unet, "student").keys()
+    again = PeftModel.from_pretrained(load_pipeline(sd_folder).unet.eval(), tmp_path / "student")
+    with torch.no_grad():
+        torch.testing.assert_close(call(again), in_role(unet, "student"), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "other"), PAIRS)
+def test_a_fused_role_is_the_plain_architecture(unet, method, other):
+    names = unet.state_dict().keys()
+    roles.attach(unet, "student", configs()[method]())
+    roles.attach(unet, "fake", configs()[other]())
+    disturb(unet, "student")
+    disturb(unet, "fake")
+    student = in_role(unet, "student")
+    with torch.no_grad():
+        torch.testing.assert_close(call(roles.fuse(unet, "student")), student, atol=1e-4, rtol=1e-3)
+    assert unet.state_dict().keys() == names
+
+
+@pytest.mark.parametrize(("method", "other"), PAIRS)
+def test_the_base_tensors_are_those_of_the_plain_network(unet, method, other):
+    plain = {name: value.clone() for name, value in unet.state_dict().items()}
+    roles.attach(unet, "student", configs()[method]())
+    roles.attach(unet, "fake", configs()[other]())
+    disturb(unet, "student")
+    base = roles.base_tensors(unet)
+    assert list(base) == list(plain)
+    assert all(torch.equal(base[name], value) for name, value in plain.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", METHODS)
+def test_adapters_train_in_float32_on_a_half_precision_network(unet, method, dtype):
+    unet.to(dtype)
+    roles.attach(unet, "student", configs()[method]())
+    assert {p.dtype for p in roles.parameters(unet, "student").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "lorad"])
+def test_a_step_trains_and_a_checkpoint_restores_roles_of_another_method(
+    sd_folder, prompts_path, tmp_path, method, monkeypatch
+):
+    """The training step and the checkpoint know nothing about the method. Angle statistics are left out."""
+    config = tiny.settings(sd_folder, prompts_path, tmp_path / "run", gradient_checkpointing=True)
+
+    def ready():
+        backbone = from_pipeline(load_pipeline(sd_folder))
+        monkeypatch.setattr("wadi.lorad.LoRaDConfig", lambda **_: configs()[method]())
+        attach_roles(backbone, config)
+        return backbone, initial_state(backbone.network, config, torch.device("cpu"))
+
+    backbone, state = ready()
+    before = {role: {k: v.clone() for k, v in roles.parameters(state.network, role).items()} for role in state.optimizers}
+    condition, null = backbone.encode(["red apple"] * config.batch), backbone.encode([""])
+    z = torch.randn(config.batch, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):  # at the first step teacher and fake model agree, so the student stays
+        numbers = as_numbers(train_step(backbone, Batch(condition, null, z, z[:0]), 700, config, state), state.network)
+        state.step += 1
+    assert {"loss_student", "loss_fake"} <= numbers.keys()
+    assert not any("angle" in name for name in numbers)
+    for role, values in before.items():
+        moved = {
+            key.split(".lora_")[0].split(".oft_")[0].split(".hra_")[0]
+            for key, p in roles.parameters(state.network, role).items()
+            if not torch.equal(p, values[key])
+        }
+        assert len(moved) > 0.9 * len(roles.adapted_layers(state.network, role))  # every layer that the loss reaches
+
+    path = save(tmp_path / "checkpoints", state, "teacher", 1)
+    _, restored = ready()
+    load(path, restored, "teacher")
+    for role in before:
+        found, expected = roles.parameters(restored.network, role), roles.parameters(state.network, role)
+        assert all(torch.equal(found[key], p) for key, p in expected.items())
