@@ -1,4 +1,4 @@
-"""What a ControlNet minimises: for a frozen multi-step teacher, or for a frozen one-step student.
+"""The losses that train a ControlNet: for a frozen multi-step teacher, or for a frozen one-step student.
 
 Teacher: ``x_t = alpha_t x0 + sigma_t eps``, with ``x0`` an image of the teacher and ``c`` its edges. The loss is the network's
 own denoising loss; only the ControlNet is trained. Noisy timesteps, where the layout is decided, come more often:
