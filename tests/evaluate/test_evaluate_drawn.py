@@ -269,7 +269,7 @@ def test_images_of_another_version_are_not_mixed(student, tmp_path, monkeypatch)
     key = student.key
     draw_missing(student, PROMPTS[:1], SEEDS[:1], tmp_path / "set")
     for module in ("generators", "drawn"):
-        monkeypatch.setattr(f"wadi.evaluate.{module}.versions", lambda names: dict.fromkeys(names, "9.9"))
+        monkeypatch.setattr(f"wadi.evaluate.{module}.installed_versions", lambda names: dict.fromkeys(names, "9.9"))
     assert student.key != key
     with pytest.raises(WadiError, match=r"libraries\.diffusers"):
         draw_missing(student, PROMPTS[:1], SEEDS[:1], tmp_path / "set")

@@ -59,7 +59,7 @@ def test_another_version_of_a_library_has_a_cache_of_its_own(extractor, tmp_path
     with FeatureCache(extractor, tmp_path) as cache:
         cache(pictures(2, 8, 8))
     found = installed_versions([name])
-    monkeypatch.setattr("wadi.metrics.cache.versions", lambda names: {**dict.fromkeys(names), **found, name: "9.9"})
+    monkeypatch.setattr("wadi.metrics.cache.installed_versions", lambda names: {**dict.fromkeys(names), **found, name: "9.9"})
     assert FeatureCache(extractor, tmp_path).folder != cache.folder
 
 

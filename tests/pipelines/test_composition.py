@@ -49,7 +49,7 @@ def test_the_order_is_weights_size_start_image_control_schedule(finished_run, im
     def record(name, result=None):
         return lambda *args, **kwargs: calls.append(name) or (result(*args) if result else None)
 
-    monkeypatch.setattr("wadi.extras.relation.training.add_token", record("token"))
+    monkeypatch.setattr("wadi.extras.relation.token_file.add_token", record("token"))
     monkeypatch.setattr("wadi.extras.lora.apply.apply_lora", record("lora"))
     monkeypatch.setattr(resize, "set_resolution", record("size"))
     monkeypatch.setattr(image_to_image, "read_init", record("init", lambda *_: "pixels"))
