@@ -333,12 +333,12 @@ def test_a_pipeline_of_integers_is_an_error(part, file, kind, sd_folder, tmp_pat
 
 
 def test_layers_of_8_bit_floats_are_checked():
-    from wadi.analysis.analyze import _refuse_not_finite
+    from wadi.analysis.analyze import _check_finite
 
     fine = torch.ones(2, 2).to(torch.float8_e4m3fn)
-    _refuse_not_finite("layer", fine, fine)
+    _check_finite("layer", fine, fine)
     with pytest.raises(WadiError, match="layer"):
-        _refuse_not_finite("layer", fine, (torch.ones(2, 2) * torch.nan).to(torch.float8_e4m3fn))
+        _check_finite("layer", fine, (torch.ones(2, 2) * torch.nan).to(torch.float8_e4m3fn))
 
 
 def test_a_condition_for_which_memory_runs_out_says_so(tmp_path, error_of, monkeypatch):

@@ -70,7 +70,7 @@ def test_dashes_and_underscores_mean_the_same(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_help_shows_every_option_with_dashes_and_a_sentence(name, capsys):
+def test_help_shows_every_option_with_dashes(name, capsys):
     with pytest.raises(SystemExit) as done:
         main([*name.split(), "--help"])
     assert done.value.code == 0

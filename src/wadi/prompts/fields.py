@@ -49,5 +49,5 @@ class Field:
             missing = repr(self.name) if self.name else f"any of {', '.join(USUAL_FIELDS)}"
             raise WadiError(
                 f"No row of {str(source)!r} has the field {missing}. Its fields are {', '.join(map(str, self.columns))}. "
-                "Set --prompts_field to one of them."
+                "Set --prompts-field to one of them."
             )

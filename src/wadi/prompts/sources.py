@@ -66,7 +66,7 @@ def zoo_rows(field: str | None) -> Rows:
         WadiError: if a ``field`` is given: the captions have no fields.
     """
     if field is not None:
-        raise WadiError(f"prompts_field is {field!r}, but the captions of {ZOO!r} have no fields. Leave out --prompts_field.")
+        raise WadiError(f"prompts_field is {field!r}, but the captions of {ZOO!r} have no fields. Leave out --prompts-field.")
     yield from ((f"caption {number} of {ZOO!r}", caption) for number, caption in enumerate(training_prompts(), 1))
 
 
@@ -97,7 +97,7 @@ def text_rows(path: Path, field: str | None) -> Rows:
         WadiError: if a ``field`` is given: lines of text have no fields.
     """
     if field is not None:
-        raise WadiError(f"prompts_field is {field!r}, but {str(path)!r} is a text file. Leave out --prompts_field.")
+        raise WadiError(f"prompts_field is {field!r}, but {str(path)!r} is a text file. Leave out --prompts-field.")
     for place, line in lines_of(path):
         for part in line.splitlines():
             if part.strip():
