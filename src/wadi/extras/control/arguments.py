@@ -130,7 +130,7 @@ def _checked_modes(model: Any, modes: Sequence[int | None]) -> list[int | None]:
         if count is not None and (mode is None or not 0 <= mode < count):
             raise WadiError(
                 f"This is a union ControlNet for {count} kinds of conditions, and the mode is {mode}. Give the number of the "
-                f"condition's kind, 0 to {count - 1} (--control_mode; the model's page lists them: often 0 canny, 1 tile, 2 "
+                f"condition's kind, 0 to {count - 1} (--control-mode; the model's page lists them: often 0 canny, 1 tile, 2 "
                 "depth, 3 blur, 4 pose, 5 grey, 6 low quality)."
             )
     return list(modes)

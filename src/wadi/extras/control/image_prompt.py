@@ -104,7 +104,7 @@ def add_image_prompt(pipeline: Any, file: Path, image_encoder: str | Path | None
     if encoder_width != width:
         raise WadiError(
             f"The IP-Adapter {str(file)!r} needs an image encoder with {entry} {width}, and this one has {encoder_width}. Give "
-            "the right one by --image_encoder (files named vit-h use models/image_encoder, other SDXL files "
+            "the right one by --image-encoder (files named vit-h use models/image_encoder, other SDXL files "
             "sdxl_models/image_encoder)."
         )
     if getattr(pipeline, "feature_extractor", None) is None:
@@ -143,12 +143,12 @@ def find_encoder(file: Path, entry: str, width: int) -> Path:
     if not folders:
         raise WadiError(
             f"No folder image_encoder is near {str(file)!r}. Give the CLIP vision model that it needs ({entry} "
-            f"{width}) by --image_encoder."
+            f"{width}) by --image-encoder."
         )
     encoders = ", ".join(f"{str(folder)!r} ({entry} {encoder_width})" for folder, encoder_width in widths.items())
     raise WadiError(
         f"The IP-Adapter {str(file)!r} needs an image encoder with {entry} {width}. Near it are {encoders}. Give the right one "
-        "by --image_encoder."
+        "by --image-encoder."
     )
 
 
