@@ -168,7 +168,7 @@ def test_half_a_surrogate_pair_is_an_error_wherever_it_comes_from(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("p.jsonl", b'{"a": 1}\n{"b": 2}\n', ("prompts_field", "fields are a")),
+        ("p.jsonl", b'{"a": 1}\n{"b": 2}\n', ("--prompts-field", "fields are a")),
         ("p.jsonl", b'{"prompt": "x"}\n[1]\n', ("line 2", "list")),
         ("p.jsonl", b'{"prompt": "x"}\n{"pro\n', ("line 2", "not json")),
         ("p.jsonl", b'{"prompt": "x\xff"}\n', ("utf-8", "line 1")),
