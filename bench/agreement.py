@@ -1,4 +1,4 @@
-"""The measures of this package against independent implementations, on the same features, embeddings and pixels.
+"""Compare the metrics of this package with independent implementations, on the same features, embeddings and pixels.
 
     python -m venv agreement
     agreement/bin/pip install . -c constraints.txt
@@ -7,10 +7,10 @@
     agreement/bin/pip install scipy scikit-learn
     agreement/bin/python bench/agreement.py --json bench/results/agreement.json
 
-pytorch-fid, clean-fid and torch-fidelity import torchvision, which would bring a torch of its own, and torchmetrics imports
-torch-fidelity where that is installed. Of these the functions that hold the formula are compiled unchanged out of the installed
-file ("own function"); prdc, and the one file of clean-fid that resizes, are imported ("imported"). Exit code 1 if a difference
-exceeds what is allowed.
+pytorch-fid, clean-fid and torch-fidelity import torchvision, which would bring its own torch, and torchmetrics imports
+torch-fidelity if that is installed. Of these, only the functions that contain the formula are compiled, unchanged, from the
+installed file ("own function"). prdc, and the one file of clean-fid that resizes, are imported ("imported"). The exit code is
+1 if a difference exceeds its limit.
 """
 
 import argparse
@@ -39,29 +39,29 @@ RELATIVE = 1e-6
 
 
 def installed(package: str, file: str) -> Path:
-    """A file of an installed distribution, found without importing anything."""
+    """Return a file of an installed distribution without importing anything."""
     return Path(distribution(package).locate_file(file))
 
 
 def own_functions(package: str, file: str, names: list[str], **visible):
-    """Functions of a module as they stand in its file, without its imports; they see one another and ``visible``."""
+    """Return functions of a module as they are in its file, without its imports. They see one another and ``visible``."""
     tree = ast.parse(installed(package, file).read_text())
     tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names]
-    assert len(tree.body) == len(names), f"{package} has no longer all of {names} in {file}"
+    assert len(tree.body) == len(names), f"{package} no longer has all of {names} in {file}"
     exec(compile(tree, str(installed(package, file)), "exec"), visible)
     return [visible[name] for name in names]
 
 
 def module(package: str, file: str):
-    """A single file of a package as a module, without the package's ``__init__``."""
+    """Load a single file of a package as a module, without the package's ``__init__``."""
     spec = importlib.util.spec_from_file_location(f"alone_{Path(file).stem}", installed(package, file))
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
 def features(n: int, d: int, seed: int, scale: float = 1.0, shift: float = 0.0, decay: float = 0.0) -> torch.Tensor:
-    """Correlated features of unequal variances, as networks give them: direction ``i`` falls off as ``(i + 1)^-decay``."""
+    """Return correlated features of unequal variances, as networks give them: direction ``i`` falls as ``(i + 1)^-decay``."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(d, d, generator=generator, dtype=torch.float64) / d**0.5
     mix = mix * torch.arange(1, d + 1, dtype=torch.float64).pow(-decay)[:, None]
@@ -69,17 +69,17 @@ def features(n: int, d: int, seed: int, scale: float = 1.0, shift: float = 0.0, 
 
 
 def embedded(rows: torch.Tensor, d: int) -> torch.Tensor:
-    """Features turned into ``d`` dimensions: every covariance is singular, every distance as before."""
+    """Return features rotated into ``d`` dimensions: every covariance is singular, every distance stays."""
     turn = torch.linalg.qr(torch.randn(d, rows.shape[1], generator=torch.Generator().manual_seed(9), dtype=torch.float64)).Q
     return rows @ turn.T
 
 
 def row(what: str, against: str, how: str, ours: float, theirs: float, allowed: float, note: str = "") -> dict:
-    """One comparison; ``allowed`` is relative, 0 asks for equality."""
+    """Return one comparison. ``allowed`` is the largest relative difference; 0 means equality."""
     difference = abs(ours - theirs) / max(abs(theirs), 1e-300) if ours != theirs else 0.0
     agrees = bool(difference <= allowed)
-    found = {"what": what, "against": against, "how": how, "ours": ours, "theirs": theirs, "difference": difference}
-    return found | {"allowed": allowed, "agrees": agrees} | ({"note": note} if note else {})
+    values = {"what": what, "against": against, "how": how, "ours": ours, "theirs": theirs, "difference": difference}
+    return values | {"allowed": allowed, "agrees": agrees} | ({"note": note} if note else {})
 
 
 def frechet_rows() -> list[dict]:
@@ -98,7 +98,7 @@ def frechet_rows() -> list[dict]:
     for what, (a, b) in cases.items():
         statistics = [moments(part) for part in (a, b)]
         from_features, from_statistics = frechet_distance(a, b), frechet_distance(*statistics)
-        streamed = frechet_distance(*(gathered(part) for part in (a, b)))
+        streamed = frechet_distance(*(streamed_moments(part) for part in (a, b)))
         for package, (file, name) in formulas.items():
             (formula,) = own_functions(package, file, [name], np=np, linalg=linalg)
             (mu_1, cov_1), (mu_2, cov_2) = ((mean.numpy(), cov.numpy()) for mean, cov in statistics)
@@ -112,11 +112,11 @@ def frechet_rows() -> list[dict]:
     return rows
 
 
-def gathered(rows: torch.Tensor) -> Moments:
-    found = Moments(rows.shape[1])
+def streamed_moments(rows: torch.Tensor) -> Moments:
+    statistics = Moments(rows.shape[1])
     for part in rows.split(37):
-        found.update(part)
-    return found
+        statistics.update(part)
+    return statistics
 
 
 def kernel_rows() -> list[dict]:
@@ -158,22 +158,22 @@ def neighbour_rows() -> list[dict]:
         theirs = compute_prdc(real.numpy(), fake.numpy(), k)
         ours = prdc(real, fake, k, block=128)
         for name in ("precision", "recall", "density", "coverage"):
-            # The density is a mean of whole numbers over k: the two divide in another order.
+            # The density is a mean of whole numbers over k, and the two divide in a different order.
             allowed = 1e-12 if name == "density" else 0.0
             what = f"{name}, {n} real and {m} fake, {d} dimensions, k = {k}"
             rows.append(row(what, "prdc", "imported", getattr(ours, name), float(theirs[name]), allowed))
     return rows
 
 
-class Given:
-    """What torchmetrics asks a model and a processor for, answered with embeddings that are already there."""
+class StoredEmbeddings:
+    """A stand-in for torchmetrics' model and processor that returns stored embeddings."""
 
     config = None
 
     def __init__(self, images: torch.Tensor, texts: torch.Tensor) -> None:
         self.images, self.texts = images, texts
 
-    def to(self, device: torch.device) -> "Given":
+    def to(self, device: torch.device) -> "StoredEmbeddings":
         return self
 
     def __call__(self, **inputs) -> dict[str, torch.Tensor]:
@@ -195,13 +195,13 @@ def clip_rows() -> list[dict]:
         names,
         torch=torch,
         Tensor=torch.Tensor,
-        _CLIPModel=Given,
-        _CLIPProcessor=Given,
+        _CLIPModel=StoredEmbeddings,
+        _CLIPProcessor=StoredEmbeddings,
         **annotations,
     )[-1]
     images, texts = features(64, 512, 1), features(64, 512, 2) + 0.3 * features(64, 512, 1)
-    given = Given(images, texts)
-    scores, _ = update(list(torch.zeros(64, 3, 2, 2)), ["a prompt"] * 64, given, given)
+    stored = StoredEmbeddings(images, texts)
+    scores, _ = update(list(torch.zeros(64, 3, 2, 2)), ["a prompt"] * 64, stored, stored)
     ours = cosines(images, texts)
     rows = [
         row(
@@ -222,10 +222,10 @@ def resize_rows() -> list[dict]:
     theirs = module("clean-fid", "cleanfid/resize.py").build_resizer
     rows = []
     for height, width in ((512, 512), (256, 256), (64, 64), (427, 640), (299, 299), (33, 500)):
-        picture = torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(height), dtype=torch.uint8)
+        image = torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(height), dtype=torch.uint8)
         for ours, mode in (("clean", "clean"), ("legacy-torch", "legacy_pytorch")):
-            expected = torch.from_numpy(theirs(mode)(picture.permute(1, 2, 0).numpy())).permute(2, 0, 1)
-            differing = int((resize(picture, 299, ours) != expected).sum())
+            expected = torch.from_numpy(theirs(mode)(image.permute(1, 2, 0).numpy())).permute(2, 0, 1)
+            differing = int((resize(image, 299, ours) != expected).sum())
             what = f"resize {height}x{width} to 299x299, filter {ours}: pixels that differ"
             rows.append(row(what, "clean-fid", "imported", float(differing), 0.0, 0.0))
     return rows
@@ -242,7 +242,7 @@ def markdown(rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
     args = parser.parse_args()
     start = time.perf_counter()
     rows = [*frechet_rows(), *kernel_rows(), *neighbour_rows(), *clip_rows(), *resize_rows()]

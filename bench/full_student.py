@@ -1,7 +1,7 @@
-"""A one-step student of the embedded teacher with all weights trained, to see what training without LoRaD changes.
+"""Train all weights of a one-step student of the embedded teacher, to see what training without LoRaD changes.
 
-LoRaD keeps every norm by construction, so its students cannot show whether norms would have changed. This one trains every
-weight by the warm start's regression on pairs (noise, the teacher's sample) that a run of `wadi distill` has left behind:
+LoRaD keeps every norm by construction, so its students cannot show whether norms would have changed. This script trains every
+weight by the warm start's regression, on pairs (noise, the teacher's sample) that a run of `wadi distill` has stored:
 
     python bench/full_student.py RUN/warm_start.safetensors --out full.safetensors
     wadi analyze zoo full.safetensors --out runs/analysis-full
@@ -32,16 +32,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--timestep", type=int, default=800)
-    parser.add_argument(
-        "--seconds", type=float, default=1e9, help="stop after so many, at whichever step; the rate goes by them"
-    )
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop after this time; the learning rate follows it")
     args = parser.parse_args()
     torch.manual_seed(0)
     backbone, pairs = from_pipeline(zoo.load_teacher()), load_pairs(args.pairs, torch.device("cpu"))
     prompts = open_prompts("zoo")
     network = backbone.network.requires_grad_(True)
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=0.0)
-    start, seen = time.monotonic(), []
+    start, losses = time.monotonic(), []
     for step in range(args.steps):
         share = max(step / args.steps, (time.monotonic() - start) / args.seconds)
         if share >= 1:
@@ -55,11 +53,12 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        seen.append(loss.item())
+        losses.append(loss.item())
     save_file({name: tensor.detach().contiguous() for name, tensor in network.state_dict().items()}, args.out)
-    first, last = (sum(part) / len(part) for part in (seen[:20], seen[-20:]))
+    first, last = (sum(part) / len(part) for part in (losses[:20], losses[-20:]))
     print(
-        f"{len(seen)} steps in {time.monotonic() - start:.0f} s: loss {first:.3f} (first 20), {last:.3f} (last 20): {args.out}"
+        f"{len(losses)} steps in {time.monotonic() - start:.0f} s: loss {first:.3f} (first 20), "
+        f"{last:.3f} (last 20): {args.out}"
     )
 
 

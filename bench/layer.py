@@ -1,10 +1,10 @@
-"""One adapted linear layer, forward and backward: time against a trainable Linear, bytes autograd keeps.
+"""Measure one adapted linear layer, forward and backward: time relative to a trainable Linear, and memory for autograd.
 
     python bench/layer.py --size 640x640 --tokens 512 --rank 16 --json out.json
 
-Every variant runs once per round in a shuffled order, and its time is divided by the trainable Linear's of
-the same round, so that a busy machine slows both. Reported: the median ratio and the middle half of the
-rounds; bytes kept beyond parameters and input in units of one weight W.
+Every variant runs once in each round, in shuffled order. Its time is divided by the trainable Linear's time in the same round,
+so a busy machine slows both. The output is the median ratio, the middle half of the rounds, and the bytes kept beyond
+parameters and input in units of one weight W.
 """
 
 import argparse
@@ -30,8 +30,10 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class ReleasedLayout(nn.Module):
-    """The layout of the authors' scripts: a forward hook that rotates with plain autograd operations and multiplies
-    again, after the frozen layer's own product."""
+    """The layout of the authors' scripts.
+
+    A forward hook rotates with plain autograd operations and multiplies again, after the frozen layer's own product.
+    """
 
     def __init__(self, linear: nn.Linear, r: int) -> None:
         super().__init__()
@@ -53,7 +55,7 @@ class ReleasedLayout(nn.Module):
 
 
 def variants(linear: nn.Linear, r: int) -> dict[str, nn.Module]:
-    """Every layer to be timed, on a copy of ``linear`` each."""
+    """Return all layers to be timed, each with a copy of ``linear``."""
 
     def adapted(config):
         model = peft.get_peft_model(nn.Sequential(copy.deepcopy(linear)), config)
@@ -76,7 +78,7 @@ def variants(linear: nn.Linear, r: int) -> dict[str, nn.Module]:
 
 
 def bytes_kept(layer: nn.Module, x: torch.Tensor) -> int:
-    """Bytes of the storages autograd keeps for one forward, without parameters, buffers and the input."""
+    """Return the bytes that autograd keeps for one forward pass, without parameters, buffers and the input."""
     known = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters(), *layer.buffers())}
     kept: dict[int, int] = {}
     alive = []  # so that no address is used twice
@@ -92,7 +94,7 @@ def bytes_kept(layer: nn.Module, x: torch.Tensor) -> int:
 
 
 def seconds(layer: nn.Module, x: torch.Tensor, g: torch.Tensor, clock: Callable[[], float]) -> float:
-    """One forward and backward, gradients of parameters and input included."""
+    """Time one forward and backward pass, with gradients of parameters and input."""
     x.grad = None
     layer.zero_grad(set_to_none=True)
     if x.is_cuda:
@@ -105,6 +107,7 @@ def seconds(layer: nn.Module, x: torch.Tensor, g: torch.Tensor, clock: Callable[
 
 
 def measure(out: int, fan_in: int, tokens: int, rank: int, args: argparse.Namespace) -> list[dict]:
+    """Return a row for each variant of one layer size."""
     dtype, clock = getattr(torch, args.dtype), CLOCKS[args.clock]
     torch.manual_seed(0)
     linear = nn.Linear(fan_in, out).to(args.device, dtype)
@@ -171,10 +174,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument(
-        "--clock", default="wall", choices=CLOCKS, help="cpu: processor time, for a machine busy with other work"
-    )
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: processor time, for a busy machine")
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     random.seed(0)

@@ -1,4 +1,4 @@
-"""What a measurement was made on."""
+"""The machine that a benchmark ran on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def machine(device: str = "cpu") -> str:
-    """One line: processor or GPU, threads, and the versions that matter."""
+    """Return one line: processor or GPU, threads, and the versions of the libraries."""
     if device.startswith("cuda"):
         place = torch.cuda.get_device_name(device)
     else:
@@ -22,5 +22,5 @@ def machine(device: str = "cpu") -> str:
 
 
 def peak_rss_mib() -> float:
-    """Largest resident memory of this process so far, in MiB (Linux)."""
+    """Return the largest resident memory of this process so far, in MiB (Linux)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,12 +1,13 @@
-"""A distillation step of a public model at its real size, with random weights: seconds, peak memory, and what the plan said.
+"""Run a distillation step of a public model at its real size, and compare its memory with the plan.
 
-The network is built from its public config (`wadi plan` has them), its conditions are random, and there is no text encoder and
-no autoencoder: they take part in no step. Gradient checkpointing is on. Time and memory do not depend on the weights.
+The weights are random. The network is built from its public config (`wadi plan` has them), and its conditions are random too.
+The text encoder and the autoencoder take part in no step, so they are left out. Gradient checkpointing is on. Time and memory
+do not depend on the weights.
 
     python bench/real_size.py --model sd15 --steps 1
     python bench/real_size.py --model sd15 --memory                 # of the second step; slower
     python bench/real_size.py --model sdxl --batch 4 --device cuda
-    python bench/real_size.py --model sd15 --small                  # two blocks a level: does the script itself work
+    python bench/real_size.py --model sd15 --small                  # a small network, to test this script
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from machine import machine
 
 
 def small(network: dict) -> dict:
-    """The same architecture at a fraction of its width and depth."""
+    """Return the same architecture with a fraction of its width and depth."""
     if network["_class_name"] == "UNet2DConditionModel":
         heads = network["attention_head_dim"]
         widths = [32 * (i + 1) for i in range(len(network["block_out_channels"]))]
@@ -33,14 +34,14 @@ def small(network: dict) -> dict:
 
 
 def give_freed_memory_back() -> None:
-    """Have glibc return each large block as it is freed: resident memory is then what is alive, as on a GPU."""
+    """Make glibc return each large block as it is freed, so that resident memory is the live memory, as on a GPU."""
     import ctypes
 
     ctypes.CDLL(None).mallopt(-3, 2**18)  # M_MMAP_THRESHOLD, no longer moving
 
 
 class Peak:
-    """Largest resident memory since the start of the block in GiB (Linux), or what CUDA's allocator held."""
+    """Largest resident memory since the start of the block in GiB (Linux), or the peak of CUDA's allocator."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -49,7 +50,7 @@ class Peak:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+            Path("/proc/self/clear_refs").write_text("5")  # restart the high-water mark
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -72,7 +73,7 @@ def main() -> None:
         "--memory", action="store_true", help="on a CPU: give memory back as it is freed, so that the peak is exact"
     )
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--json", type=Path, default=None, help="file to write the figures to")
+    parser.add_argument("--json", type=Path, default=None, help="file to write the values to")
     args = parser.parse_args()
 
     from wadi.backbones import Condition, family
@@ -91,23 +92,27 @@ def main() -> None:
     torch.manual_seed(0)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     config = replace(preset(args.model), batch=args.batch, dtype=args.dtype, gradient_checkpointing=True)
-    found = plan.architecture(args.model)
+    architecture = plan.architecture(args.model)
     if args.small:
         rank = {"student": replace(config.student, rank=16), "fake": replace(config.fake, rank=4)}
-        config, found = replace(config, **rank), replace(found, network=small(found.network))
+        config, architecture = replace(config, **rank), replace(architecture, network=small(architecture.network))
 
     if args.memory and device.type == "cpu":
         give_freed_memory_back()
-    kind = family(found.pipeline)
+    backbone_class = family(architecture.pipeline)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # never a copy of the weights in float32
-    network = build_network(found.network).to(device)
+    torch.set_default_dtype(dtype)  # so the weights never exist in float32
+    network = build_network(architecture.network).to(device)
     torch.set_default_dtype(before)
-    scheduler, scale = make_scheduler(found.scheduler), found.vae_scale_factor
+    scheduler, scale = make_scheduler(architecture.scheduler), architecture.vae_scale_factor
     parts = Outline(
-        pipeline_class=found.pipeline, scheduler=scheduler, vae_scale_factor=scale, config={}, **{kind.component: network}
+        pipeline_class=architecture.pipeline,
+        scheduler=scheduler,
+        vae_scale_factor=scale,
+        config={},
+        **{backbone_class.component: network},
     )
-    backbone = kind(parts)
+    backbone = backbone_class(parts)
     attach_roles(backbone, config)
     timestep, state = student_timestep(backbone, config.student.timestep), initial_state(network, config, device)
     row = {name: torch.ones(1, *shape, device=device) for name, shape in backbone.condition_shapes().items()}
@@ -119,8 +124,8 @@ def main() -> None:
 
     with Peak(device) as peak:
         pass
-    held = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values()) / 2**30
-    empty = peak.gib - held  # what the interpreter and the libraries take
+    weights_gib = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values()) / 2**30
+    libraries_gib = peak.gib - weights_gib  # memory of the interpreter and the libraries
     seconds, peaks = [], []
     for _ in range(args.steps):
         with Peak(device) as peak:
@@ -134,13 +139,13 @@ def main() -> None:
         print(
             f"step {state.step}: {seconds[-1]:.1f} s, peak {peak.gib:.2f} GiB, fake loss {stats['loss_fake']:.3f}", flush=True
         )
-    planned = plan.plan(config, found)
+    planned = plan.plan(config, architecture)
     memory = planned.memory["checkpointed"]
     expected = (memory.total - memory.encoders) / 2**30
     size = f"{planned.parameters / 1e6:.1f} M parameters, rank {config.student.rank} and {config.fake.rank}"
-    print(f"{found.model}, {size}, batch {args.batch}, latents {backbone.latent_shape}, {args.dtype}")
+    print(f"{architecture.model}, {size}, batch {args.batch}, latents {backbone.latent_shape}, {args.dtype}")
     print(f"last step {seconds[-1]:.1f} s ({args.batch / seconds[-1]:.3f} images/s)")
-    print(f"peak {max(peaks):.2f} GiB, of it {empty:.2f} the libraries' own; the plan said {expected:.2f} for the rest")
+    print(f"peak {max(peaks):.2f} GiB, of which libraries take {libraries_gib:.2f}; the plan said {expected:.2f} for the rest")
     print(machine(args.device))
     if args.json:
         values = vars(args) | {
@@ -148,7 +153,7 @@ def main() -> None:
             "seconds": seconds,
             "peak_gib": peaks,
             "planned_gib": expected,
-            "empty_gib": empty,
+            "empty_gib": libraries_gib,
             "machine": machine(args.device),
         }
         args.json.write_text(json.dumps(values, indent=2) + "\n")

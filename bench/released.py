@@ -1,8 +1,8 @@
-"""The released scripts' layout, written anew from its description, as the baseline of the benchmarks.
+"""The layout of the authors' released scripts, rewritten from its description, as the baseline of the benchmarks.
 
-Three copies of the network (teacher, student, fake model). Rotation by a forward *hook*: the frozen layer's product is
-computed, thrown away and computed again with the rotated weight; autograd keeps angle, sine and cosine; the angle is
-wrapped by a modulo; conditional and null passes run one after the other.
+It has three copies of the network (teacher, student, fake model). A forward *hook* rotates: the frozen layer's product is
+computed, discarded, and computed again with the rotated weight. Autograd keeps angle, sine and cosine, and the angle is
+wrapped by a modulo. The conditional and the null pass run one after the other.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 
 class HookedRotation(nn.Module):
-    """Angles of one Linear, applied by a forward hook on top of the layer's own product."""
+    """The angles of one Linear, applied by a forward hook after the layer's own product."""
 
     def __init__(self, layer: nn.Linear, rank: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class HookedRotation(nn.Module):
 
 
 def hook(network: nn.Module, targets: str, rank: int) -> list[nn.Parameter]:
-    """Freeze ``network`` and hook every Linear that ``targets`` fully matches; returns the angles."""
+    """Freeze ``network``, hook every Linear whose whole name ``targets`` matches, and return the angles."""
     network.requires_grad_(False)
     angles: list[nn.Parameter] = []
     for name, layer in list(network.named_modules()):
@@ -49,6 +49,6 @@ def hook(network: nn.Module, targets: str, rank: int) -> list[nn.Parameter]:
 
 
 def guided_separately(predict: Any, x_t: Tensor, t: Tensor, condition: Any, null: Any, guidance_scale: float) -> Tensor:
-    """Classifier-free guidance in two passes, one after the other."""
+    """Return classifier-free guidance from two passes, one after the other."""
     unconditional = predict(x_t, t, null)
     return unconditional + guidance_scale * (predict(x_t, t, condition) - unconditional)

@@ -1,9 +1,9 @@
-"""Does the spread that one set of images gives agree with the scatter of sets from other seeds?
+"""Compare the spread from one set of images with the scatter of sets from other seeds.
 
     python bench/spread.py --sets 8 --json bench/results/spread.json
 
 Runs `wadi eval` on the embedded student with `--set 1` to `--set N`: the same prompts and reference, other seeds. Prints the
-standard deviation over the sets and the `±` of one set (root mean square over the sets).
+standard deviation over the sets, and the `±` of one set (root mean square over the sets).
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ METRICS = "fd,kd,pr,fd-zoo,top1,diversity"
 
 
 def rows(values: dict[str, list[tuple[float, float]]]) -> list[dict[str, float | str]]:
-    """One row per metric, from its ``(value, std)`` of each set."""
-    found: list[dict[str, float | str]] = []
+    """Return one row for each metric, from its ``(value, std)`` in each set."""
+    metric_rows: list[dict[str, float | str]] = []
     for name, pairs in values.items():
         numbers, spreads = zip(*pairs, strict=True)
-        found.append(
+        metric_rows.append(
             {
                 "metric": name, "mean": statistics.fmean(numbers), "scatter": statistics.stdev(numbers),
                 "estimate": statistics.fmean(spread**2 for spread in spreads) ** 0.5,
                 "smallest": min(spreads), "largest": max(spreads),
             }
         )  # fmt: skip
-    return found
+    return metric_rows
 
 
-def table(found: list[dict[str, float | str]], sets: int) -> str:
-    """The rows as Markdown."""
-    heads = ["metric", f"mean of {sets} sets", "scatter of the sets", "± of one set", "smallest to largest ±"]
+def table(metric_rows: list[dict[str, float | str]], sets: int) -> str:
+    """Return the rows as a Markdown table."""
+    header = ["metric", f"mean of {sets} sets", "scatter of the sets", "± of one set", "smallest to largest ±"]
     cells = [
         [str(row["metric"]), *(f"{row[name]:.3g}" for name in ("mean", "scatter", "estimate")),
          f"{row['smallest']:.3g} to {row['largest']:.3g}"]
-        for row in found
+        for row in metric_rows
     ]  # fmt: skip
-    return markdown.table(heads, cells)
+    return markdown.table(header, cells)
 
 
 def measure(sets: int, folder: Path) -> dict[str, list[tuple[float, float]]]:
-    """``(value, std)`` of each metric and set; results that are there already are read again."""
+    """Return ``(value, std)`` of each metric and set. Existing results are read instead of computed."""
     values: dict[str, list[tuple[float, float]]] = {}
     for number in range(1, sets + 1):
         out = folder / f"set-{number}.json"
@@ -68,7 +68,7 @@ if __name__ == "__main__":
     parser.add_argument("--json", type=Path, default=None, help="file to write")
     args = parser.parse_args()
     args.results.mkdir(parents=True, exist_ok=True)
-    found = rows(measure(args.sets, args.results))
-    print(table(found, args.sets))
+    metric_rows = rows(measure(args.sets, args.results))
+    print(table(metric_rows, args.sets))
     if args.json is not None:
-        args.json.write_text(json.dumps({"machine": machine(), "sets": args.sets, "rows": found}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"machine": machine(), "sets": args.sets, "rows": metric_rows}, indent=1) + "\n")

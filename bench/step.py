@@ -1,12 +1,13 @@
-"""One distillation step against the released layout and against its floor, in one run.
+"""Compare one distillation step with the released layout and with the cost of its network passes alone, in one run.
 
-    floor      the network passes that cannot be avoided, bare: student forward + backward and fake forward + backward with the
-               adapted layers' weights trainable in place of angles, teacher and fake guided passes without gradient
-    wadi       `wadi.distill.loop.train_step`: one frozen network, two sets of angles, conditional and null in one batch
-    released   three copies, forward hooks, separate conditional and null passes (bench/released.py), same losses and optimisers
+    floor      only the passes that cannot be avoided: student and fake forward + backward, with the adapted layers' weights
+               trainable in place of angles; guided passes of teacher and fake model without gradient
+    wadi       this package's training step: one frozen network, two sets of angles, conditional and null in one batch
+    released   three copies, forward hooks, separate conditional and null passes (bench/released.py); same losses
 
-Each runs in a process of its own (peak memory is a process's), round by round in turn, so that a machine's moods hit all alike.
-Parameters are random: time and memory do not depend on them. With --json the figures are also written to a file.
+Each layout runs in a process of its own, because peak memory belongs to a process. The layouts take turns in each round, so a
+slow machine affects all of them alike. Parameters are random: time and memory do not depend on them. --json also writes a
+file.
 
     python bench/step.py --size zoo --threads 2
     python bench/step.py --size sd15 --batch 4 --dtype bfloat16 --device cuda
@@ -48,7 +49,7 @@ LAYOUTS = ("floor", "wadi", "released")
 
 
 class Rig:
-    """A random Stable Diffusion U-Net behind the backbone contract, with fixed random conditions."""
+    """A random Stable Diffusion U-Net as a backbone, with fixed random conditions."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -70,7 +71,7 @@ class Rig:
 
 
 def build(layout: str, args: argparse.Namespace) -> Any:
-    """A function that runs one step of ``layout``, and the bytes of its parameters."""
+    """Return a function that runs one step of ``layout``, and the bytes of its parameters."""
     from wadi.distill.batch import Batch
     from wadi.distill.config import DistillConfig, FakeConfig, StudentConfig
     from wadi.distill.optimizers import initial_state
@@ -94,13 +95,13 @@ def build(layout: str, args: argparse.Namespace) -> Any:
 
 
 def size_of(*networks: torch.nn.Module) -> int:
-    """Bytes of parameters, shared ones once."""
-    seen = {p.data_ptr(): p.numel() * p.element_size() for network in networks for p in network.parameters()}
-    return sum(seen.values())
+    """Return the bytes of parameters, with shared ones counted once."""
+    sizes = {p.data_ptr(): p.numel() * p.element_size() for network in networks for p in network.parameters()}
+    return sum(sizes.values())
 
 
 def floor(rig: Rig, config: Any) -> Any:
-    """The passes alone: what any implementation of the step has to pay."""
+    """Return a step of the network passes alone, which every implementation has to pay."""
     from wadi.sampling import one_step, predict_guided
 
     backbone, network = rig.backbone, rig.backbone.network
@@ -138,7 +139,7 @@ def floor(rig: Rig, config: Any) -> Any:
 
 
 def released(rig: Rig, config: Any) -> Any:
-    """The same step, laid out as the released scripts lay it out."""
+    """Return the same step in the layout of the released scripts."""
     from wadi.distill.objectives.denoise import denoising_loss
     from wadi.distill.objectives.vsd import vsd_gradient, vsd_loss
     from wadi.sampling import one_step
@@ -179,7 +180,7 @@ def released(rig: Rig, config: Any) -> Any:
 
 
 def serve(layout: str, args: argparse.Namespace, pipe: Any) -> None:
-    """Child process: set up, then time one step each time it is asked to."""
+    """Set up in a child process, then time one step for each "go"."""
     torch.set_num_threads(args.threads)
     built = build(layout, args)
     step, parameter_bytes = built
@@ -197,7 +198,7 @@ def serve(layout: str, args: argparse.Namespace, pipe: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """All layouts in turn, ``args.rounds`` times."""
+    """Time all layouts in turn, ``args.rounds`` times."""
     context = mp.get_context("spawn")
     workers, times = {}, {layout: [] for layout in LAYOUTS}
     for layout in LAYOUTS:
@@ -219,21 +220,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: seconds and the ratio to the floor of the same round, median (quartiles); memory."""
+    """Return Markdown: seconds, the ratio to the floor of the same round, both as median (quartiles), and memory."""
     lines = [
         "| layout | seconds a step (quartiles) | x floor (quartiles) | parameters MiB | peak MiB |",
         "|---|---|---|---|---|",
     ]
     base = result["layouts"]["floor"]["seconds"]
     for layout, row in result["layouts"].items():
-        ratios = [own / floor for own, floor in zip(row["seconds"], base, strict=True)]
+        ratios = [seconds / floor for seconds, floor in zip(row["seconds"], base, strict=True)]
         time_, ratio = (spread(values) for values in (row["seconds"], ratios))
         lines.append(f"| {layout} | {time_} | {ratio} | {row['parameters_mib']:.0f} | {row['peak_mib']:.0f} |")
     return "\n".join(lines)
 
 
 def spread(values: list[float]) -> str:
-    """Median and quartiles."""
+    """Return the median and the quartiles as text."""
     low, middle, high = statistics.quantiles(values, n=4)
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 

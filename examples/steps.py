@@ -24,10 +24,11 @@ from report import SEED_STEP, latency, machine, rewrite, row, small, tensor
 from wadi import zoo
 from wadi.backbones import from_pipeline
 from wadi.evaluate import protocols
+from wadi.evaluate.evaluation import Evaluation
 from wadi.evaluate.generators import Source
-from wadi.evaluate.result import told
-from wadi.evaluate.run import Evaluation, of_teacher
-from wadi.evaluate.score import Options
+from wadi.evaluate.metric_table import Options
+from wadi.evaluate.reference import teacher_reference
+from wadi.evaluate.result_table import format_number
 from wadi.extras.control.agreement import mean_and_spread
 from wadi.extras.image_to_image import image_tensor, start_from
 from wadi.extras.steps import schedule
@@ -72,9 +73,9 @@ def steps_table(student: Student, args: argparse.Namespace) -> str:
     protocol, options = protocols.zoo(args.count), Options(features="zoo")
     teacher = Source("zoo", run=args.run).many_steps(args.teacher_steps, args.guidance_scale)
     with tempfile.TemporaryDirectory() as folder:
-        whole = Evaluation([*METRICS, "diversity"], options, protocol, of_teacher(teacher, protocol), folder)
-        whole.draw([teacher])
-        metrics = {teacher.name: whole.drawn_row(teacher).metrics}
+        whole = Evaluation([*METRICS, "diversity"], options, protocol, teacher_reference(teacher, protocol), folder)
+        whole.generate([teacher])
+        metrics = {teacher.name: whole.generated_row(teacher).metrics}
         quality = Evaluation(METRICS, options, protocol, whole.reference, folder)
         prompts, seeds = protocol.varied_rows(1)
         variety = Evaluation(["diversity"], options, prompts=prompts)
@@ -91,7 +92,7 @@ def steps_table(student: Student, args: argparse.Namespace) -> str:
     rows = []
     for name, numbers in metrics.items():
         ms, deviation = latency(ways[name], protocol.prompts)
-        rows.append([name, *map(told, numbers.values()), f"{ms:.0f} ± {deviation:.0f}"])
+        rows.append([name, *map(format_number, numbers.values()), f"{ms:.0f} ± {deviation:.0f}"])
     return markdown.table(["", *map(metric_label, next(iter(metrics.values()))), "ms per image"], rows)
 
 

@@ -27,7 +27,7 @@ def test_effective_rank_of_known_spectra():
     assert angles.effective_rank(5 * p) == pytest.approx(math.exp(-sum(x * math.log(x) for x in p.tolist())), rel=1e-6)
 
 
-def test_what_is_told_of_a_layers_angles():
+def test_the_statistics_of_the_angles_of_a_layer():
     A = torch.diag(torch.tensor([0.5, 0.12, 0.0]))
     theta = A @ torch.eye(3, 4)
     found = angles.describe(A, torch.eye(3, 4), theta)

@@ -1,4 +1,4 @@
-"""Pairs of weights with known answers: what changed in norm, what in direction, and of what rank."""
+"""Pairs of weights with known changes in norm and direction, and known rank."""
 
 import math
 

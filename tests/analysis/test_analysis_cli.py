@@ -1,4 +1,4 @@
-"""``wadi analyze`` and ``wadi swap``: what they write, and one line for what cannot be done."""
+"""``wadi analyze`` and ``wadi swap``: the files they write, and one line for bad input."""
 
 import csv
 import json
@@ -54,7 +54,7 @@ def test_the_folder_holds_numbers_tables_and_figures(analysed):
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_every_figure_is_drawn_twice_and_has_its_data(name, analysed):
+def test_every_figure_is_saved_in_two_formats_with_its_data(name, analysed):
     assert ElementTree.fromstring((analysed / f"{name}.svg").read_bytes()).tag.endswith("svg")
     picture = Image.open(analysed / f"{name}.png")
     assert min(picture.size) > 100
@@ -152,13 +152,13 @@ def test_bad_input_is_named_in_one_line(sd_folder, finished_run, tmp_path, refus
     assert not out.exists()
 
 
-def test_a_folder_of_something_else_is_not_replaced(sd_folder, finished_run, tmp_path, refused):
+def test_a_folder_with_other_files_is_not_replaced(sd_folder, finished_run, tmp_path, refused):
     (tmp_path / "mine.txt").write_text("mine")
     assert "mine.txt" in refused("analyze", sd_folder, finished_run, "--out", tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
-def test_notes_beside_an_earlier_analysis_are_not_deleted(analysed, sd_folder, finished_run, tmp_path, refused):
+def test_notes_next_to_an_earlier_analysis_are_not_deleted(analysed, sd_folder, finished_run, tmp_path, refused):
     shutil.copytree(analysed, tmp_path / "out")
     (tmp_path / "out" / "notes.md").write_text("mine")
     assert "notes.md" in refused("analyze", sd_folder, finished_run, "--out", tmp_path / "out")
@@ -170,7 +170,7 @@ def test_notes_beside_an_earlier_analysis_are_not_deleted(analysed, sd_folder, f
 # --- house style ------------------------------------------------------------------------------------------------------------
 
 
-def test_series_are_told_apart_in_grey_and_without_colour():
+def test_series_can_be_distinguished_in_grey_and_without_colour():
     def lightness(colour):
         red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
         return 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
@@ -246,7 +246,7 @@ def test_swap_eval_measures_student_and_hybrids_alike(finished_run, sd_folder, p
     assert "](images/analysis-figure-1a.png)" in told
 
 
-def test_swap_eval_that_cannot_be_is_one_line(sd_folder, finished_run, prompts_path, tmp_path, refused):
+def test_bad_input_of_swap_eval_is_named_in_one_line(sd_folder, finished_run, prompts_path, tmp_path, refused):
     out = ("--out", tmp_path / "out")
     assert "--prompts" in refused("analyze", sd_folder, finished_run, "--swap-eval", *out)
     assert "nowhere.md" in refused("analyze", sd_folder, finished_run, "--page", tmp_path / "nowhere.md", *out)

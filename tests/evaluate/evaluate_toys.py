@@ -1,4 +1,4 @@
-"""Pictures, a COCO folder and a feature network, small enough to know every number of."""
+"""Images, a COCO folder and a feature network, small enough to know every number."""
 
 import json
 import struct
@@ -39,7 +39,7 @@ def png_of_16_bits(path, side=4):
 
 
 def coco(root, split="val2017", images=6, captions_each=2):
-    """A split of pictures of two sizes; ids run neither from 0 nor in order."""
+    """A split with images of two sizes; ids neither start at 0 nor are in order."""
     (root / "annotations").mkdir(parents=True)
     (root / split).mkdir()
     listed, annotations = [], []
@@ -55,7 +55,7 @@ def coco(root, split="val2017", images=6, captions_each=2):
 
 
 def network(name="corners", value=None):
-    """Features that are 12 of a picture's own pixels, or ``value`` in every place: no weights, nothing to wait for."""
+    """Features that are 12 pixels of an image, or ``value`` everywhere. It has no weights, so it is fast."""
     from wadi.metrics.features import Extractor
 
     def corners(x):

@@ -15,7 +15,7 @@ from PIL import Image
 import wadi
 from raising import raises_naming
 from wadi.errors import WadiError
-from wadi.evaluate import pictures
+from wadi.evaluate import image_sets
 from wadi.extras import image_to_image
 from wadi.extras.control import conditions
 from wadi.extras.control.arguments import _open
@@ -148,8 +148,8 @@ def readers(path: Path, folder: Path):
         yield "the picture of a control", np.asarray(as_rgb(_open(path)))
         yield "dreambooth", in_bytes(read_subject(alone.parent, size)[0])
         yield "invert-relation", in_bytes(read_exemplar_image(path, size))
-        yield "eval", np.asarray(next(pictures.prepared([path], None)))
-        yield "eval of a folder", np.asarray(next(pictures.prepared(alone.parent, SIDE)))
+        yield "eval", np.asarray(next(image_sets.prepared([path], None)))
+        yield "eval of a folder", np.asarray(next(image_sets.prepared(alone.parent, SIDE)))
     finally:
         alone.unlink()
 
@@ -246,7 +246,7 @@ def test_hostile_files_end_in_one_error_that_names_them(tmp_path, recwarn):
             with pytest.raises(WadiError):
                 entry(path, (16, 16))
         with pytest.raises(WadiError):
-            list(pictures.prepared([path], 16))
+            list(image_sets.prepared([path], 16))
     assert not list(recwarn)
 
 

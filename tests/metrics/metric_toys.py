@@ -15,7 +15,7 @@ def pictures(count, height, width, seed=0):
 
 
 def shaken(module, seed=0):
-    """All weights random, norms and biases too: what starts at 0 or 1 could hide a mistake."""
+    """Set all weights to random values, norms and biases too: a weight that starts at 0 or 1 could hide a mistake."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -107,7 +107,7 @@ class OpenClip(nn.Module):
 
 
 def blip_state(vocabulary, length=40, wide=24, narrow=16, size=16, patch=8, seed=0):
-    """Random weights under the names of ImageReward's checkpoint, with all that it holds beside what is used."""
+    """Random weights with the names of ImageReward's checkpoint, including those that are not used."""
     shapes = {
         "visual_encoder.cls_token": (1, 1, wide),
         "visual_encoder.pos_embed": (1, (size // patch) ** 2 + 1, wide),

@@ -1,4 +1,4 @@
-"""Features are computed once per picture and network, and never taken from another."""
+"""Features are computed once for each image and network, and never taken from another."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from metric_toys import pictures
 
-from naming import error_naming
+from raising import raises_naming
 from wadi.io.versions import installed_versions
 from wadi.metrics.cache import FeatureCache, image_key
 from wadi.metrics.features import Extractor
@@ -26,7 +26,7 @@ def extractor():
     return Extractor("mean colour", "0" * 64, 4, 3, "clean", Counting())
 
 
-def test_a_picture_is_computed_once(extractor, tmp_path):
+def test_an_image_is_computed_once(extractor, tmp_path):
     images = pictures(6, 8, 8)
     with FeatureCache(extractor, tmp_path) as cache:
         first = cache(images[:4])
@@ -37,7 +37,7 @@ def test_a_picture_is_computed_once(extractor, tmp_path):
     assert extractor.network.seen == 4 + 2 + 2  # one pair by the line above itself
 
 
-def test_a_picture_twice_in_a_batch_is_computed_once(extractor, tmp_path):
+def test_an_image_twice_in_a_batch_is_computed_once(extractor, tmp_path):
     image = pictures(1, 8, 8)
     found = FeatureCache(extractor, tmp_path)(torch.cat([image, image]))
     assert extractor.network.seen == 1
@@ -68,7 +68,7 @@ def test_another_kind_of_device_has_a_cache_of_its_own(extractor, tmp_path):
     assert len(folders) == 2
 
 
-def test_bytes_of_another_shape_are_another_picture():
+def test_bytes_of_another_shape_are_another_image():
     flat = torch.zeros(3, 2, 8, dtype=torch.uint8)
     assert image_key(flat) != image_key(flat.reshape(3, 4, 4))
     assert image_key(flat) == image_key(flat.clone())
@@ -108,7 +108,7 @@ def test_a_damaged_shard_is_named(extractor, tmp_path):
         cache(pictures(3, 8, 8))
     shard = next(cache.folder.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-5])
-    with error_naming(shard.name):
+    with raises_naming(shard.name):
         FeatureCache(extractor, tmp_path)
 
 
@@ -117,7 +117,7 @@ def test_a_full_disk_leaves_the_cache_as_it_was(extractor, tmp_path, full_disk):
         cache(pictures(3, 8, 8))
     fuller = FeatureCache(extractor, tmp_path)
     fuller(pictures(20, 8, 8, seed=1))
-    with full_disk(100), error_naming(cache.folder.name):
+    with full_disk(100), raises_naming(cache.folder.name):
         fuller.flush()
     again = FeatureCache(extractor, tmp_path)
     again(pictures(3, 8, 8))

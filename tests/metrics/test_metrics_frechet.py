@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from naming import error_naming
+from raising import raises_naming
 from wadi.metrics.frechet import Moments, frechet_distance, moments
 
 
@@ -20,7 +20,7 @@ def features(n, d, seed=0, scale=1.0, shift=0.0):
 
 
 def textbook(a, b):
-    """The formula as it stands, with scipy's root of the product of the covariances."""
+    """The formula itself, with scipy's root of the product of the covariances."""
     a, b = a.numpy(), b.numpy()
     root = scipy.linalg.sqrtm(np.cov(a, rowvar=False) @ np.cov(b, rowvar=False)).real
     gap = a.mean(0) - b.mean(0)
@@ -93,19 +93,19 @@ def test_moments_do_not_depend_on_the_parts(cuts, shift):
 
 def test_bad_input_is_named():
     good = features(10, 4)
-    with error_naming("1 images", "2"):
+    with raises_naming("1 images", "2"):
         frechet_distance(good[:1], good)
-    with error_naming("1 images", "2"):
+    with raises_naming("1 images", "2"):
         frechet_distance(Moments(4).update(good[:1]), good)
-    with error_naming("4 and 3"):
+    with raises_naming("4 and 3"):
         frechet_distance(good, good[:, :3])
     spoilt = good.clone()
     spoilt[7, 2] = torch.nan
-    with error_naming("1 of 10", "image 7"):
+    with raises_naming("1 of 10", "image 7"):
         frechet_distance(spoilt, good)
-    with error_naming("NaN"):
+    with raises_naming("NaN"):
         frechet_distance(good, (spoilt[7], torch.eye(4)))
-    with error_naming((4,), (3, 3)):
+    with raises_naming((4,), (3, 3)):
         frechet_distance(good, (torch.zeros(4), torch.eye(3)))
-    with error_naming(3, 4):
+    with raises_naming(3, 4):
         Moments(4).update(good[:, :3])

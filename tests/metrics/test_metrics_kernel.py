@@ -1,4 +1,4 @@
-"""The kernel distance against its double sum, and what unbiased means."""
+"""The kernel distance against its double sum, and that it is unbiased."""
 
 import statistics
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from naming import error_naming
+from raising import raises_naming
 from wadi.metrics.kernel import kernel_distance, mmd2
 
 
@@ -53,18 +53,18 @@ def test_repeats_with_its_seed_and_grows_with_distance():
 
 def test_bad_input_is_named():
     x = features(20, 4, 1)
-    with error_naming("20 images", "1000"):
+    with raises_naming("20 images", "1000"):
         kernel_distance(x, x)
-    with error_naming("4 and 3"):
+    with raises_naming("4 and 3"):
         kernel_distance(x, x[:, :3], 1, 10)
-    with error_naming("0 subsets"):
+    with raises_naming("0 subsets"):
         kernel_distance(x, x, 0, 10)
-    with error_naming("NaN"):
+    with raises_naming("NaN"):
         kernel_distance(x * torch.inf, x, 1, 10)
 
 
 def test_the_deviation_is_that_of_the_subsets():
-    """Drawn again here as torch-fidelity draws them: first the one set, then the other; divisor: the number of subsets."""
+    """The subsets are drawn again here in the order of torch-fidelity. The divisor is the number of subsets."""
     x, y = features(30, 4, 1), features(25, 4, 2, 0.4)
     random = np.random.RandomState(3)
     values = []

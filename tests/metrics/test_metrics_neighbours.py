@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from naming import error_naming
+from raising import raises_naming
 from wadi.metrics.neighbours import prdc, radii
 
 POINTS = st.lists(st.tuples(st.integers(-4, 4), st.integers(-4, 4)), min_size=4, max_size=14)
@@ -79,13 +79,13 @@ def test_memory_is_a_block_and_not_the_table(monkeypatch):
 
 def test_bad_input_is_named():
     x = torch.zeros(3, 2)
-    with error_naming("3 images", "k = 3", "4"):
+    with raises_naming("3 images", "k = 3", "4"):
         prdc(x, torch.zeros(9, 2))
-    with error_naming("3 images"):
+    with raises_naming("3 images"):
         prdc(torch.zeros(9, 2), x)
-    with error_naming("2 and 5"):
+    with raises_naming("2 and 5"):
         prdc(torch.zeros(9, 2), torch.zeros(9, 5))
-    with error_naming("k is 0"):
+    with raises_naming("k is 0"):
         prdc(x, x, 0)
-    with error_naming("NaN"):
+    with raises_naming("NaN"):
         prdc(torch.full((9, 2), torch.nan), torch.zeros(9, 2))

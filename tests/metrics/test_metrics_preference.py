@@ -7,7 +7,7 @@ from metric_toys import OpenClip, bert_tokenizer, blip, blip_state, head, head_s
 from safetensors.torch import save_file
 
 import tiny
-from naming import error_naming
+from raising import raises_naming
 from wadi.metrics import foreign, hub
 from wadi.metrics.clip import MEAN, STD, load_clip, pad
 from wadi.metrics.preference import REWARD_MEAN, REWARD_STD, aesthetic, hpsv2, image_reward, pickscore
@@ -66,12 +66,12 @@ def test_hpsv2_is_the_cosine_of_its_openclip_network(openclip, words, tmp_path, 
 
 
 def test_the_name_of_a_checkpoint_says_which_hpsv2_it_is(openclip, words, tmp_path):
-    """Both versions have the same tensors; a name that is not the published one says neither."""
+    """Both versions have the same tensors. A file with another name than the published ones has no version."""
     for name, version in (("HPS_v2_compressed.pt", "2.0"), ("HPS_v2.1_compressed.pt", "2.1")):
         torch.save({"state_dict": dict(openclip.state_dict())}, tmp_path / name)
         found = hpsv2(tmp_path / name, tokenizer=words, config=openclip.config())
         assert found.protocol()["network"] == f"HPSv{version}"
-        with error_naming(name, "2.0", "2.1"):
+        with raises_naming(name, "2.0", "2.1"):
             hpsv2(tmp_path / name, "2.0" if version == "2.1" else "2.1", tokenizer=words, config=openclip.config())
 
 
@@ -119,7 +119,7 @@ def test_image_reward_is_its_own_networks_score(tmp_path):
     assert torch.allclose(found(images, PROMPTS).float(), expected, atol=1e-3)
     assert (found(images, PROMPTS[::-1]).float() - expected).abs().min() > 0.02
     assert (found(images.flip(0), PROMPTS).float() - expected).abs().min() > 0.02
-    with error_naming("blip.more"):
+    with raises_naming("blip.more"):
         foreign.image_reward(state | {"blip.more": torch.ones(1)})
 
 
@@ -131,7 +131,7 @@ def test_the_aesthetic_score_is_a_head_on_the_unit_embedding(openclip, words, cl
     assert torch.allclose(found(images, PROMPTS).float(), head(head_state(12), image), atol=1e-4)
     assert torch.equal(found(images, PROMPTS), found(images, ["other", "words"]))
     torch.save(head_state(13), tmp_path / "wider.pth")
-    with error_naming("wider.pth", "layers.0.weight"):
+    with raises_naming("wider.pth", "layers.0.weight"):
         aesthetic(tmp_path / "wider.pth", clip_folder)
 
 
@@ -158,14 +158,14 @@ def test_missing_and_wrong_weights_are_named(words, tmp_path, monkeypatch, openc
         (pickscore, ["yuvalkirstain/PickScore_v1"]),
         (aesthetic, ["https://", tmp_path / "sac+logos+ava1-l14-linearMSE.pth"]),
     ):
-        with error_naming(*values):
+        with raises_naming(*values):
             call()
-    with error_naming("'3'", "2.0", "2.1"):
+    with raises_naming("'3'", "2.0", "2.1"):
         hpsv2(version="3")
     state = openclip.state_dict()
     del state["visual.proj"]
     torch.save(state, tmp_path / "part.pt")
-    with error_naming("part.pt", "visual_projection.weight"):
+    with raises_naming("part.pt", "visual_projection.weight"):
         hpsv2(tmp_path / "part.pt", tokenizer=words, config=openclip.config())
 
 
@@ -173,9 +173,9 @@ def test_prompts_and_images_must_pair_and_scores_be_finite(clip_folder, words):
     from dataclasses import replace
 
     score = pickscore(clip_folder, words)
-    with error_naming("2 images", "1 prompts"):
+    with raises_naming("2 images", "1 prompts"):
         score(pictures(2, 16, 16), ["red apple"])
-    with error_naming("NaN"):
+    with raises_naming("NaN"):
         replace(score, score=lambda images, prompts: torch.full((len(images),), torch.nan))(pictures(2, 16, 16), PROMPTS)
 
 

@@ -1,4 +1,4 @@
-"""Resizing against filters written out by hand: the choice moves an FID by points, so each must be what its name says."""
+"""Resizing against filters written out by hand. The filter changes an FID by points, so each must match its name."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from naming import error_naming
+from raising import raises_naming
 from wadi.metrics.resize import FILTERS, resize
 
 
@@ -20,7 +20,7 @@ def cubic(x):
 
 
 def weights(old, new):
-    """``(new, old)``: the cubic kernel stretched over what a new pixel covers, renormalised at the borders."""
+    """``(new, old)``: the cubic kernel stretched over the area of a new pixel, renormalised at the borders."""
     scale = old / new
     centre = (np.arange(new)[:, None] + 0.5) * scale - 0.5
     found = cubic((np.arange(old) - centre) / max(scale, 1))
@@ -44,7 +44,7 @@ def test_no_filter_leaves_the_range(filter):
 
 
 @pytest.mark.parametrize("filter", FILTERS)
-def test_a_flat_picture_stays_flat_and_a_right_size_is_left_alone(filter):
+def test_a_flat_image_stays_flat_and_the_right_size_is_unchanged(filter):
     flat = torch.full((3, 10, 7), 77, dtype=torch.uint8)
     assert torch.allclose(resize(flat, 13, filter), torch.full((3, 13, 13), 77.0), atol=1e-3)
     assert torch.equal(resize(picture(9, 9), 9, filter), picture(9, 9).float())
@@ -68,5 +68,5 @@ def test_legacy_filters_differ_in_the_position_of_pixels():
 
 
 def test_an_unknown_filter_is_named():
-    with error_naming("'bicubic'", *FILTERS):
+    with raises_naming("'bicubic'", *FILTERS):
         resize(picture(4, 4), 8, "bicubic")

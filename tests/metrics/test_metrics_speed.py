@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from naming import error_naming
+from raising import raises_naming
 from wadi.metrics.speed import TimedPipeline, count_passes, measure_speed, parameter_count, percentile
 
 
@@ -82,7 +82,7 @@ print(json.dumps({speed.name: speed.peak_memory_mib for speed in found}))
 
 @pytest.mark.parametrize("order", [("small", "large"), ("large", "small")])
 def test_peak_memory_is_each_subjects_own(order):
-    """The one that holds 200 MiB for a moment is told from the one that does not, whichever comes first.
+    """A pipeline that needs 200 MiB for a moment differs from one that does not, in either order.
 
     In a process of its own: one that has freed memory before may take it from there, and its resident memory does not grow.
     """
@@ -94,7 +94,7 @@ def test_peak_memory_is_each_subjects_own(order):
 
 
 def test_nothing_to_measure_is_an_error():
-    with error_naming("0 pipelines"):
+    with raises_naming("0 pipelines"):
         measure_speed({})
-    with error_naming("0 repeats"):
+    with raises_naming("0 repeats"):
         measure_speed({"a": subject(1)}, repeats=0)

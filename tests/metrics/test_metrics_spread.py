@@ -7,7 +7,7 @@ import statistics
 import pytest
 import torch
 
-from naming import error_naming
+from raising import raises_naming
 from wadi.metrics import diversity, frechet
 from wadi.metrics.diversity import diversity_of_each_prompt, diversity_spread, image_distances, same_prompt_diversity
 from wadi.metrics.kernel import kernel_distance
@@ -132,7 +132,7 @@ def test_a_frechet_distance_accepts_a_reference_that_is_factorised_once():
 
 
 def test_the_correction_of_a_sample_is_that_of_all_images(monkeypatch):
-    """Pairs of images add a quarter of what half as many add."""
+    """Pairs of images add a quarter of the part that half as many images add."""
     fake, real = normal(1024, 24) * 1.02, normal(600, 24, seed=1)
     whole = frechet.frechet_spread(fake, real)
     monkeypatch.setattr(frechet, "SAMPLE", 512)
@@ -163,17 +163,17 @@ def test_an_image_is_never_its_own_neighbour():
 
 
 def test_what_has_no_spread_is_an_error():
-    with error_naming("1 images"):
+    with raises_naming("1 images"):
         spread_from_influence(torch.zeros(1))
-    with error_naming("NaN"):
+    with raises_naming("NaN"):
         spread_from_influence(torch.tensor([0.0, torch.nan]))
-    with error_naming("1 prompts"):
+    with raises_naming("1 prompts"):
         nearest_prompts(["x"])
     assert recall_spread(normal(20, 2), normal(7, 2), 3) is None
 
 
 def test_diversity_is_the_mean_over_pairs_of_each_prompt():
-    """Groups count alike, whatever their size and wherever their images stand."""
+    """All groups have the same weight, whatever their size and the order of their images."""
     rows, groups = normal(7, 3), ["a", "b", "a", "c", "b", "a", "c"]
     expected = []
     for group in "abc":
@@ -197,9 +197,9 @@ def test_diversity_by_a_distance_of_images():
 
 
 def test_prompts_with_one_image_are_named():
-    with error_naming("1 of 2 prompts", "'b'"):
+    with raises_naming("1 of 2 prompts", "'b'"):
         same_prompt_diversity(normal(3, 2), ["a", "a", "b"])
-    with error_naming("3 images", "2 prompts"):
+    with raises_naming("3 images", "2 prompts"):
         same_prompt_diversity(normal(3, 2), ["a", "a"])
 
 

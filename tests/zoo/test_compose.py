@@ -21,7 +21,7 @@ def test_a_transparent_sprite_shows_the_background_alone():
     assert torch.equal(pictures, pose.rgb[:, :, None, None].expand(-1, -1, SIDE, SIDE))
 
 
-def test_an_opaque_sprite_hides_the_background_where_it_lies():
+def test_an_opaque_sprite_hides_the_background():
     pictures = compose(disc().expand(16, -1, -1, -1), pose_of(16))
     middle = pictures[:, :, SIDE // 2 - 4 : SIDE // 2 + 4, SIDE // 2 - 4 : SIDE // 2 + 4]
     expected = torch.tensor([255, 127, 0]) / 255
@@ -29,7 +29,7 @@ def test_an_opaque_sprite_hides_the_background_where_it_lies():
 
 
 def test_a_half_transparent_sprite_lets_half_of_the_background_through():
-    """Its colours are premultiplied: they are added as they are."""
+    """Its colours are premultiplied, so they are simply added."""
     sprite = torch.full((1, 4, 96, 96), 128, dtype=torch.uint8)
     pose = pose_of(1)
     middle = compose(sprite, pose)[0, :, SIDE // 2, SIDE // 2]
@@ -48,7 +48,7 @@ def test_sprites_stay_inside_the_picture_and_cover_55_to_92_percent_of_its_side(
     assert 0.95 < reach.amax(0).min() <= reach.max() <= 1.001
 
 
-def test_half_are_mirrored_and_a_mirrored_pose_mirrors_the_picture():
+def test_half_are_mirrored_and_a_mirrored_pose_mirrors_the_image():
     pose = pose_of(512)
     assert 0.4 < (pose.theta[:, 0, 0] < 0).float().mean() < 0.6
     sprite = torch.randint(0, 128, (1, 4, 96, 96), generator=torch.Generator().manual_seed(1)).byte()
@@ -59,7 +59,7 @@ def test_half_are_mirrored_and_a_mirrored_pose_mirrors_the_picture():
     assert torch.allclose(compose(sprite, one), straight.flip(3), atol=1e-6)
 
 
-def test_a_pose_can_be_asked_to_be_larger_and_never_mirrored():
+def test_poses_can_be_larger_and_never_mirrored():
     pose = random_pose(512, torch.Generator().manual_seed(0), smallest=0.7, mirror=False)
     assert pose.theta[:, 0, 0].min() > 0
     assert 0.7 <= (1 / pose.theta[:, 1, 1]).min() < 0.75

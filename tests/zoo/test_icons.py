@@ -1,10 +1,9 @@
-"""From a tarball to sprites: what is drawn, what is left out, what is refused."""
+"""From a tarball to sprites: rendered icons, icons that are left out, and errors."""
 
-import pytest
 import torch
 from zoo_toys import icon, write_tarball
 
-from wadi.errors import WadiError
+from raising import raises_naming
 from wadi.zoo.concepts import CONCEPTS, STYLES
 from wadi.zoo.recipe import icons
 
@@ -24,7 +23,7 @@ def test_a_sprite_is_cropped_centred_and_premultiplied():
     assert sprite[:, -side // 4 + 1 :].max() == 0
 
 
-def test_nothing_drawn_gives_no_sprite():
+def test_an_empty_icon_gives_no_sprite():
     assert icons.rasterise('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"></svg>') is None
 
 
@@ -41,21 +40,21 @@ def test_people_flags_symbols_skin_tones_and_clocks_are_left_out(tmp_path):
     assert set(icons.read_icons(path)) == {"pizza", "chair"}
 
 
-def test_a_concept_that_is_an_alias_is_drawn_from_its_parent(tmp_path):
+def test_a_concept_that_is_an_alias_is_rendered_from_its_parent(tmp_path):
     path = write_tarball(tmp_path, "noto", {"bee": icon("bee", 1)}, aliases={"honeybee": {"parent": "bee"}})
     assert icons.read_icons(path)["honeybee"] == icons.read_icons(path)["bee"]
 
 
-def test_a_tarball_that_is_none_is_refused(tmp_path):
+def test_a_file_that_is_not_a_tarball_is_named(tmp_path):
     path = tmp_path / "iconify-json-noto-1.0.0.tgz"
     path.write_bytes(b"<html>not found</html>")
-    with pytest.raises(WadiError, match="delete it"):
+    with raises_naming(path):
         icons.read_icons(icons.fetch("noto", tmp_path))
 
 
 def test_without_npm_and_tarballs_the_error_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(WadiError, match=r"npm cannot be run.*@iconify-json/noto"):
+    with raises_naming("npm", tmp_path / "npm", "@iconify-json/noto"):
         icons.fetch("noto", tmp_path / "npm")
 
 
@@ -67,7 +66,7 @@ def test_concepts_are_found_in_every_style_and_missing_ones_named(tmp_path):
     assert index.shape == (len(CONCEPTS), len(STYLES))
     for row, icon_name in zip(index.tolist(), CONCEPTS.values(), strict=True):
         assert [names[i] for i in row] == [(icon_name, style) for style in STYLES]
-    with pytest.raises(WadiError, match=names[-1][0]):
+    with raises_naming(names[-1][0]):
         icons.Sprites(pixels[:-1], sprites.icons[:-1], sprites.styles[:-1]).of_concepts()
 
 

@@ -1,4 +1,4 @@
-"""The networks of the recipe: what their losses measure, what their latents and tokens are."""
+"""The networks of the recipe: their losses, latents and tokens."""
 
 import math
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.pre_tokenizers import ByteLevel
 
-from wadi.errors import WadiError
+from raising import raises_naming
 from wadi.zoo import judge
 from wadi.zoo.concepts import CANDIDATES, COLOURS, CONCEPTS, STYLES
 from wadi.zoo.prompts import caption, training_prompts
@@ -36,7 +36,7 @@ def pictures(count, seed=0):
 # --- autoencoder
 
 
-def test_folding_makes_latents_standard_and_changes_no_picture(ae):
+def test_folding_makes_latents_standard_and_changes_no_image(ae):
     x = pictures(6)
     before = autoencoder.decode(ae, autoencoder.encode(ae, x))
     folded = autoencoder.build_autoencoder().eval().requires_grad_(False)
@@ -60,7 +60,7 @@ def test_psnr_is_that_of_the_error():
     assert overall == pytest.approx(-10 * math.log10((0.01 + 0.0001) / 2), abs=1e-3)
 
 
-def test_held_out_icons_are_no_candidates_and_never_learnt_from():
+def test_held_out_icons_are_not_candidates_and_not_in_the_training_set():
     names = [*CANDIDATES.values(), *(f"thing-{i}" for i in range(40))]
     icons, styles = [n for n in names for _ in STYLES], [s for _ in names for s in STYLES]
     learn, held = autoencoder.split(Sprites(torch.zeros(len(icons), 1), icons, styles))
@@ -105,7 +105,7 @@ def test_tokenizer_comes_back_from_a_saved_folder(tokenizer, tmp_path):
 
 
 class Oracle:
-    """Predicts the velocity of known pictures and noise, plus ``error``."""
+    """Predicts the velocity of known images and noise, plus ``error``."""
 
     def __init__(self, x0, alphas_cumprod, error=0.0):
         self.x0, self.alphas_cumprod, self.error = x0, alphas_cumprod, error
@@ -180,8 +180,8 @@ def test_fresh_latents_are_of_the_sprites_they_are_labelled_with(ae):
     art = torch.zeros(2, 2, 4, SIDE, SIDE, dtype=torch.uint8)
     art[1, 1] = 255
     concept, style = torch.tensor([0, 1]), torch.tensor([0, 1])
-    z, labels = teacher.fresh(ae, art, concept, style, torch.Generator().manual_seed(0))
-    again, _ = teacher.fresh(ae, art, torch.tensor([0, 0]), style, torch.Generator().manual_seed(0))
+    z, labels = teacher.new_latents(ae, art, concept, style, torch.Generator().manual_seed(0))
+    again, _ = teacher.new_latents(ae, art, torch.tensor([0, 0]), style, torch.Generator().manual_seed(0))
     assert labels[:, 0].tolist() == [0, 1]
     assert labels[:, 1].tolist() == [0, 1]
     assert torch.allclose(z[0], again[0], atol=1e-5)
@@ -204,13 +204,13 @@ def test_classifier_comes_back_from_disk_and_counts_what_it_names(tmp_path):
     wrong = [next(c for c in CONCEPTS if c != name) for name in named]
     assert classifier.top1(x, named, batch=5) == 1.0
     assert classifier.top1(x, named[:4] + wrong[4:]) == 0.25
-    with pytest.raises(WadiError, match="Classifier"):
+    with raises_naming(tmp_path / "elsewhere"):
         judge.read_classifier(tmp_path / "elsewhere")
 
 
-def test_spoiling_stays_in_range_and_keeps_the_picture_recognisable():
+def test_degrading_stays_in_range_and_keeps_the_image_recognisable():
     x = pictures(32)
-    spoilt = judge_training.spoil(x, torch.Generator().manual_seed(0))
+    spoilt = judge_training.degrade(x, torch.Generator().manual_seed(0))
     assert spoilt.min() >= 0
     assert spoilt.max() <= 1
     assert not torch.equal(spoilt, x)

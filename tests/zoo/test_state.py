@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from wadi.errors import WadiError
+from raising import raises_naming
 from wadi.zoo.recipe.optim import Muon, groups_of, orthogonalise
 from wadi.zoo.recipe.state import Average, Budget, load_tensors, resume_run, save_run, save_tensors
 
@@ -68,12 +68,12 @@ def test_a_damaged_file_is_named_in_the_error(tmp_path, damage):
     path = tmp_path / "x.safetensors"
     save_tensors(path, {"a": torch.ones(8)})
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(WadiError, match=r"x\.safetensors is damaged"):
+    with raises_naming(path):
         load_tensors(path)
 
 
-def test_a_missing_file_names_the_earlier_stage(tmp_path):
-    with pytest.raises(WadiError, match="earlier stages"):
+def test_a_missing_file_is_named(tmp_path):
+    with raises_naming(tmp_path / "none.safetensors"):
         load_tensors(tmp_path / "none.safetensors")
 
 
@@ -84,7 +84,7 @@ def test_rate_warms_up_then_falls_to_zero_and_counts_earlier_time():
     assert rates[3] == pytest.approx(0.5, abs=1e-3)
     assert rates[4] == 0
     assert Budget(1.0, elapsed=90).fraction == 1
-    with pytest.raises(WadiError, match="positive"):
+    with raises_naming("0 minutes"):
         Budget(0)
 
 

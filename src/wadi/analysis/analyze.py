@@ -200,14 +200,14 @@ def _mean_and_std(values: Tensor) -> tuple[float | None, float | None]:
 
 
 def _check_finite(name: str, W: Tensor, S: Tensor) -> None:
-    for whose, tensor in (("Teacher", W), ("Student", S)):
+    for network_name, tensor in (("Teacher", W), ("Student", S)):
         if not tensor.is_floating_point():
-            raise WadiError(f"{whose}'s {name} has dtype {tensor.dtype}. Give weights that are not quantised.")
+            raise WadiError(f"{network_name}'s {name} has dtype {tensor.dtype}. Give weights that are not quantised.")
         values = tensor.float() if tensor.itemsize == 1 else tensor  # 8-bit floats have no such test
         if not values.isfinite().all():
             count = int((~values.isfinite()).sum())
             raise WadiError(
-                f"{whose}'s {name} has NaN or infinity in {count} of {tensor.numel()} values. The training diverged, or the "
+                f"{network_name}'s {name} has NaN or infinity in {count} of {tensor.numel()} values. Training diverged, or the "
                 "file is damaged. Give another checkpoint."
             )
 

@@ -42,8 +42,9 @@ class Angles:
 
 
 def singular_values(A: Tensor, B: Tensor) -> Tensor:
-    """Return the singular values of ``A B``, descending, float64, ``min(out, r, pairs)`` of them, without decomposing ``A B``
-    itself.
+    """Return the singular values of ``A B``, descending, float64, ``min(out, r, pairs)`` of them.
+
+    ``A B`` itself is never decomposed.
     """
     R_A = torch.linalg.qr(A.double(), mode="r").R
     R_B = torch.linalg.qr(B.double().T, mode="r").R

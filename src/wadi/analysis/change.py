@@ -1,7 +1,7 @@
 """Change of the norms and directions of weight vectors.
 
-A weight vector is one row of a layer: one output neuron of a ``Linear``, or one filter of a convolution, whose kernel
-``(out, in, kh, kw)`` is read as the matrix ``(out, in kh kw)``. With rows ``w`` of the teacher and ``s`` of the student,
+A weight vector is one row of a layer: one output neuron of a ``Linear``, or one filter of a convolution, whose kernel ``(out,
+in, kh, kw)`` is read as the matrix ``(out, in kh kw)``. With rows ``w`` of the teacher and ``s`` of the student,
 
     norm change       abs(|s| - |w|) / |w|
     direction change  1 - cos(w, s) = |s/|s| - w/|w||^2 / 2

@@ -42,8 +42,9 @@ def kind(name: str, dimensions: int = 2) -> str:
 
 
 def block(name: str) -> str:
-    """Return the block of a layer: ``down 0``, ``mid``, ``up 2`` in a U-Net, ``block 7`` or ``single 7`` in a transformer, else
-    ``outside``.
+    """Return the block of a layer.
+
+    In a U-Net it is ``down 0``, ``mid`` or ``up 2``, in a transformer ``block 7`` or ``single 7``, and otherwise ``outside``.
     """
     match = _BLOCK.match(name)
     if not match:

@@ -145,19 +145,19 @@ def adapter_folder(name: str) -> Path | None:
     return path if (path / roles.CONFIG).is_file() else None
 
 
-def _open_weights(name: str, whose: str) -> LazyTensors:
-    """Open the network of a pipeline or a safetensors file. ``whose`` starts the error messages."""
+def _open_weights(name: str, role: str) -> LazyTensors:
+    """Open the network of a pipeline or a safetensors file. ``role`` ('Teacher' or 'Student') starts the error messages."""
     path = Path(split_variant(name)[0])
     if path.is_file() and path.suffix != ".safetensors":
         raise WadiError(
-            f"{whose} {name!r} is not a .safetensors file. Load it with the library that wrote it and save it as .safetensors. "
+            f"{role} {name!r} is not a .safetensors file. Load it with the library that wrote it and save it as .safetensors. "
             "(Pickled weights are never opened: they can run code.)"
         )
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise WadiError(
-            f"{whose} {name!r} is a folder without model_index.json, config.yaml or {roles.CONFIG}. Give a pipeline folder, a "
+            f"{role} {name!r} is a folder without model_index.json, config.yaml or {roles.CONFIG}. Give a pipeline folder, a "
             "run, or an adapter folder."
         )
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith(".safetensors")):
-        raise WadiError(f"{whose} {name!r} does not exist. Give a folder, a .safetensors file, a Hub id 'owner/name' or zoo.")
+        raise WadiError(f"{role} {name!r} does not exist. Give a folder, a .safetensors file, a Hub id 'owner/name' or zoo.")
     return network_weights(name)

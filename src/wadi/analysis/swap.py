@@ -1,7 +1,7 @@
 """Hybrids of student and teacher: the student with the teacher's norms, or the teacher's directions, put back.
 
-If the student generates as before with the teacher's norms, and no longer does with its directions, then the directions
-contain what it learned. Only weights of layers (matrices and kernels) are exchanged; biases and norms stay the student's.
+If the student generates as before with the teacher's norms, and no longer does with its directions, then it learned through
+the directions. Only weights of layers (matrices and kernels) are exchanged; biases and norms stay the student's.
 """
 
 from __future__ import annotations

@@ -14,10 +14,11 @@ from wadi.errors import WadiError
 
 if TYPE_CHECKING:
     from wadi.cli.parser import Arguments
+    from wadi.evaluate.evaluation import Evaluation
     from wadi.evaluate.generators import Generator, Source
     from wadi.evaluate.protocols import Protocol
+    from wadi.evaluate.reference import Reference
     from wadi.evaluate.result import Result
-    from wadi.evaluate.run import Evaluation, Reference
 
 __all__ = ["add_options", "run"]
 
@@ -30,11 +31,11 @@ def run(arguments: Arguments) -> int:
     options = arguments.options
     if options.compare is not None:
         from wadi.cli.parser import flag
-        from wadi.evaluate.result import compare
+        from wadi.evaluate.result_table import comparison_table
 
         if others := sorted(arguments.changed - {"compare"}):
             raise WadiError(f"{flag(others[0])} has no effect with --compare, which only reads two result files. Leave it out.")
-        print(compare(*options.compare))
+        print(comparison_table(*options.compare))
         return 0
     import torch
 
@@ -62,12 +63,12 @@ def _evaluate(arguments: Arguments, device: Any, ranks: Any) -> int:
     reference = _reference(options, protocol, sources, device)
     evaluation = _evaluation(options, protocol, reference, device, ranks)
     if generators:
-        evaluation.draw(generators)
+        evaluation.generate(generators)
     if ranks.index > 0:  # the first process computes the metrics
         return 0
-    rows = [evaluation.drawn_row(generator) for generator in generators]
+    rows = [evaluation.generated_row(generator) for generator in generators]
     if options.speed and generators:
-        from wadi.evaluate.run import time_generators
+        from wadi.evaluate.timing import time_generators
 
         prompts = protocol.prompts if protocol is not None else []
         speeds = time_generators(generators, prompts, options.speed, options.draw_batch, str(device))
@@ -79,7 +80,7 @@ def _evaluate(arguments: Arguments, device: Any, ranks: Any) -> int:
 
 def _check_outputs(options: Any) -> None:
     """Raise `WadiError` for files that cannot be written, before anything is generated."""
-    from wadi.evaluate.result import check_table
+    from wadi.evaluate.result_table import check_table
     from wadi.io.outputs import check_writable
 
     if options.out is not None:
@@ -90,7 +91,7 @@ def _check_outputs(options: Any) -> None:
 
 def _check_unused(arguments: Arguments, protocol: Protocol | None, sources: list[tuple[str, Source | None]]) -> None:
     """Raise `WadiError` for options that would have no effect."""
-    from wadi.evaluate.unused import Request, refuse_unused
+    from wadi.evaluate.unused_options import Request, check_options_have_effect
 
     options = arguments.options
     kinds = {"folder" if source is None else "pipeline" if source.pipeline else "student" for _, source in sources}
@@ -100,7 +101,7 @@ def _check_unused(arguments: Arguments, protocol: Protocol | None, sources: list
         options.features or (protocol.features if protocol is not None else None),
     )
     given, weights = arguments.changed, weights_from(options)
-    refuse_unused(Request(given, metrics, options.protocol, kinds, teachers, weights, features))
+    check_options_have_effect(Request(given, metrics, options.protocol, kinds, teachers, weights, features))
 
 
 def _embedded_student(options: Any) -> bool:
@@ -160,24 +161,24 @@ def _reference(
     """Return what the images are compared with: the protocol's own, a folder, or images that a teacher generates."""
     from wadi.evaluate.generators import Source
     from wadi.evaluate.protocols import COCO, ZOO_GUIDANCE, ZOO_STEPS
-    from wadi.evaluate.run import of_folder, of_protocol, of_teacher
+    from wadi.evaluate.reference import folder_reference, protocol_reference, teacher_reference
 
     if options.protocol in COCO and protocol is not None:
-        return of_protocol(protocol)
+        return protocol_reference(protocol)
     if options.protocol == "zoo" and protocol is not None and options.reference is None:
-        return of_teacher(Source("zoo", device=device).many_steps(ZOO_STEPS, ZOO_GUIDANCE), protocol)
+        return teacher_reference(Source("zoo", device=device).many_steps(ZOO_STEPS, ZOO_GUIDANCE), protocol)
     if options.reference != TEACHER:
-        return of_folder(options.reference, protocol) if options.reference is not None else None
+        return folder_reference(options.reference, protocol) if options.reference is not None else None
     source = next((source for _, source in sources if source is not None), None)
     if protocol is None or source is None:
         raise WadiError("--reference teacher needs a run or an adapter whose teacher is known, and --protocol. Give both.")
-    return of_teacher(source.many_steps(options.teacher_steps, _teacher_guidance(options, source)), protocol)
+    return teacher_reference(source.many_steps(options.teacher_steps, _teacher_guidance(options, source)), protocol)
 
 
 def _evaluation(options: Any, protocol: Protocol | None, reference: Reference | None, device: Any, ranks: Any) -> Evaluation:
+    from wadi.evaluate.evaluation import Evaluation
+    from wadi.evaluate.metric_table import Options
     from wadi.evaluate.pairs import read_pairs
-    from wadi.evaluate.run import Evaluation
-    from wadi.evaluate.score import Options
     from wadi.prompts.reading import read_prompts
 
     settings = Options(
@@ -192,12 +193,12 @@ def _evaluation(options: Any, protocol: Protocol | None, reference: Reference | 
     pairs = read_pairs(options.pairs) if options.pairs is not None else None
     return Evaluation(
         metrics_from(options, protocol), settings, protocol, reference, options.pictures, prompts=prompts, pairs=pairs,
-        size=options.size, set_number=options.set, draw_batch=options.draw_batch, ranks=ranks,
+        size=options.size, set_number=options.set, batch=options.draw_batch, ranks=ranks,
     )  # fmt: skip
 
 
 def _write(options: Any, result: Result) -> None:
-    from wadi.evaluate.result import table, write_table
+    from wadi.evaluate.result_table import table, write_table
 
     print(table(result.rows))
     print(f"protocol {result.hash}")

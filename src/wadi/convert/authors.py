@@ -1,8 +1,8 @@
-"""The authors' released students: full state dicts that were trained to generate at t = 999 with alpha^2 = 0.0047.
+"""Import the authors' released students: full state dicts that were trained to generate at t = 999 with alpha^2 = 0.0047.
 
-That is the value of Stable Diffusion's schedule; they used it for PixArt too, whose own is 4.0e-5 there. It is the only place
-of this package where alpha does not come from a model's scheduler. At all earlier timesteps the base's own schedule holds, so
-an image to start from and more steps work as they do for other students.
+This is the value of Stable Diffusion's schedule. The authors also used it for PixArt, whose schedule has 4.0e-5 there. It is
+the only place in this package where alpha does not come from the model's scheduler. At all earlier timesteps the base's
+schedule holds, so starting from an image and using more steps work as for other students.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ ALPHA_SQUARED = 0.0047
 def released_scheduler(base: Any) -> Any:
     """Return DDIM over the betas of the scheduler ``base``, except the last: there ``alpha^2`` becomes 0.0047, at t = 999.
 
-    Its single step is ``(z - sqrt(1 - 0.0047) eps) / sqrt(0.0047)``. The last beta is negative where the base's own ``alpha^2``
-    is already smaller, as in PixArt.
+    Its single step is ``(z - sqrt(1 - 0.0047) eps) / sqrt(0.0047)``. The last beta is negative where the base's own
+    ``alpha^2`` is already smaller, as in PixArt.
 
     Raises:
         WadiError: if the base's schedule is not that of 1,000 timesteps.
@@ -54,35 +54,35 @@ def released_scheduler(base: Any) -> Any:
 
 
 def import_authors(file: Path, base: str, out: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Write ``out``, a pipeline like ``base`` with the weights of ``file`` that draws in one step without this package.
+    """Write ``out``: a pipeline like ``base`` with the weights of ``file``, which generates in one step without this package.
 
     Args:
         file: a released ``rotated_unet*.safetensors`` or ``rotated_transformer.safetensors``.
-        base: folder or Hub id of the pipeline the weights belong in.
+        base: folder or Hub id of the pipeline that the weights belong to.
     Raises:
-        WadiError: if the file cannot be read, belongs to another network or holds angles beside its weights; if ``base`` is no
-            epsilon-predicting pipeline; or if ``out`` exists.
+        WadiError: if the file cannot be read, belongs to another network or contains angles; if ``base`` does not predict
+            epsilon; or if ``out`` exists.
     """
     check_out(out)
     weights = LazyTensors([file])
     angles = [name for name in weights if name.endswith(("theta_a", "theta_b"))]
     if angles:
         raise WadiError(
-            f"{str(file)!r} holds angles beside its weights (first: {angles[0]}), so whether these are rotated cannot be told. "
-            "Expected a state dict with the rotation merged, as the authors released them."
+            f"{str(file)!r} contains angles (first: {angles[0]}), so its weights may not be rotated yet. Give a state dict "
+            "with the rotation merged, as the authors released them."
         )
     pipeline = load_pipeline(resolve_teacher(base), dtype)
     backbone = from_pipeline(pipeline)
     if backbone.process.prediction != "epsilon":
         raise WadiError(
-            f"{base!r} predicts {backbone.process.prediction}. Expected an epsilon-predicting model: the authors' students are."
+            f"{base!r} predicts {backbone.process.prediction}. The authors' students predict epsilon: give such a pipeline."
         )
-    own = backbone.network.state_dict()
-    check_same_tensors({name: tuple(tensor.shape) for name, tensor in own.items()}, weights, f"{str(file)!r}", repr(base))
+    expected = backbone.network.state_dict()
+    check_same_tensors({name: tuple(tensor.shape) for name, tensor in expected.items()}, weights, f"{str(file)!r}", repr(base))
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in expected.items():
             tensor.copy_(weights[name])
-    check_finite(f"{str(file)!r}", own)
+    check_finite(f"{str(file)!r}", expected)
     pipeline.scheduler = released_scheduler(pipeline.scheduler)
     save_pipeline(pipeline, out)
     return pipeline

@@ -1,4 +1,4 @@
-"""What draws the pictures of a protocol: a student, the teacher behind it, the teacher forced to one step, any pipeline."""
+"""The generators of a protocol's images: a student, its teacher, the teacher forced to one step, or any pipeline."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from wadi.pipelines import load
 from wadi.zoo.paths import NAME
 
 NOT_SETTINGS = ("base_model_name_or_path", "auto_mapping", "peft_version", "revision", "inference_mode", "task_type")
-# Whose versions decide about images, with that of this package.
+# Images may depend on the versions of these.
 LIBRARIES = ("wadi-onestep", "torch", "diffusers", "transformers", "peft", "tokenizers")
 
 
 @dataclass(frozen=True)
 class Generator:
-    """A pipeline that is loaded when it is needed, and how it is called.
+    """A pipeline that is loaded when it is needed, and the settings of its calls.
 
     Attributes:
         name: of its row in tables.
-        about: everything its pictures depend on besides prompts and seeds, as plain JSON values.
+        about: everything its images depend on besides prompts and seeds, as plain JSON values.
         open: loads the pipeline.
-        steps, guidance_scale: those of `wadi.pipelines.generate.generate_images`.
+        steps, guidance_scale: of each call.
     """
 
     name: str
@@ -49,14 +49,18 @@ class Generator:
 
     @property
     def key(self) -> str:
-        """A folder name of its own: what it is, and a digest of everything in `about` and of the libraries' versions."""
+        """A unique folder name: the kind, the steps, and a digest of `about` and of the libraries' versions."""
         digest = hashlib.sha256(json.dumps([self.about, installed_versions(LIBRARIES)], sort_keys=True).encode()).hexdigest()
         return f"{self.about['kind']}-{self.steps}step-{digest[:8]}"
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a user names: a run, an adapter's folder, a pipeline (folder or Hub id), or 'zoo', the embedded student."""
+    """A source of images that a user names: a run, an adapter's folder, a pipeline (folder or Hub id), or 'zoo'.
+
+    Attributes:
+        teacher: used instead of the one that the adapter names.
+    """
 
     name: str
     run: str | None = None
@@ -75,10 +79,10 @@ class Source:
         return {"run": self.run, "adapter": self.adapter, "teacher": self.teacher}
 
     def plain(self, steps: int = 1, guidance_scale: float | None = None) -> Generator:
-        """The student in one step; a pipeline with its own scheduler in as many as told.
+        """Return the student in one step, or a pipeline with its own scheduler in ``steps`` steps.
 
         Raises:
-            WadiError: if a student is asked for several steps.
+            WadiError: if a student is to take several steps.
         """
         if self.pipeline:
             about = {"kind": "pipeline", "weights": teacher_digest(self.name), **self._call(self.name, steps, guidance_scale)}
@@ -90,7 +94,7 @@ class Source:
                 guidance_scale,
             )
         if steps != 1:
-            raise WadiError(f"--steps is {steps}, and {self.name!r} is a one-step student. Expected 1, or a pipeline.")
+            raise WadiError(f"--steps is {steps}, but {self.name!r} is a one-step student. Use 1, or give a pipeline.")
         folder, base = load.locate_adapter(self.run, self.adapter, self.teacher)
         about = {
             "kind": "student", "adapter": sha256(folder / "adapter_model.safetensors"), "teacher": teacher_digest(base),
@@ -103,13 +107,13 @@ class Source:
         )  # fmt: skip
 
     def many_steps(self, steps: int, guidance_scale: float) -> Generator:
-        """The teacher behind a student, with its family's deterministic sampler."""
+        """Return the teacher behind a student, with its family's deterministic sampler."""
         about = {"kind": "teacher", "weights": teacher_digest(self._base()), **self._resolution()}
         about |= self._call(self._base(), steps, guidance_scale)
         return Generator(f"teacher, {_steps(steps)}", about, self._teacher, steps, guidance_scale)
 
     def undistilled(self, timestep: int) -> Generator:
-        """The teacher forced to one step from ``timestep``."""
+        """Return the teacher forced to one step from ``timestep``."""
         base = self._base()
         about = {"kind": "undistilled", "weights": teacher_digest(base), "timestep": timestep, **self._resolution()}
         about |= self._call(base, 1, None)
@@ -122,13 +126,13 @@ class Source:
         return Generator(f"teacher forced to one step, t = {timestep}", about, forced)
 
     def timestep(self) -> int | None:
-        """At which the student is asked; None of a pipeline, whose scheduler knows."""
+        """Return the timestep at which the student generates; None for a pipeline, whose scheduler has it."""
         if self.pipeline:
             return None
         return load.read_student(load.locate_adapter(self.run, self.adapter, self.teacher)[0]).timestep
 
     def last_timestep(self) -> int:
-        """Return the noisiest timestep of the teacher's schedule, by its own config: ``T - 1``, or ``T`` of a flow."""
+        """Return the noisiest timestep of the teacher's schedule, by its config: ``T - 1``, or ``T`` for a flow."""
         return Process.from_scheduler(make_scheduler(read_config(self._base(), "scheduler"))).last_timestep
 
     def guidance(self, given: float | None, otherwise: float) -> float:
@@ -145,43 +149,43 @@ class Source:
         return load.load_teacher_pipeline(**self._student, **self._place)
 
     def _stored_resolution(self) -> tuple[int, int] | None:
-        """``(height, width)`` that a student or a pipeline says it generates at; None = the model's own."""
+        """Return the ``(height, width)`` stored with a student or a pipeline; None = the model's own."""
         if not self.pipeline:
             return load.read_student(load.locate_adapter(self.run, self.adapter, self.teacher)[0]).resolution
         stored = pipeline_index(self.name).get(RESOLUTION)
         return (stored[0], stored[1]) if stored else None
 
     def _resolution(self) -> dict[str, Any]:
-        """`_stored_resolution` as an entry of `Generator.about`; none where it is the model's own."""
+        """Return `_stored_resolution` as an entry of `Generator.about`; nothing if it is the model's own."""
         stored, base = self._stored_resolution(), self._base()
         return {} if stored is None or stored == native_resolution(base) else {"resolution": list(stored)}
 
     def _base(self) -> str:
-        """The teacher's path or Hub id."""
+        """Return the teacher's path or Hub id."""
         if not self.pipeline:
             return load.locate_adapter(self.run, self.adapter, self.teacher)[1]
         if self.teacher is None:
-            raise WadiError(f"{self.name!r} is a pipeline, which does not tell its teacher. Expected --teacher beside it.")
+            raise WadiError(f"{self.name!r} is a pipeline, which does not name its teacher. Add --teacher.")
         return self.teacher
 
     def _call(self, path: str, steps: int, guidance_scale: float | None) -> dict[str, Any]:
         """Return how the pipeline at ``path`` is called; raise `WadiError` if no family serves it."""
         call = {"steps": steps, "guidance_scale": guidance_scale, "dtype": str(self.dtype).removeprefix("torch.")}
-        served = _family_of(path)
-        arguments = None if guidance_scale is None else served.guidance_arguments(guidance_scale)
-        # Only where the scale is not passed as it is: results of the other families keep their keys.
+        backbone_class = _family_of(path)
+        arguments = None if guidance_scale is None else backbone_class.guidance_arguments(guidance_scale)
+        # Only if the scale is not passed as it is, so that results of the other families keep their keys.
         return call if arguments in (None, {"guidance_scale": guidance_scale}) else call | {"arguments": arguments}
 
 
 def native_resolution(path: str) -> tuple[int, int] | None:
-    """``(height, width)`` at which a pipeline generates unless told otherwise, by its configs; None if they do not say.
+    """Return the ``(height, width)`` at which a pipeline generates by default, from its configs; None if they do not say.
 
     Raises:
         WadiError: if no family serves the pipeline, or it lacks a config.
     """
     from diffusers.configuration_utils import FrozenDict
 
-    index, served = pipeline_index(path), _family_of(path)
+    index, backbone_class = pipeline_index(path), _family_of(path)
     if stored := index.get(RESOLUTION):
         return stored[0], stored[1]
     channels = [
@@ -189,19 +193,21 @@ def native_resolution(path: str) -> tuple[int, int] | None:
         for name, value in read_config(path, "vae").items()
         if name in ("block_out_channels", "encoder_block_out_channels")
     ]
-    if served.scale is not Backbone.scale or len(channels) != 1 or not isinstance(channels[0], list):
+    if backbone_class.scale is not Backbone.scale or len(channels) != 1 or not isinstance(channels[0], list):
         return None
     try:
-        config = FrozenDict(read_config(path, served.component))
-        return served.native_resolution(config, 2 ** (len(channels[0]) - 1))  # as every pipeline of diffusers computes it
+        config = FrozenDict(read_config(path, backbone_class.component))
+        return backbone_class.native_resolution(
+            config, 2 ** (len(channels[0]) - 1)
+        )  # as every pipeline of diffusers computes it
     except (AttributeError, TypeError, ValueError):
         return None
 
 
 def config_digest(folder: Path) -> str:
-    """A digest of an adapter's settings; where it was saved and what it was trained on are left out."""
-    kept = {name: value for name, value in roles.read_config(folder).items() if name not in NOT_SETTINGS}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+    """Return a digest of an adapter's settings, without its paths and versions."""
+    settings = {name: value for name, value in roles.read_config(folder).items() if name not in NOT_SETTINGS}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _family_of(path: str) -> type[Backbone]:
@@ -209,7 +215,7 @@ def _family_of(path: str) -> type[Backbone]:
 
 
 def find(name: str, **place: Any) -> Source | None:
-    """What ``name`` names; None if it is a folder with none of our files or diffusers' in it, that is: of pictures.
+    """Return the `Source` that ``name`` means, or None if it is a folder of images (with none of our or diffusers' files).
 
     Raises:
         WadiError: if it is neither a folder nor a Hub id.
@@ -226,22 +232,22 @@ def find(name: str, **place: Any) -> Source | None:
     if folder.exists():
         return None
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise WadiError(f"{name!r} does not exist. Expected a folder of pictures, a run, an adapter, a pipeline or a Hub id.")
+        raise WadiError(f"{name!r} does not exist. Give a folder of images, a run, an adapter, a pipeline or a Hub id.")
     return Source(name, pipeline=True, **place)
 
 
-def same_family(student: Any, teacher: Any) -> None:
-    """Raise `WadiError` unless two pipelines are served by one family: speed beside each other means little else."""
+def require_same_family(student: Any, teacher: Any) -> None:
+    """Raise `WadiError` unless one family serves both pipelines; otherwise their speeds cannot be compared."""
     families = [type(from_pipeline(pipeline)).__name__ for pipeline in (student, teacher)]
     if families[0] != families[1]:
         raise WadiError(
-            f"The student is of the family {families[0]}, the teacher of {families[1]}. Expected one family: give the teacher "
-            "that the student was made of."
+            f"The student is of the family {families[0]}, but the teacher of {families[1]}. Give the teacher that the student "
+            "was made from."
         )
 
 
 def _short(name: str) -> str:
-    """A name for tables: as it was given, but for what stands before an absolute path's last part."""
+    """Return a name for tables: the last part of an absolute path, or the name unchanged."""
     return Path(name).name if Path(name).is_absolute() else name
 
 

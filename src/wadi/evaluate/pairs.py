@@ -1,4 +1,4 @@
-"""Which prompt belongs to which image of a folder: a list of files and prompts, one JSON object a line."""
+"""Which prompt belongs to which image of a folder: a list of files and prompts, one JSON object on each line."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Pair(Record):
 
 
 def read_pairs(path: str | Path) -> list[tuple[str, str]]:
-    """Read ``{"file": "0.png", "prompt": "a red apple"}`` a line, in its order; other entries of a line are left out.
+    """Read lines such as ``{"file": "0.png", "prompt": "a red apple"}``, in their order. Other entries of a line are ignored.
 
     Raises:
-        WadiError: if a line is something else, a file is named twice or lies outside the folder, or there is no line.
+        WadiError: if a line is something else, a file is named twice or is outside the folder, or the list is empty.
     """
     remedy = 'Each line is {"file": "0.png", "prompt": "a red apple"}.'
     rows: list[Pair] = read_json_lines(path, Pair, "List of images and prompts", remedy=remedy)
@@ -39,8 +39,8 @@ def read_pairs(path: str | Path) -> list[tuple[str, str]]:
     return list(pairs.items())
 
 
-def paired(folder: Path, files: Sequence[Path], pairs: Pairs) -> tuple[list[Path], list[str]]:
-    """The images of a folder in the order of a list, and their prompts.
+def pair_with_prompts(folder: Path, files: Sequence[Path], pairs: Pairs) -> tuple[list[Path], list[str]]:
+    """Return the images of a folder in the order of a list, and their prompts.
 
     Args:
         files: all image files of the folder.

@@ -18,11 +18,13 @@ from wadi.analysis.sources import open_teacher
 from wadi.backbones.digest import teacher_digest
 from wadi.errors import WadiError
 from wadi.evaluate import protocols
-from wadi.evaluate.drawn import file_name
+from wadi.evaluate.evaluation import Evaluation
+from wadi.evaluate.generated import file_name
 from wadi.evaluate.generators import Generator, Source, find
-from wadi.evaluate.result import Result, Row, table
-from wadi.evaluate.run import Evaluation, of_teacher
-from wadi.evaluate.score import Options
+from wadi.evaluate.metric_table import Options
+from wadi.evaluate.reference import teacher_reference
+from wadi.evaluate.result import Result, Row
+from wadi.evaluate.result_table import table
 from wadi.io import grids
 from wadi.io.files import sha256
 from wadi.io.images import read_image
@@ -135,15 +137,15 @@ def evaluate_swaps(teacher: str, generators: SwapGenerators, settings: SwapSetti
     metrics = settings.metrics or (("fd-zoo", "top1") if embedded else ("fd",))
     source = Source(teacher) if embedded else Source(teacher, pipeline=True, teacher=teacher)
     many_steps = source.many_steps(settings.steps, source.guidance(settings.guidance_scale, 2.5))
-    reference = of_teacher(many_steps, protocol)
-    evaluation = Evaluation(metrics, Options(), protocol, reference, settings.folder, draw_batch=settings.batch)
+    reference = teacher_reference(many_steps, protocol)
+    evaluation = Evaluation(metrics, Options(), protocol, reference, settings.folder, batch=settings.batch)
     everything = [*generators.complete, *generators.by_kind]
-    evaluation.draw(everything)
-    rows = [evaluation.drawn_row(generator) for generator in everything]
+    evaluation.generate(everything)
+    rows = [evaluation.generated_row(generator) for generator in everything]
     count = len(protocol.prompts)
     shown = [i * count // SHOWN for i in range(SHOWN)] if count > SHOWN else range(count)
-    folders = {many_steps.name: evaluation.pictures / f"{many_steps.key}-set0"}
-    folders |= {generator.name: evaluation.folder(generator) for generator in generators.complete}
+    folders = {many_steps.name: evaluation.folder / f"{many_steps.key}-set0"}
+    folders |= {generator.name: evaluation.folder_of(generator) for generator in generators.complete}
     return SwapResult(
         evaluation.result(rows, command),
         len(generators.complete),

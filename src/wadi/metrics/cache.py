@@ -37,8 +37,8 @@ def image_key(image: Tensor) -> bytes:
 class FeatureCache:
     """An extractor with a memory. Call it with images, as you would call the extractor.
 
-    New features stay in memory until `flush`, the end of a ``with`` block, or ``shard`` new images. An interrupted run loses at
-    most the last shard. ``hits`` and ``misses`` count images.
+    New features stay in memory until `flush`, the end of a ``with`` block, or ``shard`` new images. An interrupted run loses
+    at most the last shard. ``hits`` and ``misses`` count images.
 
     Args:
         folder: of all caches; None = ``features`` in the user's cache folder.

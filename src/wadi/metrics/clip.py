@@ -1,7 +1,7 @@
 """CLIP score: the cosine between the embedding of an image and that of its prompt, by any CLIP of transformers.
 
-The score of a set is the mean of `similarities`. Papers print it as a cosine (0.31) or times 100; torchmetrics prints 31, and 0
-for a mean below 0. Here it is the cosine. It depends more on the CLIP network than on most generators, so results name the
+The score of a set is the mean of `similarities`. Papers print it as a cosine (0.31) or times 100; torchmetrics prints 31, and
+0 for a mean below 0. Here it is the cosine. It depends more on the CLIP network than on most generators, so results name the
 network and its digest.
 """
 

@@ -42,7 +42,7 @@ class Extractor:
 
     name: str
     digest: str  # sha256 of the weights
-    size: int  # side of what the network takes, in pixels
+    size: int  # side of the input, in pixels
     dim: int
     resize: str
     network: Callable[[Tensor], Tensor]  # (n, 3, size, size) in [0, 255], float32, to (n, dim)
@@ -72,11 +72,11 @@ def extract(batches: Iterable[Images], extractor: Callable[[Images], Tensor]) ->
     """Return the features ``(n, dim)`` of all batches. The images are not kept.
 
     Raises:
-        WadiError: if there are no batches, or as the extractor.
+        WadiError: if ``batches`` is empty, or as the extractor.
     """
     features = [extractor(batch) for batch in batches]
     if not features:
-        raise WadiError("There are no images. Give at least one batch.")
+        raise WadiError("The set of images is empty. Give at least one batch.")
     return torch.cat(features)
 
 

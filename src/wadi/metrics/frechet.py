@@ -158,8 +158,8 @@ def influence(first: Tensor, second: Features) -> Tensor:
 def frechet_spread(first: Tensor, second: Features, nearest: Tensor | None = None, seed: int = 0) -> float:
     """Return the standard deviation of the distance when the images of ``first`` are generated again and ``second`` stays.
 
-    The squared influences count the contribution of pairs of images twice; the variance has it once. That part falls with
-    ``1 / n^2`` and the rest with ``1 / n``, so the influences of two halves of (at most `SAMPLE`) images separate the two.
+    The squared influences count the contribution of pairs of images twice; the variance has it once. That part falls with ``1
+    / n^2`` and the rest with ``1 / n``, so the influences of two halves of (at most `SAMPLE`) images separate the two.
 
     Args:
         nearest: from `wadi.metrics.spread.nearest_prompts`.

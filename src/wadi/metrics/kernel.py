@@ -44,8 +44,7 @@ def kernel_distance(
     Args:
         first, second: features ``(n, d)`` and ``(m, d)``.
         seed: of numpy's ``RandomState``. Each subset draws for ``first``, then for ``second``, as torch-fidelity does, so
-            equal seeds
-            give equal values. (Its own default seed is 2020.)
+            equal seeds give equal values. (Its own default seed is 2020.)
         nearest: from `wadi.metrics.spread.nearest_prompts`, for the spread.
     Raises:
         WadiError: if a set is smaller than ``subset_size``, or features are not finite or have different dimensions.
@@ -77,7 +76,7 @@ def kernel_distance(
 
 
 def _pair_variance(k_xx: Tensor) -> float:
-    """Return the mean square of what a pair of images adds to the kernel beyond each of the two (Hoeffding's second term)."""
+    """Return the mean square of the part of the kernel that belongs to pairs of images (Hoeffding's second term)."""
     m = len(k_xx)
     if m < 4:
         return 0.0

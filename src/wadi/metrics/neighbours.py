@@ -146,6 +146,6 @@ def _blocks(x: Tensor, y: Tensor, block: int) -> Iterator[tuple[int, Tensor]]:
         part = x[start : start + block]
         sums = part.square().sum(1)[:, None] + y_square
         square = sums - 2 * (part @ y.T)
-        # A value below rounding means a duplicate. Its distance must be 0 whatever the order of the sums was.
+        # A value below rounding means a duplicate. Its distance must be 0 in any order of the sums.
         square[square < 64 * torch.finfo(square.dtype).eps * sums] = 0
         yield start, square.sqrt_()

@@ -94,8 +94,7 @@ def hpsv2(
     Args:
         weights: that file; None = from the Hub.
         version: '2.0' or '2.1', two networks of one architecture whose scores are not comparable. None = 2.1 from the Hub, or
-            the
-            version in the published file's name. With a file of another name the score is called HPSv2.
+            the version in the published file's name. With a file of another name the score is called HPSv2.
         config: a ``CLIPConfig``; None = ViT-H/14.
     Raises:
         WadiError: if the weights or the tokenizer are not on this machine and cannot be downloaded, or are something else.

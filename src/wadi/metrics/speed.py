@@ -159,7 +159,7 @@ def _peak_memory(pipeline: TimedPipeline, batch: int, device: torch.device) -> f
         pipeline.call(batch)
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak of this process starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # restart the kernel's peak of this process
         pipeline.call(batch)
         status = Path("/proc/self/status").read_text()
     except OSError:

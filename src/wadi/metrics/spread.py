@@ -36,8 +36,7 @@ def spread_from_influence(influence: Tensor, nearest: Tensor | None = None) -> f
 
     Args:
         nearest: ``(n,)``, for each image the index of another one with a similar prompt (`nearest_prompts`). None = compare
-            each
-            image with the mean of all, as if its prompt were also drawn again.
+            each image with the mean of all, as if its prompt were also drawn again.
     Raises:
         WadiError: if there are fewer than two images, or an influence is not finite.
     """

@@ -1,8 +1,8 @@
-"""The embedded teacher: a complete text-to-image pipeline of 12 M parameters that draws emoji, and how it was made.
+"""The zoo: an embedded text-to-image teacher with 12 M parameters that generates emoji, and its one-step student.
 
-``load_teacher`` gives the ``StableDiffusionPipeline`` shipped in this package, ``load_classifier`` the network that
-judges pictures, ``training_prompts`` what a distillation needs to know of the data: text alone. `wadi.zoo.recipe` is how it was
-made (docs/zoo.md). Importing this package imports neither torch nor diffusers.
+``load_teacher`` loads the ``StableDiffusionPipeline`` in this package, ``load_classifier`` the network that judges images, and
+``training_prompts`` returns the captions for a distillation. Start with `prompts.py`. `wadi.zoo.recipe` contains the training
+of the teacher (docs/zoo.md). Importing this package imports neither torch nor diffusers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from wadi.zoo.concepts import COLOURS, CONCEPTS, STYLES
 from wadi.zoo.paths import embedded_path
-from wadi.zoo.prompts import caption, captions, concept_of, eval_prompts, fixed_prompts, training_prompts
+from wadi.zoo.prompts import caption, concept_of, eval_prompts, fixed_prompts, training_prompts
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,6 @@ __all__ = [
     "CONCEPTS",
     "STYLES",
     "caption",
-    "captions",
     "classifier_path",
     "concept_of",
     "eval_prompts",
@@ -38,22 +37,22 @@ __all__ = [
 
 
 def teacher_path() -> Path:
-    """Folder of the embedded teacher, which ``DiffusionPipeline.from_pretrained`` loads."""
+    """Return the folder of the embedded teacher, which ``DiffusionPipeline.from_pretrained`` loads."""
     return embedded_path("teacher")
 
 
 def student_path() -> Path:
-    """Folder of the LoRaD adapter of the embedded one-step student."""
+    """Return the folder of the embedded one-step student's LoRaD adapter."""
     return embedded_path("student")
 
 
 def classifier_path() -> Path:
-    """Folder of the classifier."""
+    """Return the folder of the classifier."""
     return embedded_path("classifier")
 
 
 def load_teacher(dtype: torch.dtype | None = None) -> Any:
-    """The embedded teacher as a ``StableDiffusionPipeline`` on the CPU, in float32 if no ``dtype`` is given."""
+    """Load the embedded teacher as a ``StableDiffusionPipeline`` on the CPU, in float32 by default."""
     import torch
 
     from wadi.backbones.loading import load_pipeline
@@ -62,7 +61,10 @@ def load_teacher(dtype: torch.dtype | None = None) -> Any:
 
 
 def load_classifier() -> Classifier:
-    """The classifier: ``.logits(images)``, ``.features(images)`` of images ``(B, 3, 64, 64)`` in [0, 1], ``.concepts``."""
+    """Load the classifier.
+
+    It has ``.concepts``, and ``.logits(images)`` and ``.features(images)`` for images ``(B, 3, 64, 64)`` in [0, 1].
+    """
     from wadi.zoo.judge import read_classifier
 
     return read_classifier(classifier_path())

@@ -1,8 +1,8 @@
-"""What the embedded teacher can draw, in which styles and on which backgrounds. Plain data, no imports.
+"""The concepts, styles and backgrounds of the embedded teacher. Plain data, no imports.
 
-Every concept is the name of one icon that all three sets hold, turned into words ("red-apple" is "red apple").
-The candidates are one nameable thing each; those left out of them are too like another one at 64 x 64 pixels, or too
-thin. Candidates of both kinds are among what the autoencoder learns from.
+Every concept is the name of one icon that all three sets contain, written as words ("red-apple" is "red apple"). Each
+candidate is one thing with a name. Some candidates are left out because they look too much like another one at 64 x 64 pixels,
+or are too thin. The autoencoder learns from all candidates.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The judge: a small convolutional network that names the concept of a picture, trained on the data alone.
+"""The judge: a small convolutional network that names the concept of an image, trained on the emoji data alone.
 
-It sees compositions, half of them through the autoencoder with noise added to the latent, and both blurred and noised
-at random, hence it stays reliable on generated pictures; it never sees a picture of the teacher. Its ``FEATURES``
-penultimate activations are the space of the Frechet distance.
+Its training images are compositions of emoji. Half of them pass through the autoencoder with noise on the latent, and both
+halves are blurred and noised at random, so it stays reliable on generated images. It never sees an image of the teacher. Its
+``FEATURES`` penultimate activations are the features of the metric ``fd-zoo``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ def _block(fan_in: int, fan_out: int, stride: int) -> nn.Sequential:
 
 
 class Classifier(nn.Module):
-    """Pictures ``(B, 3, 64, 64)`` in [0, 1] to ``concepts``; use it in ``eval()`` (``load_classifier`` does)."""
+    """A network from images ``(B, 3, 64, 64)`` in [0, 1] to ``concepts``.
+
+    Use it in ``eval()``, as ``load_classifier`` returns it.
+    """
 
     def __init__(self, concepts: list[str], features: int = FEATURES) -> None:
         super().__init__()
@@ -40,24 +43,25 @@ class Classifier(nn.Module):
         self.head = nn.Linear(features, len(concepts))
 
     def features(self, images: Tensor) -> Tensor:
-        """Penultimate activations ``(B, FEATURES)``."""
+        """Return the penultimate activations ``(B, FEATURES)``."""
         h = self.body((2 * images - 1).contiguous(memory_format=torch.channels_last))
         return F.silu(self.project(torch.cat([h.mean((2, 3)), h.amax((2, 3))], 1)))
 
     def logits(self, images: Tensor) -> Tensor:
-        """Unnormalised log-probabilities ``(B, len(concepts))``."""
+        """Return unnormalised log-probabilities ``(B, len(concepts))``."""
         return self.head(self.features(images))
 
     forward = logits
 
     @torch.no_grad()
     def top1(self, images: Tensor, concepts: list[str], batch: int = 128) -> float:
-        """Share of pictures whose most probable concept is the one given for each."""
+        """Return the share of images whose most probable concept is the given one."""
         best = torch.cat([self.logits(part).argmax(1) for part in images.split(batch)]).tolist()
         return sum(self.concepts[i] == name for i, name in zip(best, concepts, strict=True)) / len(concepts)
 
 
 def channels_last(classifier: Any) -> Any:
+    """Return the classifier with its weights in channels-last memory format."""
     return classifier.to(memory_format=torch.channels_last)  # untyped: torch's stubs do not know the argument
 
 
@@ -69,7 +73,7 @@ class Config(Record):
 
 
 def read_classifier(folder: Path) -> Classifier:
-    """What `wadi.zoo.recipe.judge_training.save_classifier` wrote, in float32 and ready to judge."""
+    """Read a classifier that `wadi.zoo.recipe.judge_training.save_classifier` wrote, in float32 and ready to use."""
     config: Config = read_json(folder / "config.json", Config, "Classifier config")
     classifier = Classifier(config.concepts, config.features)
     classifier.load_state_dict(read_tensors(folder / "model.safetensors", "Classifier")[0])

@@ -1,6 +1,6 @@
-"""The teacher's language: captions of concept, style and background, and the fixed lists of prompts made from them.
+"""The teacher's captions of concept, style and background, and the fixed lists of prompts made from them.
 
-Everything here is plain Python and depends on nothing but its seeds.
+All of this is plain Python and depends only on its seeds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ EVAL_COUNT = 512
 
 
 def caption(concept: str, style: str | None = None, colour: str | None = None) -> str:
-    """``caption("pizza", "noto", "blue")`` is "pizza, noto style, on a blue background"; either part may be left out."""
+    """Return a caption: ``caption("pizza", "noto", "blue")`` is "pizza, noto style, on a blue background".
+
+    Without a style or a colour that part is left out.
+    """
     parts = [concept]
     if style is not None:
         parts.append(f"{style} style")
@@ -24,32 +27,18 @@ def caption(concept: str, style: str | None = None, colour: str | None = None) -
 
 
 def concept_of(prompt: str) -> str:
-    """The concept a caption names: what stands before its first comma."""
+    """Return the concept that a caption names: the text before its first comma."""
     return prompt.split(",")[0].strip()
 
 
 def training_prompts() -> list[str]:
-    """Every caption there is: concepts x (no style or one) x (no background or one), in a fixed order."""
+    """Return all captions in a fixed order: concepts x (no style or one) x (no background or one)."""
     choices = itertools.product(CONCEPTS, (None, *STYLES), (None, *COLOURS))
     return [caption(concept, style, colour) for concept, style, colour in choices]
 
 
-def captions(count: int, seed: int) -> list[str]:
-    """``count`` captions as they are met in training: style and background each named half of the time."""
-    draw = random.Random(f"captions {seed}")
-    names, styles, colours = list(CONCEPTS), list(STYLES), list(COLOURS)
-    return [
-        caption(
-            draw.choice(names),
-            draw.choice(styles) if draw.random() < 0.5 else None,
-            draw.choice(colours) if draw.random() < 0.5 else None,
-        )
-        for _ in range(count)
-    ]
-
-
 def eval_prompts() -> list[tuple[str, str, int]]:
-    """The ``EVAL_COUNT`` fixed ``(prompt, concept, seed)`` by which the card measures; concepts take turns."""
+    """Return the ``EVAL_COUNT`` fixed ``(prompt, concept, seed)`` of the evaluation. The concepts take turns."""
     draw = random.Random("eval prompts")
     styles, colours = list(STYLES), list(COLOURS)
     rows = []
@@ -61,7 +50,7 @@ def eval_prompts() -> list[tuple[str, str, int]]:
 
 
 def fixed_prompts() -> list[str]:
-    """A dozen prompts for grids."""
+    """Return a dozen prompts for grids."""
     return [
         "red apple",
         "pizza, noto style, on a blue background",

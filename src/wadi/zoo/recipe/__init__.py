@@ -1,4 +1,4 @@
-"""How the embedded teacher was made: sprites, autoencoder, teacher, judge and export, each a stage that can be resumed.
+"""The training of the embedded teacher: sprites, autoencoder, teacher, judge and export, each a stage that can be resumed.
 
 Start with `stages.py`.
 """

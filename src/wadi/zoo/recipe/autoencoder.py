@@ -1,10 +1,10 @@
-"""Stage 2 of the recipe: the autoencoder, ``(3, 64, 64)`` pictures to ``(12, 16, 16)`` latents and back.
+"""Stage 2 of the recipe: the autoencoder, from ``(3, 64, 64)`` images to ``(12, 16, 16)`` latents and back.
 
-It learns on every usable icon of the three sets in random poses; every ``HOLD_OUT``-th icon (in all its styles) that
-is no candidate for a concept is never shown and measures it. Latents carry a little noise while training, relative to
-each channel's spread, which bounds what a channel can say and makes the decoder forgive small errors. At export the
-mean and spread of each channel are folded into the 1 x 1 convolutions around the latent, exactly, so that
-``scaling_factor`` is 1 and latents have zero mean and unit variance per channel.
+It learns from every usable icon of the three sets, in random poses. Every ``HOLD_OUT``-th icon (in all its styles) that is not
+a candidate for a concept is held out to measure it. Latents carry a little noise during training, relative to each channel's
+spread. The noise limits the information in a channel and makes the decoder robust to small errors. At export the mean and
+spread of each channel are folded into the 1 x 1 convolutions around the latent, exactly, so that ``scaling_factor`` is 1 and
+latents have zero mean and unit variance in each channel.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ if TYPE_CHECKING:
     from wadi.zoo.recipe.stages import ZooConfig
 
 CHANNELS = 12
-NOISE = 0.04  # standard deviation of the latent noise, of each channel's own
+NOISE = 0.04  # standard deviation of the latent noise, as a share of each channel's own
 HOLD_OUT = 14
 FOLDED_FROM = 1024  # compositions whose latents are standardised
 
 
 def build_autoencoder() -> Any:
-    """An untrained ``AutoencoderKL``, 4x down, no attention (so that it is fully convolutional), 1.4 M parameters."""
+    """Return an untrained ``AutoencoderKL`` with 1.4 M parameters that reduces sides by 4.
+
+    It has no attention, so it is fully convolutional.
+    """
     from diffusers import AutoencoderKL
 
     ae: Any = AutoencoderKL(
@@ -52,54 +55,58 @@ def build_autoencoder() -> Any:
 
 
 def split(sprites: Sprites) -> tuple[Tensor, Tensor]:
-    """Indices of the sprites to learn from and of those held out (no candidate for a concept among them)."""
+    """Return the indices of the sprites to learn from, and of the held-out ones.
+
+    No held-out sprite is a candidate for a concept.
+    """
     others = sorted(set(sprites.icons) - set(CANDIDATES.values()))
     held = set(others[::HOLD_OUT])
     mask = torch.tensor([icon in held for icon in sprites.icons])
     return (~mask).nonzero()[:, 0], mask.nonzero()[:, 0]
 
 
-def encode(ae: Any, pictures: Tensor) -> Tensor:
-    """Mean latent ``(B, 12, 16, 16)`` of pictures ``(B, 3, 64, 64)`` in [0, 1]."""
-    x = (2 * pictures - 1).contiguous(memory_format=torch.channels_last)
+def encode(ae: Any, images: Tensor) -> Tensor:
+    """Return the mean latent ``(B, 12, 16, 16)`` of images ``(B, 3, 64, 64)`` in [0, 1]."""
+    x = (2 * images - 1).contiguous(memory_format=torch.channels_last)
     return ae.encode(x).latent_dist.mode()
 
 
 def decode(ae: Any, latents: Tensor) -> Tensor:
-    """Pictures in [-1, 1], not clamped."""
+    """Return images in [-1, 1], not clamped."""
     return ae.decode(latents.contiguous(memory_format=torch.channels_last)).sample
 
 
 def psnr(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Mean over pictures of each one's PSNR, and PSNR of the mean squared error; pictures in [0, 1], in dB."""
+    """Return the mean of the images' PSNR, and the PSNR of their mean squared error, in dB. Images are in [0, 1]."""
     mse = (a.clamp(0, 1) - b).square().flatten(1).mean(1)
     return float(-10 * mse.log10().mean()), float(-10 * mse.mean().log10())
 
 
 @torch.no_grad()
-def measure(ae: Any, pictures: Tensor) -> tuple[float, float, Tensor]:
-    """``psnr`` of the round trip, and its pictures in [0, 1]."""
-    out = torch.cat([(decode(ae, encode(ae, part)) + 1) / 2 for part in pictures.split(32)]).clamp(0, 1)
-    return *psnr(out, pictures), out
+def reconstruction_psnr(ae: Any, images: Tensor) -> tuple[float, float, Tensor]:
+    """Return `psnr` of the round trip, and its images in [0, 1]."""
+    out = torch.cat([(decode(ae, encode(ae, part)) + 1) / 2 for part in images.split(32)]).clamp(0, 1)
+    return *psnr(out, images), out
 
 
-def held_out_pictures(sprites: Sprites, index: Tensor, seed: int = 7) -> Tensor:
+def held_out_images(sprites: Sprites, index: Tensor, seed: int = 7) -> Tensor:
+    """Return one composition of each sprite in ``index``, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     return compose(sprites.pixels[index], random_pose(len(index), generator))
 
 
-def loss_of(ae: Any, pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """``mean |e| + 4 mean e^2`` of the round trip through noisy latents, pictures scaled to [-1, 1]."""
-    z = encode(ae, pictures)
+def reconstruction_loss(ae: Any, images: Tensor, generator: torch.Generator) -> Tensor:
+    """Return ``mean |e| + 4 mean e^2`` of the round trip through noisy latents, with images scaled to [-1, 1]."""
+    z = encode(ae, images)
     spread = z.detach().std(dim=(0, 2, 3), keepdim=True)
     z = z + NOISE * spread * torch.randn(z.shape, generator=generator)
-    error = decode(ae, z) - (2 * pictures - 1)
+    error = decode(ae, z) - (2 * images - 1)
     return error.abs().mean() + 4 * error.square().mean()
 
 
 @torch.no_grad()
 def fold(ae: Any, latents: Tensor) -> None:
-    """Make ``ae``'s latents zero-mean and unit-variance per channel, as measured on ``latents (N, C, H, W)``."""
+    """Give ``ae``'s latents zero mean and unit variance in each channel, as measured on ``latents (N, C, H, W)``."""
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     quant, post = ae.quant_conv, ae.post_quant_conv
     post.bias.add_(post.weight[:, :, 0, 0] @ mean)  # first, from the weight before it is scaled
@@ -111,7 +118,7 @@ def fold(ae: Any, latents: Tensor) -> None:
 
 
 def train_autoencoder(config: ZooConfig, sprites: Sprites, out: Path) -> Any:
-    """Train within ``config.minutes_autoencoder``, resuming from ``out``; returns the folded average of the weights."""
+    """Train for ``config.minutes_autoencoder``, resuming from ``out``. Return the folded average of the weights."""
     from wadi.zoo.recipe.report import log, save_grid
 
     torch.manual_seed(config.seed)
@@ -122,15 +129,15 @@ def train_autoencoder(config: ZooConfig, sprites: Sprites, out: Path) -> Any:
     budget, step = Budget(config.minutes_autoencoder, note["elapsed"]), note["step"]
     generator = torch.Generator().manual_seed(config.seed + step)
     learn, held = split(sprites)
-    fixed = held_out_pictures(sprites, held)
+    fixed = held_out_images(sprites, held)
     shown = build_autoencoder()
     with log(out / "autoencoder.jsonl", "autoencoder", budget) as lines:
         while budget.fraction < 1:
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * budget.rate()
             index = learn[torch.randint(len(learn), (config.batch_autoencoder,), generator=generator)]
-            pictures = compose(sprites.pixels[index], random_pose(len(index), generator))
-            loss = loss_of(ae, pictures, generator)
+            images = compose(sprites.pixels[index], random_pose(len(index), generator))
+            loss = reconstruction_loss(ae, images, generator)
             loss.backward()
             optimiser.step()
             optimiser.zero_grad()
@@ -140,16 +147,16 @@ def train_autoencoder(config: ZooConfig, sprites: Sprites, out: Path) -> Any:
             if step % 250 == 0 or budget.fraction >= 1:
                 shown.load_state_dict(ae.state_dict())
                 average.copy_to(shown)
-                each, overall, again = measure(shown, fixed)
+                each, overall, decoded = reconstruction_psnr(shown, fixed)
                 lines.write(step=step, psnr_each=each, psnr_mean=overall, held_out=len(held))
-                save_grid(out / "autoencoder.png", torch.stack([fixed[:48], again[:48]], 1).flatten(0, 1), columns=16)
+                save_grid(out / "autoencoder.png", torch.stack([fixed[:48], decoded[:48]], 1).flatten(0, 1), columns=16)
                 save_run(path, ae, optimiser, average, elapsed=budget.elapsed, step=step)
     average.copy_to(ae)
     ae.eval().requires_grad_(False)
-    fold(ae, torch.cat([encode(ae, x) for x in _many(sprites, learn, generator)]))
+    fold(ae, torch.cat([encode(ae, x) for x in _compositions(sprites, learn, generator)]))
     return ae
 
 
-def _many(sprites: Sprites, learn: Tensor, generator: torch.Generator) -> list[Tensor]:
+def _compositions(sprites: Sprites, learn: Tensor, generator: torch.Generator) -> list[Tensor]:
     index = learn[torch.randint(len(learn), (FOLDED_FROM,), generator=generator)]
     return [compose(sprites.pixels[i], random_pose(len(i), generator)) for i in index.split(64)]

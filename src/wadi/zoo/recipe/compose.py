@@ -1,4 +1,4 @@
-"""From sprites to training pictures: background, flip, size and position, for a whole batch at once."""
+"""From sprites to training images: background, flip, size and position, for a whole batch at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ JITTER = 0.04  # standard deviation of a background's colour about its name's, o
 
 @dataclass(frozen=True)
 class Pose:
-    """How each of ``B`` sprites is laid: ``colour`` index ``(B,)``, ``rgb`` ``(B, 3)``, ``theta`` ``(B, 2, 3)``."""
+    """The placement of ``B`` sprites: ``colour`` index ``(B,)``, ``rgb`` ``(B, 3)``, ``theta`` ``(B, 2, 3)``."""
 
     colour: Tensor
     rgb: Tensor
@@ -24,7 +24,10 @@ class Pose:
 
 
 def random_pose(count: int, generator: torch.Generator, smallest: float = 0.55, mirror: bool = True) -> Pose:
-    """Sides of ``smallest`` to 0.92 of the picture, anywhere the sprite stays inside, half of them mirrored if asked."""
+    """Return random poses: sides of ``smallest`` to 0.92 of the image, anywhere the sprite stays inside.
+
+    Half of the sprites are mirrored if ``mirror`` is set.
+    """
     colour = torch.randint(len(COLOURS), (count,), generator=generator)
     rgb = torch.tensor(list(COLOURS.values()))[colour] / 255
     rgb = (rgb + JITTER * torch.randn(count, 3, generator=generator)).clamp(0, 1)
@@ -32,16 +35,16 @@ def random_pose(count: int, generator: torch.Generator, smallest: float = 0.55, 
     shift = (2 * torch.rand(count, 2, generator=generator) - 1) * (0.6 * (0.96 - size).clamp(min=0))[:, None]
     flip = 1.0 - 2.0 * torch.randint(2, (count,), generator=generator) if mirror else torch.ones(count)
     theta = torch.zeros(count, 2, 3)
-    # grid_sample maps picture coordinates to sprite coordinates: u = (x - shift) / size.
+    # grid_sample maps image coordinates to sprite coordinates: u = (x - shift) / size.
     theta[:, 0, 0], theta[:, 1, 1] = flip / size, 1 / size
     theta[:, 0, 2], theta[:, 1, 2] = -flip * shift[:, 0] / size, -shift[:, 1] / size
     return Pose(colour, rgb, theta)
 
 
 def compose(sprites: Tensor, pose: Pose) -> Tensor:
-    """Pictures ``(B, 3, 64, 64)`` in [0, 1] from premultiplied ``uint8 (B, 4, S, S)`` sprites.
+    """Return images ``(B, 3, 64, 64)`` in [0, 1] from premultiplied ``uint8 (B, 4, S, S)`` sprites.
 
-    Sampled at twice the size and averaged, so that small sprites do not alias.
+    They are sampled at twice the size and averaged, so that small sprites do not alias.
     """
     grid = F.affine_grid(pose.theta, [len(sprites), 4, 2 * SIDE, 2 * SIDE], align_corners=False)
     large = F.grid_sample(sprites.float() / 255, grid, mode="bilinear", padding_mode="zeros", align_corners=False)

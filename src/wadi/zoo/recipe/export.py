@@ -18,7 +18,7 @@ CARD = Path(__file__).parent / "card.md"
 
 
 def export_pipeline(pipe: Any, folder: Path) -> int:
-    """Save ``pipe`` in fp16 as a diffusers folder (the pipeline itself stays as it is); bytes of its weights."""
+    """Save ``pipe`` in fp16 as a diffusers folder, without changing ``pipe``. Return the number of bytes of its weights."""
     half = copy.deepcopy(pipe)
     for part in (half.vae, half.text_encoder, half.unet):
         part.half()
@@ -30,10 +30,10 @@ def export_pipeline(pipe: Any, folder: Path) -> int:
 
 
 def export_student(run: Path, folder: Path) -> Path:
-    """Put the student of ``run`` into ``folder/student`` with its factors rounded to fp16; angles are float32 in use.
+    """Write the student of ``run`` to ``folder/student``, with its factors rounded to fp16. Angles are float32 in use.
 
     Raises:
-        WadiError: if the run has saved no student, or ``folder`` cannot be written.
+        WadiError: if the run has not saved a student, or ``folder`` cannot be written.
     """
     import shutil
 
@@ -50,20 +50,20 @@ def export_student(run: Path, folder: Path) -> Path:
     return place
 
 
-def measure_weights(folder: Path, sprites: Sprites) -> dict[str, float]:
-    """Quality of ``folder/teacher`` and ``folder/classifier`` as they load from disk."""
+def measure_quality(folder: Path, sprites: Sprites) -> dict[str, float]:
+    """Return the quality of ``folder/teacher`` and ``folder/classifier`` as they load from disk."""
     from wadi.backbones.loading import load_pipeline
     from wadi.zoo.judge import read_classifier
-    from wadi.zoo.recipe.autoencoder import held_out_pictures, measure, split
-    from wadi.zoo.recipe.judge_training import judge_data
+    from wadi.zoo.recipe.autoencoder import held_out_images, reconstruction_psnr, split
+    from wadi.zoo.recipe.judge_training import accuracy_on_data
     from wadi.zoo.recipe.teacher import sample
 
     pipe, classifier = load_pipeline(folder / "teacher"), read_classifier(folder / "classifier")
     held = split(sprites)[1]
-    psnr_each, psnr_mean, _ = measure(pipe.vae, held_out_pictures(sprites, held))
-    direct, through = judge_data(classifier, pipe.vae, sprites)
+    psnr_each, psnr_mean, _ = reconstruction_psnr(pipe.vae, held_out_images(sprites, held))
+    direct, through = accuracy_on_data(classifier, pipe.vae, sprites)
     prompts, names, seeds = (list(column) for column in zip(*eval_prompts(), strict=True))
-    pictures = sample(pipe, prompts, seeds)
+    images = sample(pipe, prompts, seeds)
     parts = {"autoencoder": pipe.vae, "text_encoder": pipe.text_encoder, "unet": pipe.unet}
     sizes = {f"parameters_{k}": sum(p.numel() for p in part.parameters()) for k, part in parts.items()}
     return sizes | {
@@ -73,13 +73,13 @@ def measure_weights(folder: Path, sprites: Sprites) -> dict[str, float]:
         "psnr_mean": psnr_mean,
         "classifier_data": direct,
         "classifier_autoencoder": through,
-        "teacher_top1": classifier.top1(pictures, names),
+        "teacher_top1": classifier.top1(images, names),
         "teacher_pictures": len(names),
     }
 
 
 def write_card(folder: Path, quality: dict[str, float]) -> None:
-    """``quality.json`` and the card ``README.md`` of the weights in ``folder``."""
+    """Write ``quality.json`` and the card ``README.md`` of the weights in ``folder``."""
     write_whole(folder / "quality.json", (json.dumps(quality, indent=1, sort_keys=True) + "\n").encode())
     q = quality | {"concepts": len(CONCEPTS), "styles": ", ".join(STYLES), "colours": ", ".join(COLOURS)}
     write_whole(folder / "README.md", CARD.read_text().format(machine=platform.machine(), **q).encode())

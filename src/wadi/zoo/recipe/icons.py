@@ -1,8 +1,8 @@
-"""The pictures the zoo learns from: emoji sets fetched by name from npm, drawn once into RGBA sprites.
+"""The images that the zoo learns from: emoji sets from npm, rendered once as RGBA sprites.
 
-A sprite is ``uint8 (4, SIDE, SIDE)``, colours premultiplied by alpha, cropped to what is drawn and centred so that
-the longer side fills the square. Drawing happens at ``OVERSAMPLE`` times the size and is averaged down, hence soft
-edges. The three sets together give about 3,000 sprites; people, flags and symbols are left out.
+A sprite is ``uint8 (4, SIDE, SIDE)``, with colours premultiplied by alpha, cropped to its content and centred so that the
+longer side fills the square. It is rendered at ``OVERSAMPLE`` times the size and averaged, which gives soft edges. The three
+sets contain about 3,000 usable sprites. People, flags and symbols are left out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wadi.errors import WadiError
+from wadi.errors import WadiError, first_line
 from wadi.io.records import parse_json
 from wadi.zoo.concepts import CANDIDATES, CONCEPTS, STYLES
 
@@ -38,43 +38,43 @@ class Sprites:
     styles: list[str]
 
     def of_concepts(self) -> Tensor:
-        """Index ``(len(CONCEPTS), len(STYLES))`` of each concept's sprite in each style."""
+        """Return the index ``(len(CONCEPTS), len(STYLES))`` of each concept's sprite in each style."""
         import torch
 
-        at = {(icon, style): i for i, (icon, style) in enumerate(zip(self.icons, self.styles, strict=True))}
-        missing = [(i, s) for i in CONCEPTS.values() for s in STYLES if (i, s) not in at]
+        index_of = {(icon, style): i for i, (icon, style) in enumerate(zip(self.icons, self.styles, strict=True))}
+        missing = [(i, s) for i in CONCEPTS.values() for s in STYLES if (i, s) not in index_of]
         if missing:
-            raise WadiError(f"the icon sets lack {missing[:5]}; fetch the versions the card names")
-        return torch.tensor([[at[icon, style] for style in STYLES] for icon in CONCEPTS.values()])
+            raise WadiError(f"The icon sets lack {missing[:5]}. Get the versions that the card names.")
+        return torch.tensor([[index_of[icon, style] for style in STYLES] for icon in CONCEPTS.values()])
 
 
 def fetch(icon_set: str, folder: Path) -> Path:
-    """Path of ``icon_set``'s npm tarball in ``folder``, downloaded by ``npm pack`` if it is not there yet."""
-    found = sorted(folder.glob(f"iconify-json-{icon_set}-[0-9]*.tgz"))
-    if found:
-        return found[-1]
+    """Return the path of ``icon_set``'s npm tarball in ``folder``. ``npm pack`` downloads it if it is missing."""
+    tarballs = sorted(folder.glob(f"iconify-json-{icon_set}-[0-9]*.tgz"))
+    if tarballs:
+        return tarballs[-1]
     folder.mkdir(parents=True, exist_ok=True)
     command = ["npm", "pack", f"@iconify-json/{icon_set}", "--silent", "--pack-destination", str(folder)]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
     except OSError:
         raise WadiError(
-            f"npm cannot be run and {folder} holds no iconify-json-{icon_set}-*.tgz; install Node.js, "
-            f"or put the tarball of @iconify-json/{icon_set} there"
+            f"npm cannot be run, and {folder} contains no iconify-json-{icon_set}-*.tgz. Install Node.js, or put the tarball "
+            f"of @iconify-json/{icon_set} there."
         ) from None
     except subprocess.CalledProcessError as error:
         last = (error.stderr or error.stdout or "no output").strip().splitlines()[-1]
-        raise WadiError(f"npm could not fetch @iconify-json/{icon_set}: {last}; is the registry reachable?") from None
+        raise WadiError(f"npm could not download @iconify-json/{icon_set}: {last}. Check the connection.") from None
     return sorted(folder.glob(f"iconify-json-{icon_set}-[0-9]*.tgz"))[-1]
 
 
 def read_icons(tarball: Path) -> dict[str, str]:
-    """Name -> SVG text of every usable icon of one set."""
+    """Return name -> SVG text of every usable icon of one set."""
     try:
         with tarfile.open(tarball) as tar:
             texts = {name: _open(tar, name).read() for name in ("icons.json", "metadata.json")}
     except (tarfile.TarError, KeyError, EOFError) as error:
-        raise WadiError(f"{tarball} is not an iconify-json tarball ({error}); delete it and run again") from None
+        raise WadiError(f"{tarball} is not an iconify-json tarball ({first_line(error)}). Delete it and run again.") from None
     files = {name: parse_json(text, dict[str, Any], f"{name} in {str(tarball)!r}") for name, text in texts.items()}
     icons = files["icons.json"]
     category = {name: c for c, names in files["metadata.json"]["categories"].items() for name in names}
@@ -109,7 +109,7 @@ _BOX = (("left", 0), ("top", 0), ("width", 16), ("height", 16))
 
 
 def rasterise(svg: str) -> np.ndarray | None:
-    """One sprite ``uint8 (4, SIDE, SIDE)``, or None where nothing is drawn."""
+    """Return one sprite ``uint8 (4, SIDE, SIDE)``, or None if the icon is empty."""
     import numpy as np
     import resvg_py
     from PIL import Image
@@ -118,21 +118,21 @@ def rasterise(svg: str) -> np.ndarray | None:
 
     side = SIDE * OVERSAMPLE
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side))
-    picture = open_image(png).convert("RGBA").convert("RGBa")  # RGBa: premultiplied
-    box = picture.getchannel("a").point(lambda a: 255 * (a > 8)).getbbox()
+    image = open_image(png).convert("RGBA").convert("RGBa")  # RGBa: premultiplied
+    box = image.getchannel("a").point(lambda a: 255 * (a > 8)).getbbox()
     if box is None:
         return None
-    picture = picture.crop(box)
-    scale = SIDE / max(picture.size)
-    width, height = (max(1, round(length * scale)) for length in picture.size)
-    small = picture.resize((width, height), Image.Resampling.BOX)
+    image = image.crop(box)
+    scale = SIDE / max(image.size)
+    width, height = (max(1, round(length * scale)) for length in image.size)
+    small = image.resize((width, height), Image.Resampling.BOX)
     square = Image.new("RGBa", (SIDE, SIDE))
     square.paste(small, ((SIDE - width) // 2, (SIDE - height) // 2))
     return np.asarray(square).transpose(2, 0, 1).copy()
 
 
 def make_sprites(tarballs: Path) -> Sprites:
-    """Draw every usable icon of the three sets; tarballs are fetched into ``tarballs`` where missing."""
+    """Render every usable icon of the three sets. Missing tarballs are downloaded to ``tarballs``."""
     import numpy as np
     import torch
 
@@ -148,12 +148,14 @@ def make_sprites(tarballs: Path) -> Sprites:
 
 
 def save_sprites(path: Path, sprites: Sprites) -> None:
+    """Write the sprites to a safetensors file."""
     from wadi.zoo.recipe.state import save_tensors
 
     save_tensors(path, {"pixels": sprites.pixels}, {"icons": sprites.icons, "styles": sprites.styles})
 
 
 def load_sprites(path: Path) -> Sprites:
+    """Read what `save_sprites` wrote."""
     from wadi.zoo.recipe.state import load_tensors
 
     tensors, note = load_tensors(path)

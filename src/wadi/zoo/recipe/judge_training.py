@@ -1,4 +1,4 @@
-"""Train the judge on compositions of the sprites, half of them passed through the autoencoder."""
+"""Train the judge on compositions of the sprites. Half of them pass through the autoencoder first."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FRESH = 8  # compositions added to the pool at every step
 
 
 def save_classifier(folder: Path, classifier: Classifier) -> None:
-    """``model.safetensors`` (fp16) and ``config.json``."""
+    """Write ``model.safetensors`` (fp16) and ``config.json``."""
     state = {k: v.half() if v.is_floating_point() else v for k, v in classifier.state_dict().items()}
     save_tensors(folder / "model.safetensors", state)
     config = {"concepts": classifier.concepts, "features": classifier.project.out_features}
@@ -36,25 +36,25 @@ def save_classifier(folder: Path, classifier: Classifier) -> None:
 
 
 def labelled(sprites: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """``count`` compositions and their concepts; ``sprites (concepts, styles, 4, S, S)``."""
+    """Return ``count`` compositions and their concepts, from ``sprites (concepts, styles, 4, S, S)``."""
     concept = torch.randint(len(CONCEPTS), (count,), generator=generator)
     style = torch.randint(len(STYLES), (count,), generator=generator)
     return compose(sprites[concept, style], random_pose(count, generator)), concept
 
 
 @torch.no_grad()
-def through(ae: Any, pictures: Tensor, generator: torch.Generator, noise: float = 0.5) -> Tensor:
-    """Pictures as the autoencoder gives them back, each with its own latent noise of at most ``noise``."""
-    z = encode(ae, pictures)
+def through_autoencoder(ae: Any, images: Tensor, generator: torch.Generator, noise: float = 0.5) -> Tensor:
+    """Return images after the autoencoder, each with latent noise of its own of at most ``noise``."""
+    z = encode(ae, images)
     level = noise * torch.rand(len(z), 1, 1, 1, generator=generator)
     return ((decode(ae, z + level * torch.randn(z.shape, generator=generator)) + 1) / 2).clamp(0, 1)
 
 
-def spoil(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """A random part of the batch blurred, another brightened or darkened, all with a little noise."""
-    chance = torch.rand(len(pictures), 3, 1, 1, 1, generator=generator)
-    blurred = F.interpolate(F.avg_pool2d(pictures, 2), scale_factor=2, mode="bilinear")
-    x = torch.where(chance[:, 0] < 0.3, blurred, pictures)
+def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Blur a random part of the batch, brighten or darken another, and add a little noise to all."""
+    chance = torch.rand(len(images), 3, 1, 1, 1, generator=generator)
+    blurred = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear")
+    x = torch.where(chance[:, 0] < 0.3, blurred, images)
     x = x * (0.85 + 0.3 * chance[:, 1])
     return (x + 0.06 * chance[:, 2] * torch.randn(x.shape, generator=generator)).clamp(0, 1)
 
@@ -71,17 +71,17 @@ def train_classifier(config: ZooConfig, ae: Any, sprites: Sprites, out: Path) ->
     last = config.steps_classifier
     if step < last:
         pool, labels = labelled(art, POOL, generator)
-        pool[::2] = torch.cat([through(ae, part, generator) for part in pool[::2].split(64)])
+        pool[::2] = torch.cat([through_autoencoder(ae, part, generator) for part in pool[::2].split(64)])
     with progress("classifier", last, step) as bar:
         while step < last:
             for group in optimiser.param_groups:
                 group["lr"] = LR * rise(step + 1, 60) * cosine(step, last)
             where = (step * FRESH + torch.arange(FRESH)) % len(pool)
-            pictures, labels[where] = labelled(art, FRESH, generator)
-            pictures[::2] = through(ae, pictures[::2], generator)
-            pool[where] = pictures
+            images, labels[where] = labelled(art, FRESH, generator)
+            images[::2] = through_autoencoder(ae, images[::2], generator)
+            pool[where] = images
             index = torch.randint(len(pool), (96,), generator=generator)
-            loss = F.cross_entropy(model(spoil(pool[index], generator)), labels[index], label_smoothing=0.05)
+            loss = F.cross_entropy(model(degrade(pool[index], generator)), labels[index], label_smoothing=0.05)
             loss.backward()
             optimiser.step()
             optimiser.zero_grad()
@@ -96,21 +96,24 @@ def train_classifier(config: ZooConfig, ae: Any, sprites: Sprites, out: Path) ->
 
 @torch.no_grad()
 def settle(model: Classifier, art: Tensor, generator: torch.Generator) -> Classifier:
-    """Measure the batch statistics anew: those kept while training belong to the weights before averaging."""
+    """Measure the batch statistics again: those kept during training belong to the weights before averaging."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean over the batches below
     model.train()
     for _ in range(24):
-        model(spoil(labelled(art, 96, generator)[0], generator))
+        model(degrade(labelled(art, 96, generator)[0], generator))
     return model.eval().requires_grad_(False)
 
 
-def judge_data(classifier: Classifier, ae: Any, sprites: Sprites, count: int = 2048) -> tuple[float, float]:
-    """Top-1 on ``count`` compositions never used in training, as they are and through the autoencoder."""
+def accuracy_on_data(classifier: Classifier, ae: Any, sprites: Sprites, count: int = 2048) -> tuple[float, float]:
+    """Return the top-1 accuracy on ``count`` compositions that were never used in training.
+
+    The second number is the accuracy on the same images after the autoencoder.
+    """
     generator = torch.Generator().manual_seed(987654321)
-    pictures, concept = labelled(sprites.pixels[sprites.of_concepts()], count, generator)
+    images, concept = labelled(sprites.pixels[sprites.of_concepts()], count, generator)
     names = [classifier.concepts[i] for i in concept.tolist()]
-    again = torch.cat([through(ae, part, generator, noise=0.0) for part in pictures.split(64)])
-    return classifier.top1(pictures, names), classifier.top1(again, names)
+    decoded = torch.cat([through_autoencoder(ae, part, generator, noise=0.0) for part in images.split(64)])
+    return classifier.top1(images, names), classifier.top1(decoded, names)

@@ -1,8 +1,8 @@
-"""The optimiser of the autoencoder: momentum with orthogonalised updates for weights, Adam for the rest.
+"""The optimiser of the recipe: momentum with orthogonalised updates for weights, Adam for the rest.
 
-Muon (Jordan et al. 2024): each weight, as a matrix ``(out, rest)``, moves along the nearest orthogonal matrix of its
-Nesterov momentum, found by Newton-Schulz iteration. It reaches a given loss in fewer steps than Adam, which counts
-where a step costs a third of a second.
+Muon (Jordan et al. 2024): each weight, as a matrix ``(out, rest)``, moves along the nearest orthogonal matrix of its Nesterov
+momentum, found by Newton-Schulz iteration. It reaches a given loss in fewer steps than Adam, which matters where a step costs
+a third of a second.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 
 def orthogonalise(m: Tensor, steps: int = 5) -> Tensor:
-    """Approximate ``U V^T`` of each ``m = U S V^T``, ``(count, rows, columns)``, by the quintic Newton-Schulz iteration.
+    """Return the approximate ``U V^T`` of each ``m = U S V^T``, ``(count, rows, columns)``.
 
-    ``X <- (a + b G + c G^2) X`` with ``G = X X^T`` on the shorter side, in the dtype of ``m``; bfloat16 is enough.
+    The quintic Newton-Schulz iteration is ``X <- (a + b G + c G^2) X`` with ``G = X X^T`` on the shorter side, in the dtype of
+    ``m``; bfloat16 is enough.
     """
     x = m.mT if m.shape[1] > m.shape[2] else m
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -29,9 +30,9 @@ def orthogonalise(m: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for groups with ``muon=True``, Adam (``betas``) for the others; see ``groups_of``.
+    """Muon for groups with ``muon=True``, and Adam (``betas``) for the others; see ``groups_of``.
 
-    ``dtype`` is what directions are orthogonalised in; parameters and moments keep their own.
+    ``dtype`` is the precision of the orthogonalisation. Parameters and moments keep their own.
     """
 
     def __init__(
@@ -79,7 +80,10 @@ _TO_ADAM = ("quant_conv", "conv_out", "token_embedding", "position_embedding", "
 
 
 def groups_of(module: nn.Module, lr_muon: float, lr_adam: float) -> list[dict[str, Any]]:
-    """Inner weights to Muon, embeddings, last layers, biases and norms to Adam. ``peak`` is each group's full rate."""
+    """Return parameter groups: inner weights for Muon; embeddings, last layers, biases and norms for Adam.
+
+    ``peak`` is each group's full learning rate.
+    """
     inner = [p for n, p in module.named_parameters() if p.ndim > 1 and not any(part in n for part in _TO_ADAM)]
     rest = [p for p in module.parameters() if not any(p is q for q in inner)]
     return [

@@ -1,4 +1,4 @@
-"""Progress of the recipe for people (a bar, or a line now and then) and for programs (one JSON object a line); grids."""
+"""Progress of the recipe: a bar for people, one JSON object on each line for programs, and image grids."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LINE_EVERY = 30.0  # seconds of training that one line of the file sums up
 
 
 class Log:
-    """Mean loss, images per second and minutes of a stage; a bar whose unit is the second of training."""
+    """The mean loss, images per second and minutes of a stage. The bar counts seconds of training."""
 
     def __init__(self, path: Path, budget: Budget, bar: Bar) -> None:
         self.path, self.budget, self.bar = path, budget, bar
@@ -28,14 +28,14 @@ class Log:
         self.images, self.since = 0, time.monotonic()
 
     def step(self, loss: float, images: int) -> None:
-        """Count one training step of ``images`` pictures."""
+        """Count one training step of ``images`` images."""
         self.losses.append(loss)
         self.images += images
         passed = time.monotonic() - self.since
-        figures = {"loss": sum(self.losses) / len(self.losses), "images_per_s": self.images / max(passed, 1e-9)}
-        self.bar.advance(figures, by=int(min(self.budget.elapsed, self.budget.seconds)) - self.bar.done)
+        values = {"loss": sum(self.losses) / len(self.losses), "images_per_s": self.images / max(passed, 1e-9)}
+        self.bar.advance(values, by=int(min(self.budget.elapsed, self.budget.seconds)) - self.bar.done)
         if passed >= LINE_EVERY:
-            self.write(**figures)
+            self.write(**values)
             self.losses, self.images, self.since = [], 0, time.monotonic()
 
     def write(self, **values: float) -> None:
@@ -47,21 +47,21 @@ class Log:
 
 @contextmanager
 def log(path: Path, title: str, budget: Budget) -> Iterator[Log]:
-    """A ``Log`` whose lines go to ``path`` and whose bar is called ``title``."""
+    """Open a ``Log`` whose lines go to ``path`` and whose bar is called ``title``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with progress(f"{title} (s)", max(1, round(budget.seconds)), int(min(budget.elapsed, budget.seconds))) as bar:
         yield Log(path, budget, bar)
 
 
-def save_grid(path: Path, pictures: Tensor, columns: int) -> None:
-    """Pictures ``(N, 3, H, W)`` in [0, 1] as one PNG, ``columns`` to a row; a last row that is not full is left out."""
+def save_grid(path: Path, images: Tensor, columns: int) -> None:
+    """Write images ``(N, 3, H, W)`` in [0, 1] as one PNG with ``columns`` in each row. An incomplete last row is left out."""
     from PIL import Image
 
     from wadi.io.grids import save_png
 
-    count, channels, height, width = pictures.shape
+    count, channels, height, width = images.shape
     columns = min(columns, count)
     rows = count // columns
-    tiled = pictures[: rows * columns].reshape(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
+    tiled = images[: rows * columns].reshape(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
     pixels = (tiled.clamp(0, 1) * 255).round().byte().reshape(rows * height, columns * width, channels)
     save_png(Image.fromarray(pixels.cpu().numpy()), path)

@@ -1,8 +1,8 @@
-"""The recipe of the embedded teacher, stage by stage; every stage reads and writes files of one folder.
+"""The recipe of the embedded teacher, stage by stage. All stages read and write files of one folder.
 
-``data`` draws the sprites; ``autoencoder`` and ``teacher`` train within a budget of minutes each, ``classifier`` for a
-number of steps, and each goes on where it was interrupted when run again; ``export`` writes the folders that are
-shipped, measures them and writes their card.
+``data`` renders the sprites. ``autoencoder`` and ``teacher`` train within a budget of minutes each, ``classifier`` for a
+number of steps, and each continues where it was interrupted. ``export`` writes the shipped folders, measures them and writes
+their card.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ STAGES = ("data", "autoencoder", "teacher", "classifier", "export")
 
 @dataclass(frozen=True)
 class ZooConfig:
-    """Settings of the recipe; the defaults made the shipped weights."""
+    """Settings of the recipe. The shipped weights were made with the defaults."""
 
-    out: str = "runs/zoo"  # where everything is kept
+    out: str = "runs/zoo"  # folder of all files
     stage: str = "all"  # one of STAGES, or all of them in order
     tarballs: str | None = None  # folder with the npm tarballs (fetched into it where missing); OUT/npm if not given
     weights: str | None = None  # where the shipped folders go; OUT/weights if not given
@@ -38,7 +38,7 @@ class ZooConfig:
     minutes_teacher: float = 67.0
     batch_teacher: int = 48
     lr_teacher: float = 0.01  # of Muon; Adam's part has 2e-3
-    pool: int = 50_000  # latents kept ready, the oldest replaced
+    pool: int = 50_000  # latents kept ready; new ones replace the oldest
     first_fill: int = 16  # compositions of every sprite made before training starts
     fresh_per_step: int = 6  # compositions added at every step
     minutes_grid: float = 10.0  # between grids, each with a checkpoint
@@ -47,7 +47,7 @@ class ZooConfig:
 
     def __post_init__(self) -> None:
         if self.stage not in (*STAGES, "all"):
-            raise WadiError(f"stage {self.stage!r} was asked for; give one of {', '.join(STAGES)} or all")
+            raise WadiError(f"Stage {self.stage!r} does not exist. Use one of {', '.join(STAGES)}, or all.")
         for name in ("batch_autoencoder", "batch_teacher"):
             BATCH.check(name, getattr(self, name))
         for name in ("pool", "first_fill", "fresh_per_step", "steps_classifier"):
@@ -61,7 +61,7 @@ class ZooConfig:
 
 
 def train(config: ZooConfig) -> Path:
-    """Run ``config.stage`` (or all); the folder of shipped weights. Run again to go on after an interruption."""
+    """Run ``config.stage`` (or all), and return the folder of the shipped weights. Run it again after an interruption."""
     import torch
 
     from wadi.parallel.device import keep_freed_memory
@@ -69,18 +69,19 @@ def train(config: ZooConfig) -> Path:
     keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
-    run = {"data": draw, "autoencoder": autoencoder, "teacher": teacher, "classifier": classifier, "export": export}
+    run = {"data": make_data, "autoencoder": autoencoder, "teacher": teacher, "classifier": classifier, "export": export}
     for stage in STAGES if config.stage == "all" else (config.stage,):
         run[stage](config)
     return weights_folder(config)
 
 
 def weights_folder(config: ZooConfig) -> Path:
+    """Return the folder of the shipped weights."""
     return Path(config.weights) if config.weights else Path(config.out) / "weights"
 
 
-def draw(config: ZooConfig) -> Sprites:
-    """The sprites: read from ``OUT/sprites.safetensors``, or fetched and drawn."""
+def make_data(config: ZooConfig) -> Sprites:
+    """Return the sprites: read from ``OUT/sprites.safetensors``, or downloaded and rendered."""
     from wadi.zoo.recipe.icons import load_sprites, make_sprites, save_sprites
 
     out = Path(config.out)
@@ -91,39 +92,39 @@ def draw(config: ZooConfig) -> Sprites:
 
 
 def autoencoder(config: ZooConfig) -> Any:
-    """The finished autoencoder: read from ``OUT/autoencoder-final.safetensors``, or trained."""
+    """Return the finished autoencoder: read from ``OUT/autoencoder-final.safetensors``, or trained."""
     from wadi.zoo.recipe.autoencoder import build_autoencoder, train_autoencoder
     from wadi.zoo.recipe.state import load_tensors, save_tensors
 
     path = Path(config.out) / "autoencoder-final.safetensors"
     if not path.is_file():
-        save_tensors(path, train_autoencoder(config, draw(config), Path(config.out)).state_dict())
+        save_tensors(path, train_autoencoder(config, make_data(config), Path(config.out)).state_dict())
     ae = build_autoencoder()
     ae.load_state_dict(load_tensors(path)[0])
     return ae.eval().requires_grad_(False)
 
 
 def teacher(config: ZooConfig) -> None:
-    """Train the U-Net and the text encoder, or go on with them."""
+    """Train the U-Net and the text encoder, or continue."""
     from wadi.zoo.recipe.teacher import train_teacher
 
-    train_teacher(config, autoencoder(config), draw(config), Path(config.out))
+    train_teacher(config, autoencoder(config), make_data(config), Path(config.out))
 
 
 def classifier(config: ZooConfig) -> None:
     """Train the classifier and write it to the weights folder."""
     from wadi.zoo.recipe.judge_training import save_classifier, train_classifier
 
-    trained = train_classifier(config, autoencoder(config), draw(config), Path(config.out))
+    trained = train_classifier(config, autoencoder(config), make_data(config), Path(config.out))
     save_classifier(weights_folder(config) / "classifier", trained)
 
 
 def export(config: ZooConfig) -> None:
     """Write ``teacher/``, measure it and the classifier as they load from disk, and write the card and ``quality.json``."""
-    from wadi.zoo.recipe.export import export_pipeline, measure_weights, write_card
+    from wadi.zoo.recipe.export import export_pipeline, measure_quality, write_card
     from wadi.zoo.recipe.teacher import load_trained
 
     folder = weights_folder(config)
     pipe, note = load_trained(autoencoder(config), Path(config.out))
     export_pipeline(pipe, folder / "teacher")
-    write_card(folder, measure_weights(folder, draw(config)) | {"minutes_teacher": note["elapsed"] / 60})
+    write_card(folder, measure_quality(folder, make_data(config)) | {"minutes_teacher": note["elapsed"] / 60})

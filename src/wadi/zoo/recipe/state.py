@@ -1,4 +1,4 @@
-"""Saving and resuming the recipe's stages: tensors in safetensors, the rest as JSON in its header, no pickle."""
+"""Save and resume the stages of the recipe: tensors in safetensors, the rest as JSON in its header, no pickle."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from wadi.io.regular import require_file
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], note: dict[str, Any] | None = None) -> None:
-    """Write ``tensors`` and the JSON-able ``note`` to one safetensors file, whole or not at all."""
+    """Write ``tensors`` and the JSON-able ``note`` to one safetensors file, completely or not at all."""
     from safetensors.torch import save
 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -27,45 +27,50 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], note: dict[str, Any] | 
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What ``save_tensors`` wrote. Raises WadiError if the file is missing or damaged."""
+    """Read what ``save_tensors`` wrote.
+
+    Raises:
+        WadiError: if the file is missing or damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise WadiError(f"{path} does not exist; run the earlier stages of the recipe first")
+        raise WadiError(f"{path} does not exist. Run the earlier stages of the recipe first.")
     try:
         with safe_open(require_file(path), framework="pt") as file:
             text = (file.metadata() or {}).get("note", "{}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise WadiError(f"{path} is damaged ({error}); delete it and run the stage again") from None
+        raise WadiError(f"{path} is damaged ({error}). Delete it and run the stage again.") from None
     return tensors, parse_json(text, dict[str, Any], f"The note in {str(path)!r}")
 
 
 class Budget:
-    """Training time as a fraction of a budget in minutes; survives interruption through ``elapsed``."""
+    """Training time as a fraction of a budget in minutes. ``elapsed`` carries over an interruption."""
 
     def __init__(self, minutes: float, elapsed: float = 0.0) -> None:
         if not minutes > 0:
-            raise WadiError(f"a training budget of {minutes} minutes was asked for; give a positive number")
+            raise WadiError(f"The training budget is {minutes} minutes. It must be positive.")
         self.seconds, self.before, self.start = 60 * minutes, elapsed, time.monotonic()
 
     @property
     def elapsed(self) -> float:
-        """Seconds spent, earlier runs counted in."""
+        """Seconds spent, those of earlier runs included."""
         return self.before + time.monotonic() - self.start
 
     @property
     def fraction(self) -> float:
+        """Share of the budget that is spent, at most 1."""
         return min(self.elapsed / self.seconds, 1.0)
 
     def rate(self, warmup: float = 0.01) -> float:
-        """Factor on the learning rate: linear warm-up over ``warmup`` of the budget, then cosine to zero."""
+        """Return the factor on the learning rate: linear warm-up over ``warmup`` of the budget, then cosine to zero."""
         u = self.fraction
         return rise(u, warmup) * cosine(u, 1) if warmup else 1.0
 
 
 class Average:
-    """Exponential moving average of a module's parameters, with the usual short memory at the start."""
+    """Exponential moving average of a module's parameters, with a shorter memory at the start."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay, self.steps = decay, 0
@@ -73,6 +78,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
+        """Move the average towards the module's parameters."""
         self.steps += 1
         weight = average_weight(self.steps, self.decay)
         parameters = dict(module.named_parameters())
@@ -80,12 +86,13 @@ class Average:
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
+        """Copy the average into a module."""
         for name, parameter in module.named_parameters():
             parameter.copy_(self.values[name])
 
 
 def save_run(path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, average: Average, **note: Any) -> None:
-    """One file with everything a stage needs to go on: weights, average, optimiser moments, ``note``."""
+    """Write one file with everything that a stage needs to continue: weights, average, optimiser moments, ``note``."""
     tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in average.values.items()}
     tensors |= moments_of(optimiser, "optimiser.")
@@ -93,7 +100,7 @@ def save_run(path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, av
 
 
 def resume_run(path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, average: Average) -> dict[str, Any] | None:
-    """Load what ``save_run`` wrote into the three; its note, or None where there is nothing to resume."""
+    """Load what ``save_run`` wrote into the three objects. Return its note, or None if there is nothing to resume."""
     if not path.is_file():
         return None
     tensors, note = load_tensors(path)

@@ -1,10 +1,12 @@
 """Stage 3 of the recipe: the U-Net and its text encoder, trained together in the autoencoder's latents.
 
-v-prediction on Stable Diffusion's ``scaled_linear`` schedule: ``x_t = alpha_t x_0 + sigma_t eps``,
-``v = alpha_t eps - sigma_t x_0``, hence ``x_0 = alpha_t x_t - sigma_t v``, well conditioned also at t = 999. The
-loss on v is weighted by ``min(1, (1 + GAMMA) / (1 + snr_t))``: whole where the picture is decided, fading where only
-the last grain of noise is left. The pooled text is added to the time embedding (``addition_embed_type="text"``),
-without which prompts are obeyed badly at this size.
+v-prediction on Stable Diffusion's ``scaled_linear`` schedule, which is well conditioned also at t = 999:
+
+    x_t = alpha_t x_0 + sigma_t eps        v = alpha_t eps - sigma_t x_0        x_0 = alpha_t x_t - sigma_t v
+
+The loss on v is weighted by ``min(1, (1 + GAMMA) / (1 + snr_t))``: full weight where the image is decided, less where only the
+last noise remains. The pooled text is added to the time embedding (``addition_embed_type="text"``); without it a network of
+this size follows prompts badly.
 """
 
 from __future__ import annotations
@@ -34,14 +36,14 @@ if TYPE_CHECKING:
 
 SIDE = 16
 GAMMA = 5.0
-SMALLEST = 0.66  # side of the smallest sprite, of the picture's
-FOCUS = 0.5  # how much more often timesteps in the middle are drawn than those at either end: (1 + FOCUS) / (1 - FOCUS)
+SMALLEST = 0.66  # side of the smallest sprite, as a share of the image's
+FOCUS = 0.5  # timesteps in the middle are (1 + FOCUS) / (1 - FOCUS) times as frequent as those at either end
 DROP = 0.1  # captions replaced by the empty prompt
 GUIDANCE, STEPS = 2.5, 25
 
 
 def build_unet(channels: tuple[int, ...] = (80, 128, 192)) -> Any:
-    """An untrained ``UNet2DConditionModel`` on ``(12, 16, 16)`` latents."""
+    """Return an untrained ``UNet2DConditionModel`` on ``(12, 16, 16)`` latents."""
     from diffusers import UNet2DConditionModel
 
     unet: Any = UNet2DConditionModel(
@@ -64,7 +66,7 @@ def build_unet(channels: tuple[int, ...] = (80, 128, 192)) -> Any:
 
 
 def build_scheduler() -> Any:
-    """DDIM as the pipeline is shipped with: 1,000 steps, v-prediction, trailing spacing (a run starts at t = 999)."""
+    """Return the shipped DDIM scheduler: 1,000 steps, v-prediction, trailing spacing (sampling starts at t = 999)."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
@@ -81,7 +83,7 @@ def build_scheduler() -> Any:
 
 
 def assemble(ae: Any, text_encoder: Any, tokenizer: Any, unet: Any) -> Any:
-    """The ``StableDiffusionPipeline`` of these parts, without safety checker (nothing drawn here needs one)."""
+    """Return the ``StableDiffusionPipeline`` of these parts, without a safety checker."""
     from diffusers import StableDiffusionPipeline
 
     pipe: Any = StableDiffusionPipeline(
@@ -100,7 +102,7 @@ def assemble(ae: Any, text_encoder: Any, tokenizer: Any, unet: Any) -> Any:
 
 @torch.no_grad()
 def sample(pipe: Any, prompts: list[str], seeds: list[int], batch: int = 32) -> Tensor:
-    """Pictures ``(N, 3, 64, 64)`` in [0, 1] of ``STEPS`` steps at ``GUIDANCE``, one generator for each picture."""
+    """Return images ``(N, 3, 64, 64)`` in [0, 1] of ``STEPS`` steps at ``GUIDANCE``, with one generator for each image."""
     parts, call = [], from_pipeline(pipe).guided_call(GUIDANCE)
     for i in range(0, len(prompts), batch):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[i : i + batch]]
@@ -117,7 +119,7 @@ def sample(pipe: Any, prompts: list[str], seeds: list[int], batch: int = 32) -> 
 
 @dataclass
 class Pool:
-    """A ring of latents ``(capacity, 12, 16, 16)`` fp16 with what they show; always being renewed."""
+    """A ring of latents ``(capacity, 12, 16, 16)`` fp16 with the labels of their contents. New latents replace the oldest."""
 
     latents: Tensor
     labels: Tensor  # (capacity, 3): concept, style, colour
@@ -125,6 +127,7 @@ class Pool:
     next: int = 0
 
     def add(self, latents: Tensor, labels: Tensor) -> None:
+        """Add latents and their labels ``(n, 3)``."""
         where = (self.next + torch.arange(len(latents))) % len(self.latents)
         self.latents[where], self.labels[where] = latents.half(), labels
         self.next = int(where[-1] + 1) % len(self.latents)
@@ -132,14 +135,17 @@ class Pool:
 
 
 @torch.no_grad()
-def fresh(ae: Any, sprites: Tensor, concept: Tensor, style: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Latents and labels of new compositions; ``sprites (concepts, styles, 4, S, S)``."""
+def new_latents(ae: Any, sprites: Tensor, concept: Tensor, style: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return latents and labels of new compositions, from ``sprites (concepts, styles, 4, S, S)``."""
     pose = random_pose(len(concept), generator, SMALLEST, mirror=False)
     return encode(ae, compose(sprites[concept, style], pose)), torch.stack([concept, style, pose.colour], 1)
 
 
 def draw_captions(labels: Tensor, generator: torch.Generator) -> list[str]:
-    """A caption for each row of labels; style and colour named half of the time, all of it dropped ``DROP`` of it."""
+    """Return a caption for each row of labels.
+
+    Style and colour are each named half of the time. A share ``DROP`` of the captions is empty.
+    """
     u = torch.rand(len(labels), 3, generator=generator).tolist()
     names, styles, colours = list(CONCEPTS), list(STYLES), list(COLOURS)
     return [
@@ -149,20 +155,20 @@ def draw_captions(labels: Tensor, generator: torch.Generator) -> list[str]:
 
 
 @contextmanager
-def fast() -> Iterator[None]:
-    """bfloat16 products, 1.8 times as fast where the processor has them, and attention written out.
+def bfloat16_products() -> Iterator[None]:
+    """Use bfloat16 products, 1.8 times as fast where the processor has them, and attention without the fused kernel.
 
-    The fused attention's backward pass in bfloat16 took a quarter of a training step here, for 64 tokens at most.
+    The backward pass of fused attention in bfloat16 took a quarter of a training step here, for at most 64 tokens.
     """
     with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         yield
 
 
 def timesteps(count: int, total: int, generator: torch.Generator) -> Tensor:
-    """``count`` timesteps below ``total``, ascending and spread over all of them, denser in the middle.
+    """Return ``count`` timesteps below ``total``, ascending, spread over all of them and denser in the middle.
 
-    ``t = total (u + FOCUS sin(2 pi u) / 2 pi)``, whose density is ``1 / (1 + FOCUS cos(2 pi u))``: near either end a
-    picture is either settled or cannot be guessed, and the loss there is mostly noise.
+    ``t = total (u + FOCUS sin(2 pi u) / 2 pi)`` has the density ``1 / (1 + FOCUS cos(2 pi u))``. Near either end the image is
+    already settled or cannot be guessed, and the loss there is mostly noise.
     """
     u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     warped = u + FOCUS * torch.sin(2 * torch.pi * u) / (2 * torch.pi)
@@ -170,20 +176,20 @@ def timesteps(count: int, total: int, generator: torch.Generator) -> Tensor:
 
 
 def v_loss(unet: Any, states: Tensor, x0: Tensor, alphas_cumprod: Tensor, generator: torch.Generator) -> Tensor:
-    """Weighted error of the predicted velocity of ``x0 (B, 12, 16, 16)`` at random timesteps."""
+    """Return the weighted error of the predicted velocity of ``x0 (B, 12, 16, 16)`` at random timesteps."""
     t = timesteps(len(x0), len(alphas_cumprod), generator)
     noise = torch.randn(x0.shape, generator=generator)
     alpha, sigma = alphas_cumprod[t].sqrt(), (1 - alphas_cumprod[t]).sqrt()
     a, s = alpha[:, None, None, None], sigma[:, None, None, None]
     x_t = (a * x0 + s * noise).contiguous(memory_format=torch.channels_last)
-    with fast():
+    with bfloat16_products():
         v = unet(x_t, t, encoder_hidden_states=states).sample.float()
     weight = ((1 + GAMMA) * sigma.square()).clamp(max=1.0)  # 1 / (1 + snr) is sigma^2
     return (weight * (v - (a * noise - s * x0)).square().flatten(1).mean(1)).mean()
 
 
 def load_trained(ae: Any, out: Path) -> tuple[Any, dict[str, Any]]:
-    """The pipeline of the averaged weights in ``out``'s checkpoint, and the checkpoint's note."""
+    """Return the pipeline of the averaged weights in ``out``'s checkpoint, and the checkpoint's note."""
     tensors, note = load_tensors(out / "teacher.safetensors")
     tokenizer = load_tokenizer(out / "tokenizer")
     unet, text_encoder = build_unet().eval(), build_text_encoder(tokenizer).eval()
@@ -194,7 +200,7 @@ def load_trained(ae: Any, out: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def train_teacher(config: ZooConfig, ae: Any, sprites: Sprites, out: Path) -> None:
-    """Train within ``config.minutes_teacher``, resuming from ``out`` and leaving ``teacher.safetensors`` there."""
+    """Train for ``config.minutes_teacher``, resuming from ``out``. Write ``teacher.safetensors`` there."""
     from wadi.zoo.recipe.report import log
 
     torch.manual_seed(config.seed)
@@ -211,18 +217,18 @@ def train_teacher(config: ZooConfig, ae: Any, sprites: Sprites, out: Path) -> No
     generator = torch.Generator().manual_seed(config.seed + step)
     alphas_cumprod = build_scheduler().alphas_cumprod
     ids = {text: tokenize(tokenizer, [text])[0] for text in ("", *training_prompts())}
-    art = sprites.pixels[sprites.of_concepts()]
-    pool = fill_pool(config, ae, art, generator)
+    concept_sprites = sprites.pixels[sprites.of_concepts()]
+    pool = fill_pool(config, ae, concept_sprites, generator)
     budget = Budget(config.minutes_teacher, note["elapsed"])
-    with log(out / "teacher.jsonl", "teacher", budget) as lines:
+    with log(out / "teacher.jsonl", "teacher", budget) as log_lines:
         while budget.fraction < 1:
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * budget.rate()
-            new = torch.randint(len(CONCEPTS) * len(STYLES), (config.fresh_per_step,), generator=generator)
-            pool.add(*fresh(ae, art, new // len(STYLES), new % len(STYLES), generator))
+            sprite_index = torch.randint(len(CONCEPTS) * len(STYLES), (config.fresh_per_step,), generator=generator)
+            pool.add(*new_latents(ae, concept_sprites, sprite_index // len(STYLES), sprite_index % len(STYLES), generator))
             index = torch.randint(pool.filled, (config.batch_teacher,), generator=generator)
             texts = draw_captions(pool.labels[index], generator)
-            with fast():
+            with bfloat16_products():
                 states = model["text_encoder"](torch.stack([ids[text] for text in texts]))[0].float()
             loss = v_loss(model["unet"], states, pool.latents[index].float(), alphas_cumprod, generator)
             loss.backward()
@@ -230,27 +236,27 @@ def train_teacher(config: ZooConfig, ae: Any, sprites: Sprites, out: Path) -> No
             optimiser.zero_grad()
             average.update(model)
             step += 1
-            lines.step(loss.item(), len(index))
+            log_lines.step(loss.item(), len(index))
             if budget.elapsed - last_grid > 60 * config.minutes_grid or budget.fraction >= 1:
                 last_grid = budget.elapsed
                 save_run(path, model, optimiser, average, elapsed=budget.elapsed, step=step)
-                show(load_trained(ae, out)[0], out / f"teacher-{budget.elapsed / 60:03.0f}min.png")
-                lines.write(step=step)
+                save_samples(load_trained(ae, out)[0], out / f"teacher-{budget.elapsed / 60:03.0f}min.png")
+                log_lines.write(step=step)
 
 
-def fill_pool(config: ZooConfig, ae: Any, art: Tensor, generator: torch.Generator) -> Pool:
-    """A pool that starts with ``config.first_fill`` compositions of every sprite."""
+def fill_pool(config: ZooConfig, ae: Any, concept_sprites: Tensor, generator: torch.Generator) -> Pool:
+    """Return a pool that starts with ``config.first_fill`` compositions of every sprite."""
     pool = Pool(torch.empty(config.pool, CHANNELS, SIDE, SIDE, dtype=torch.half), torch.zeros(config.pool, 3).long())
-    every = torch.cartesian_prod(torch.arange(len(CONCEPTS)), torch.arange(len(STYLES))).repeat(config.first_fill, 1)
-    for part in every.split(96):
-        pool.add(*fresh(ae, art, part[:, 0], part[:, 1], generator))
+    all_sprites = torch.cartesian_prod(torch.arange(len(CONCEPTS)), torch.arange(len(STYLES))).repeat(config.first_fill, 1)
+    for part in all_sprites.split(96):
+        pool.add(*new_latents(ae, concept_sprites, part[:, 0], part[:, 1], generator))
     return pool
 
 
-def show(pipe: Any, path: Path) -> None:
-    """The grid of fixed prompts, four seeds each, three prompts to a row."""
+def save_samples(pipe: Any, path: Path) -> None:
+    """Write the grid of fixed prompts: four seeds of each, three prompts in a row."""
     from wadi.zoo.recipe.report import save_grid
 
     prompts = fixed_prompts()
-    pictures = sample(pipe, [p for p in prompts for _ in range(4)], list(range(4)) * len(prompts), batch=24)
-    save_grid(path, pictures, columns=12)
+    images = sample(pipe, [p for p in prompts for _ in range(4)], list(range(4)) * len(prompts), batch=24)
+    save_grid(path, images, columns=12)

@@ -1,4 +1,4 @@
-"""The teacher's tokenizer and text encoder: CLIP's kinds, with a vocabulary learned from the captions."""
+"""The teacher's tokenizer and text encoder: CLIP's classes, with a vocabulary learned from the captions."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Learn merges on the captions and write ``vocab.json`` and ``merges.txt`` as CLIP's tokenizer reads them.
+    """Learn merges from the captions, and write ``vocab.json`` and ``merges.txt`` as CLIP's tokenizer reads them.
 
-    All 256 bytes are in the vocabulary, inside a word and at its end, hence any text can be spelt.
+    All 256 bytes are in the vocabulary, inside a word and at its end, so any text can be spelt.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
@@ -40,19 +40,19 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The ``CLIPTokenizer`` of a folder that ``write_tokenizer`` filled."""
+    """Load the ``CLIPTokenizer`` of a folder that ``write_tokenizer`` filled."""
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer.from_pretrained(folder, model_max_length=LENGTH)
 
 
 def tokenize(tokenizer: Any, prompts: list[str]) -> Any:
-    """Token ids ``(B, LENGTH)``, padded as ``StableDiffusionPipeline`` pads them."""
+    """Return token ids ``(B, LENGTH)``, padded as ``StableDiffusionPipeline`` pads them."""
     return tokenizer(prompts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
 
 
 def build_text_encoder(tokenizer: Any) -> Any:
-    """An untrained ``CLIPTextModel`` with states ``(B, LENGTH, HIDDEN)``."""
+    """Return an untrained ``CLIPTextModel`` with states ``(B, LENGTH, HIDDEN)``."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     return CLIPTextModel(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from wadi.evaluate.memory import cpu_peak, peak_mib
+from wadi.evaluate.peak_memory import cpu_peak, peak_mib
 
 MIB = 2**20
 

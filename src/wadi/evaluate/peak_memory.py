@@ -1,7 +1,7 @@
-"""Peak memory of one pipeline's call, however much else lies in the process: its weights, and the most that tensors took.
+"""Peak memory of one pipeline's call: the size of its weights, plus the peak of the tensors that the call allocates.
 
-What a process or a GPU holds in all says little of one of several pipelines in it, and nothing of a CPU whose allocator keeps
-what was freed. So tensors are counted: on a GPU by torch's own statistics, on a CPU by the allocations of a profiled call.
+The memory of the whole process or GPU says little about one of several pipelines in it, and a CPU allocator keeps freed
+memory. So tensors are counted instead: by torch's statistics on a GPU, and by the allocations of a profiled call on a CPU.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from torch import nn
 
 
 def peak_mib(call: Callable[[], Any], modules: Iterable[nn.Module], device: str | torch.device = "cpu") -> float:
-    """MiB of the modules' parameters and buffers, each counted once, and of the tensors of ``call()`` at their most."""
-    kept = {
+    """Return the MiB of the modules' weights, each counted once, plus the peak of the tensors of ``call()``."""
+    weights = {
         tensor.data_ptr(): tensor.nbytes
         for module in modules
         for tensor in (*module.parameters(), *module.buffers())
         if not tensor.is_meta
     }
-    own = cuda_peak if torch.device(device).type == "cuda" else cpu_peak
-    return (sum(kept.values()) + own(call, torch.device(device))) / 2**20
+    measure_peak = cuda_peak if torch.device(device).type == "cuda" else cpu_peak
+    return (sum(weights.values()) + measure_peak(call, torch.device(device))) / 2**20
 
 
 def cuda_peak(call: Callable[[], Any], device: torch.device) -> int:
-    """Bytes above what was allocated before, at the most."""
+    """Return the peak of allocated bytes during the call, above those before it."""
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -35,14 +35,17 @@ def cuda_peak(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def cpu_peak(call: Callable[[], Any], device: torch.device | None = None) -> int:
-    """The most bytes that allocations during the call held at once. What libraries allocate by themselves is not seen."""
+    """Return the peak of the bytes that the call allocates through torch.
+
+    Allocations inside other libraries are not counted.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         call()
-    held = most = 0
+    current = peak = 0
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
+        current += event.nbytes()
+        peak = max(peak, current)
+    return peak

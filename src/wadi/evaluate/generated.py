@@ -1,8 +1,9 @@
-"""Pictures of a protocol, drawn into a folder: resumable, and shared among processes without a change of any picture.
+"""Generated images of a protocol, in a folder. Generation can be interrupted, and several processes can share it.
 
-Picture ``i`` is ``000123.png``: prompt ``i`` from the noise of seed ``i``, drawn on the CPU for it alone, so neither batch nor
-process enters. Each file is written whole or not at all, and one that is there is done: the same command draws what is missing.
-Beside them ``pictures.json`` tells what they are of, and ``prompts.jsonl`` the prompt and seed of each.
+Image ``i`` is ``000123.png``: prompt ``i`` from the noise of seed ``i``, drawn on the CPU for this image alone, so neither the
+batch nor the process changes it. Each file is written completely or not at all, and an existing file is done: the same command
+generates only missing images. ``pictures.json`` in the folder describes everything that the images depend on, and
+``prompts.jsonl`` has the prompt and the seed of each.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ ABOUT, PROMPTS = "pictures.json", "prompts.jsonl"
 
 
 class About(Record):
-    """``pictures.json``: what decided about the images."""
+    """``pictures.json``: everything that the images depend on."""
 
     generator: dict[str, Any]
     prompts: dict[str, Any]
@@ -39,12 +40,12 @@ class About(Record):
 
 
 def file_name(index: int) -> str:
-    """Of picture ``index``; names sort as the pictures do."""
+    """Return the file name of image ``index``. Names sort as the images do."""
     return f"{index:06d}.png"
 
 
 def prompts_digest(prompts: Sequence[str]) -> str:
-    """Hex digest of texts in their order, each with its length before it."""
+    """Return the hex digest of texts in their order, each preceded by its length."""
     digest = hashlib.sha256()
     for prompt in prompts:
         content = prompt.encode()
@@ -53,19 +54,19 @@ def prompts_digest(prompts: Sequence[str]) -> str:
 
 
 def seeds_digest(seeds: Sequence[int]) -> str:
-    """Hex digest of seeds in their order."""
+    """Return the hex digest of seeds in their order."""
     return hashlib.sha256(",".join(map(str, seeds)).encode()).hexdigest()
 
 
-def draw_missing(
+def generate_missing(
     generator: Generator, prompts: Sequence[str], seeds: Sequence[int], folder: Path, batch: int = 8, ranks: Ranks | None = None
 ) -> int:
-    """Draw those pictures that ``folder`` lacks; with several processes each draws its own and all wait for the last.
+    """Generate the images that ``folder`` lacks. Each of several processes generates a share, and all wait for the last.
 
     Returns:
-        How many this process drew.
+        How many images this process generated.
     Raises:
-        WadiError: if the folder holds pictures of something else (which setting differs), or cannot be written.
+        WadiError: if the folder contains images of other settings (the message names them), or cannot be written.
     """
     ranks = ranks or Ranks()
     about = {
@@ -74,58 +75,58 @@ def draw_missing(
         "seeds": seeds_digest(seeds),
         "libraries": installed_versions(LIBRARIES),
     }
-    ranks.on_first(lambda: _claim(folder, about, prompts, seeds))
+    ranks.on_first(lambda: _write_or_check_about(folder, about, prompts, seeds))
     missing = [i for i in range(ranks.index, len(prompts), ranks.count) if not (folder / file_name(i)).exists()]
     if missing:
         pipeline = generator.open()
-        with progress(f"drawing {generator.name}", len(missing), quiet=ranks.index > 0) as bar:
+        with progress(f"generating {generator.name}", len(missing), quiet=ranks.index > 0) as bar:
             for first in range(0, len(missing), batch):
                 rows = missing[first : first + batch]
-                drawn = generate_images(
+                result = generate_images(
                     pipeline, [prompts[i] for i in rows], [seeds[i] for i in rows],
                     Sampling(generator.steps, generator.guidance_scale, batch=len(rows)),
                 )  # fmt: skip
-                for i, picture in zip(rows, drawn.images, strict=True):
-                    write_whole(folder / file_name(i), _png(picture))
+                for i, image in zip(rows, result.images, strict=True):
+                    write_whole(folder / file_name(i), _png(image))
                 bar.advance(by=len(rows))
     ranks.wait_for_all()
     return len(missing)
 
 
-def _png(picture: Image.Image) -> bytes:
+def _png(image: Image.Image) -> bytes:
     stream = io.BytesIO()
-    picture.save(stream, format="PNG", compress_level=3)  # a third larger and several times faster than the smallest
+    image.save(stream, format="PNG", compress_level=3)  # a third larger and several times faster than the smallest
     return stream.getvalue()
 
 
-def _claim(folder: Path, about: dict[str, Any], prompts: Sequence[str], seeds: Sequence[int]) -> None:
-    """Write what the folder is to hold, or check that it is the same."""
-    there = read_about(folder)
-    if there is None:
+def _write_or_check_about(folder: Path, about: dict[str, Any], prompts: Sequence[str], seeds: Sequence[int]) -> None:
+    """Write ``pictures.json`` and ``prompts.jsonl``, or check that existing ones say the same."""
+    existing = read_about(folder)
+    if existing is None:
         lines = (json.dumps({"file": file_name(i), "prompt": p, "seed": seeds[i]}) for i, p in enumerate(prompts))
         write_whole(folder / PROMPTS, ("\n".join(lines) + "\n").encode())
         write_whole(folder / ABOUT, (json.dumps(about, indent=1) + "\n").encode())
-    elif told := differences(there, as_json(about)):
+    elif changes := differences(existing, as_json(about)):
         raise WadiError(
-            f"Folder {str(folder)!r} holds pictures of something else: {'; '.join(told)}. Expected a new folder, or the "
-            "settings they were drawn with: give another --pictures."
+            f"Folder {str(folder)!r} already contains images from a different run: {'; '.join(changes)}. Choose a new "
+            "folder with --pictures."
         )
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Entries in which two nested dictionaries differ, as ``name: old -> new``."""
-    before, after = flatten(old), flatten(new)
-    names = [*before, *(name for name in after if name not in before)]
-    missing = "(not there)"
+    """Return the entries in which two nested dictionaries differ, as ``name: old -> new``."""
+    old_entries, new_entries = flatten(old), flatten(new)
+    names = [*old_entries, *(name for name in new_entries if name not in old_entries)]
+    missing = "(missing)"
     return [
-        f"{name}: {before.get(name, missing)!r} -> {after.get(name, missing)!r}"
+        f"{name}: {old_entries.get(name, missing)!r} -> {new_entries.get(name, missing)!r}"
         for name in names
-        if before.get(name, missing) != after.get(name, missing)
+        if old_entries.get(name, missing) != new_entries.get(name, missing)
     ]
 
 
 def read_about(folder: Path) -> dict[str, Any] | None:
-    """What ``pictures.json`` says; None where there is none.
+    """Read ``pictures.json``, or return None if there is none.
 
     Raises:
         WadiError: if it is damaged.
@@ -133,7 +134,7 @@ def read_about(folder: Path) -> dict[str, Any] | None:
     path = folder / ABOUT
     if not exists(path):
         return None
-    remedy = "It is no longer as `wadi eval` wrote it: remove the folder."
+    remedy = "It was changed after `wadi eval` wrote it. Remove the folder."
     about: dict[str, Any] = read_json(path, dict[str, Any], "Description of generated images", remedy=remedy)
     convert(about, About, f"Description of generated images {str(path)!r}", remedy)
     return about

@@ -1,4 +1,4 @@
-"""The networks behind the names of metrics: loaded on demand, each telling what it is and the digest of its weights."""
+"""Load the networks behind the names of metrics. Each has a protocol with the digest of its weights."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from wadi.metrics import features
 from wadi.metrics.features import Extractor
 
 SCORERS = ("clip", "pickscore", "hpsv2", "imagereward", "aesthetic")
-# What --weights can name: a scorer's own weights, and what goes with them.
+# Names that --weights takes: the weights of a scorer, or of its tokenizer or CLIP.
 WEIGHTS = (*SCORERS, "clip.tokenizer", "pickscore.tokenizer", "hpsv2.tokenizer", "imagereward.tokenizer", "aesthetic.clip")
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """``score(images, prompts)`` gives a number per image, ``(n,)``; ``about`` is what two such numbers must share."""
+    """A network that scores images by their prompts.
+
+    ``score(images, prompts)`` returns a value for each image, ``(n,)``. ``about`` is what two such values must share to be
+    comparable.
+    """
 
     score: Callable[[Sequence[Tensor], Sequence[str]], Tensor]
     about: dict[str, Any]
@@ -29,7 +33,7 @@ class Scorer:
         return self.score(images, prompts if prompts is not None else [""] * len(images))
 
     def protocol(self) -> dict[str, Any]:
-        """What two numbers must share to be comparable."""
+        """Return what two scores must share to be comparable."""
         return self.about
 
 
@@ -40,7 +44,9 @@ def feature_network(
     inception: str | Path | None = None,
     download: bool = False,
 ) -> Extractor:
-    """The network that ``chosen`` names: 'embedded', 'inception', 'dinov2', 'dinov2:NAME' or 'zoo'; an extractor is itself.
+    """Load the network that ``chosen`` names: 'embedded', 'inception', 'dinov2', 'dinov2:NAME' or 'zoo'.
+
+    An extractor is returned as it is.
 
     Raises:
         WadiError: if the name is unknown, or the weights are not on this machine.
@@ -56,11 +62,14 @@ def feature_network(
         return features.embedded(resize, device)
     if chosen == "zoo":
         return zoo_features(device)
-    raise WadiError(f"--features is {chosen!r}. Expected embedded, inception, dinov2, dinov2:NAME or zoo.")
+    raise WadiError(f"--features is {chosen!r}. It must be embedded, inception, dinov2, dinov2:NAME or zoo.")
 
 
 def zoo_features(device: str = "cpu") -> Extractor:
-    """The 96 penultimate activations of the zoo's classifier, which was trained on the teacher's data: the narrower judge."""
+    """Return the 96 penultimate activations of the zoo's classifier as an extractor.
+
+    The classifier was trained on the teacher's data, so these features see less than those of a general network.
+    """
     from wadi.io.files import sha256
     from wadi.zoo import classifier_path, load_classifier
     from wadi.zoo.judge import FEATURES
@@ -71,34 +80,34 @@ def zoo_features(device: str = "cpu") -> Extractor:
 
 
 def scorer(name: str, weights: Mapping[str, str] | None = None, device: str = "cpu") -> Scorer:
-    """A network that scores images by their prompts.
+    """Load a network that scores images by their prompts.
 
     Args:
         name: one of `SCORERS`.
-        weights: places of weights, by `WEIGHTS`; what is not named takes the published ones.
+        weights: paths or Hub ids by the names in `WEIGHTS`; the published ones where a name is missing.
     Raises:
-        WadiError: if weights are unknown, or not on this machine and not to be had.
+        WadiError: if a name is unknown, or weights are not on this machine and cannot be downloaded.
     """
-    given = dict(weights or {})
-    if unknown := sorted(given.keys() - set(WEIGHTS)):
-        raise WadiError(f"--weights names {unknown[0]!r}. Expected NAME=PATH with a name of {', '.join(WEIGHTS)}.")
-    own = given.get(name)
-    tokenizer = {"tokenizer": given[f"{name}.tokenizer"]} if f"{name}.tokenizer" in given else {}
+    places = dict(weights or {})
+    if unknown := sorted(places.keys() - set(WEIGHTS)):
+        raise WadiError(f"--weights names {unknown[0]!r}. Write NAME=PATH with one of the names {', '.join(WEIGHTS)}.")
+    place = places.get(name)
+    tokenizer = {"tokenizer": places[f"{name}.tokenizer"]} if f"{name}.tokenizer" in places else {}
     from wadi.metrics import clip, preference
 
     if name == "clip":
-        model = clip.load_clip(own or clip.VIT_B_32, device, **tokenizer)
-        # A folder's place is nobody's business: its weights are told by their digest.
+        model = clip.load_clip(place or clip.VIT_B_32, device, **tokenizer)
+        # Results name a folder without its path; the digest identifies its weights.
         about = {**model.protocol(), "network": Path(model.name).name}
         return Scorer(lambda images, prompts: clip.similarities(images, prompts, model), about)
     if name == "pickscore":
-        found = preference.pickscore(own or preference.PICKSCORE, device=device, **tokenizer)
+        preference_model = preference.pickscore(place or preference.PICKSCORE, device=device, **tokenizer)
     elif name == "hpsv2":
-        found = preference.hpsv2(own, device=device, **tokenizer)
+        preference_model = preference.hpsv2(place, device=device, **tokenizer)
     elif name == "imagereward":
-        found = preference.image_reward(own, device=device, **tokenizer)
+        preference_model = preference.image_reward(place, device=device, **tokenizer)
     elif name == "aesthetic":
-        found = preference.aesthetic(own, given.get("aesthetic.clip", clip.VIT_L_14), device)
+        preference_model = preference.aesthetic(place, places.get("aesthetic.clip", clip.VIT_L_14), device)
     else:
-        raise WadiError(f"There is no scorer {name!r}. Expected one of {', '.join(SCORERS)}.")
-    return Scorer(found, found.protocol())
+        raise WadiError(f"Scorer {name!r} does not exist. Use one of {', '.join(SCORERS)}.")
+    return Scorer(preference_model, preference_model.protocol())

@@ -1,4 +1,4 @@
-"""Drawing by a protocol: each picture is its prompt's and seed's own, and an interrupted drawing goes on."""
+"""Generated images of a protocol: each depends only on its prompt and seed, and generation can be interrupted."""
 
 import json
 import shutil
@@ -11,12 +11,12 @@ from PIL import Image
 
 import tiny
 from processes import finish, start
+from raising import raises_naming
 from wadi.backbones import from_pipeline, registry
 from wadi.backbones.sd import StableDiffusion
-from wadi.errors import WadiError
-from wadi.evaluate import drawn
-from wadi.evaluate.drawn import draw_missing, file_name, read_about
-from wadi.evaluate.generators import Source, find, same_family
+from wadi.evaluate import generated
+from wadi.evaluate.generated import file_name, generate_missing, read_about
+from wadi.evaluate.generators import Source, find, require_same_family
 from wadi.evaluate.pairs import read_pairs
 from wadi.evaluate.result import read_result
 from wadi.io.grids import to_pil
@@ -36,8 +36,8 @@ def pixels(folder):
     return [np.asarray(Image.open(folder / file_name(i))).astype(int) for i in range(len(PROMPTS))]
 
 
-def test_pictures_are_what_generate_draws(student, finished_run, tmp_path):
-    assert draw_missing(student, PROMPTS, SEEDS, tmp_path / "all", batch=5) == 5
+def test_images_are_those_of_the_generate_command(student, finished_run, tmp_path):
+    assert generate_missing(student, PROMPTS, SEEDS, tmp_path / "all", batch=5) == 5
     alone = [generate.generate_images(load.load(finished_run), [PROMPTS[i]], [SEEDS[i]]).images[0] for i in (0, 3)]
     found = pixels(tmp_path / "all")
     for i, picture in zip((0, 3), alone, strict=True):
@@ -47,26 +47,26 @@ def test_pictures_are_what_generate_draws(student, finished_run, tmp_path):
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_the_batch_does_not_enter(student, tmp_path, batch):
-    draw_missing(student, PROMPTS, SEEDS, tmp_path / "five", batch=5)
-    draw_missing(student, PROMPTS, SEEDS, tmp_path / "few", batch=batch)
+    generate_missing(student, PROMPTS, SEEDS, tmp_path / "five", batch=5)
+    generate_missing(student, PROMPTS, SEEDS, tmp_path / "few", batch=batch)
     assert max(np.abs(a - b).max() for a, b in zip(pixels(tmp_path / "five"), pixels(tmp_path / "few"), strict=True)) <= 1
 
 
-def test_only_what_is_missing_is_drawn(student, tmp_path):
+def test_only_missing_images_are_generated(student, tmp_path):
     folder = tmp_path / "set"
-    draw_missing(student, PROMPTS, SEEDS, folder, batch=1)
+    generate_missing(student, PROMPTS, SEEDS, folder, batch=1)
     before = {i: (folder / file_name(i)).stat().st_mtime_ns for i in range(5)}
     content = (folder / file_name(2)).read_bytes()
     (folder / file_name(2)).unlink()
-    assert draw_missing(student, PROMPTS, SEEDS, folder, batch=1) == 1
+    assert generate_missing(student, PROMPTS, SEEDS, folder, batch=1) == 1
     assert (folder / file_name(2)).read_bytes() == content
     after = {i: (folder / file_name(i)).stat().st_mtime_ns for i in range(5)}
     assert {i for i in range(5) if before[i] != after[i]} == {2}
-    assert draw_missing(student, PROMPTS, SEEDS, folder) == 0
+    assert generate_missing(student, PROMPTS, SEEDS, folder) == 0
 
 
-def test_an_interrupted_drawing_leaves_whole_pictures(student, tmp_path, monkeypatch):
-    plain, calls = drawn.generate_images, []
+def test_an_interruption_leaves_only_complete_images(student, tmp_path, monkeypatch):
+    plain, calls = generated.generate_images, []
 
     def draw(*arguments, **keywords):
         calls.append(1)
@@ -74,50 +74,50 @@ def test_an_interrupted_drawing_leaves_whole_pictures(student, tmp_path, monkeyp
             raise KeyboardInterrupt
         return plain(*arguments, **keywords)
 
-    monkeypatch.setattr(drawn, "generate_images", draw)
+    monkeypatch.setattr(generated, "generate_images", draw)
     with pytest.raises(KeyboardInterrupt):
-        draw_missing(student, PROMPTS, SEEDS, tmp_path / "set", batch=1)
+        generate_missing(student, PROMPTS, SEEDS, tmp_path / "set", batch=1)
     assert sorted(path.name for path in (tmp_path / "set").glob("*.png")) == [file_name(0), file_name(1)]
-    assert draw_missing(student, PROMPTS, SEEDS, tmp_path / "set", batch=1) == 3
+    assert generate_missing(student, PROMPTS, SEEDS, tmp_path / "set", batch=1) == 3
 
 
-def test_a_full_disk_leaves_no_half_picture(student, tmp_path, full_disk):
+def test_a_full_disk_leaves_no_incomplete_image(student, tmp_path, full_disk):
     folder = tmp_path / "set"
-    draw_missing(student, PROMPTS[:1], SEEDS[:1], folder)
+    generate_missing(student, PROMPTS[:1], SEEDS[:1], folder)
     (folder / file_name(0)).unlink()
-    with full_disk(50), pytest.raises(WadiError, match="Cannot write"):
-        draw_missing(student, PROMPTS[:1], SEEDS[:1], folder)
+    with full_disk(50), raises_naming(file_name(0)):
+        generate_missing(student, PROMPTS[:1], SEEDS[:1], folder)
     assert not list(folder.glob("*.png"))
 
 
-def test_a_folder_of_something_else_is_refused(student, finished_run, tmp_path):
+def test_a_folder_with_other_settings_is_an_error(student, finished_run, tmp_path):
     folder = tmp_path / "set"
-    draw_missing(student, PROMPTS, SEEDS, folder)
-    with pytest.raises(WadiError, match=r"something else: prompts\.count: 5 -> 4"):
-        draw_missing(student, PROMPTS[:4], SEEDS[:4], folder)
-    with pytest.raises(WadiError, match="seeds: "):
-        draw_missing(student, PROMPTS, [seed + 1 for seed in SEEDS], folder)
+    generate_missing(student, PROMPTS, SEEDS, folder)
+    with raises_naming(folder, "prompts.count: 5 -> 4"):
+        generate_missing(student, PROMPTS[:4], SEEDS[:4], folder)
+    with raises_naming(folder, "seeds: "):
+        generate_missing(student, PROMPTS, [seed + 1 for seed in SEEDS], folder)
     teacher = find(str(finished_run)).many_steps(2, 3.0)
-    with pytest.raises(WadiError, match=r"generator\.kind: 'student' -> 'teacher'"):
-        draw_missing(teacher, PROMPTS, SEEDS, folder)
-    (folder / drawn.ABOUT).write_text("{")
-    with pytest.raises(WadiError, match=r"pictures\.json"):
-        draw_missing(student, PROMPTS, SEEDS, folder)
+    with raises_naming(folder, "generator.kind: 'student' -> 'teacher'"):
+        generate_missing(teacher, PROMPTS, SEEDS, folder)
+    (folder / generated.ABOUT).write_text("{")
+    with raises_naming(folder / "pictures.json"):
+        generate_missing(student, PROMPTS, SEEDS, folder)
 
 
 def test_the_folder_tells_prompts_and_generator(student, tmp_path):
-    draw_missing(student, PROMPTS, SEEDS, tmp_path / "set")
+    generate_missing(student, PROMPTS, SEEDS, tmp_path / "set")
     assert read_pairs(tmp_path / "set" / "prompts.jsonl") == [(file_name(i), prompt) for i, prompt in enumerate(PROMPTS)]
     assert read_about(tmp_path / "set")["generator"] == json.loads(json.dumps(student.about))
     assert read_about(tmp_path) is None
 
 
 def shared_eval(run, prompts, reference, place, index):
-    """What each process of ``accelerate launch -m wadi eval`` does; notes how many pictures it drew."""
+    """Run ``wadi eval`` as each process of ``accelerate launch`` does, and record how many images it generated."""
     from wadi.cli.main import main
 
-    plain, mine = drawn.draw_missing, []
-    drawn.draw_missing = lambda *arguments: mine.append(plain(*arguments))
+    plain, mine = generated.generate_missing, []
+    generated.generate_missing = lambda *arguments: mine.append(plain(*arguments))
     code = main(
         ["eval", str(run), "--protocol", str(prompts), "--reference", str(reference), "--metrics", "fd", "--features", "zoo",
          "--pictures", str(place / "pictures"), "--out", str(place / "result.json"), "--device", "cpu", "--draw_batch", "1"]
@@ -147,7 +147,7 @@ def test_processes_share_and_change_nothing(finished_run, tmp_path, monkeypatch)
     assert results[0].hash == results[1].hash
 
 
-def test_generators_are_told_by_what_they_depend_on(finished_run, sd_folder):
+def test_the_key_of_a_generator_depends_on_all_that_its_images_depend_on(finished_run, sd_folder):
     source = find(str(finished_run))
     student, teacher = source.plain(), source.many_steps(2, 3.0)
     assert student.key == find(str(finished_run)).plain().key
@@ -174,44 +174,44 @@ def test_undistilled_is_the_teachers_own_single_step(finished_run, timestep):
 
 
 @pytest.mark.parametrize("name", ["./gone", "gone", "/no/such/place"])
-def test_what_does_not_exist_is_refused(name):
-    with pytest.raises(WadiError, match="does not exist"):
+def test_a_missing_source_is_named(name):
+    with raises_naming(repr(name)):
         find(name)
 
 
-def test_a_folder_of_pictures_is_no_source(tmp_path):
+def test_a_folder_of_images_is_not_a_source(tmp_path):
     assert find(str(tmp_path)) is None
 
 
 def test_a_student_takes_one_step(finished_run):
-    with pytest.raises(WadiError, match="one-step student"):
+    with raises_naming("--steps is 4", finished_run):
         find(str(finished_run)).plain(steps=4)
 
 
 def test_a_pipeline_does_not_know_its_teacher(sd_folder):
-    with pytest.raises(WadiError, match="--teacher"):
+    with raises_naming("--teacher", sd_folder):
         Source(str(sd_folder), pipeline=True).many_steps(2, 3.0)
 
 
 class OtherFamily(StableDiffusion):
-    """What a pipeline of another kind would be served by."""
+    """The family of another kind of pipeline."""
 
 
 def test_families_are_not_mixed(sd_folder, monkeypatch):
     student = find(str(sd_folder)).plain().open()
     teacher = find(str(sd_folder)).plain().open()
-    same_family(student, teacher)
+    require_same_family(student, teacher)
     other = type("OtherPipeline", (type(teacher),), {})
     teacher.__class__ = other
     monkeypatch.setitem(registry.FAMILIES, "OtherPipeline", f"{__name__}:OtherFamily")
-    with pytest.raises(WadiError, match="StableDiffusion, the teacher of OtherFamily"):
-        same_family(student, teacher)
+    with raises_naming("StableDiffusion", "OtherFamily"):
+        require_same_family(student, teacher)
 
 
-def test_a_folder_without_weights_is_refused(tmp_path):
+def test_a_folder_without_weights_is_an_error(tmp_path):
     index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(WadiError, match="unet"):
+    with raises_naming("unet"):
         find(str(tmp_path)).plain()
 
 
@@ -239,7 +239,7 @@ def test_adapters_that_differ_only_in_resolution_are_kept_apart(finished_run, tm
     for source, size in ((plain, (16, 16)), (wide, (32, 16))):
         for generator in (source.plain(), source.many_steps(1, 1.0)):
             folder = tmp_path / generator.key
-            draw_missing(generator, PROMPTS[:1], SEEDS[:1], folder)
+            generate_missing(generator, PROMPTS[:1], SEEDS[:1], folder)
             assert Image.open(folder / file_name(0)).size == size
     same = adapter_with(finished_run / "student", tmp_path / "same", {"resolution": None})
     assert same.plain().key == plain.plain().key  # the model's own, stored or not
@@ -261,15 +261,15 @@ def test_an_export_at_a_size_of_its_own_is_kept_apart(sd_folder, tmp_path):
     plain, wide = (find(str(folder), teacher=str(sd_folder)) for folder in (sd_folder, tmp_path / "wide"))
     assert wide.plain().key != plain.plain().key
     assert wide.many_steps(2, 3.0).key != plain.many_steps(2, 3.0).key
-    draw_missing(wide.many_steps(1, 1.0), PROMPTS[:1], SEEDS[:1], tmp_path / "set")
+    generate_missing(wide.many_steps(1, 1.0), PROMPTS[:1], SEEDS[:1], tmp_path / "set")
     assert Image.open(tmp_path / "set" / file_name(0)).size == (32, 16)
 
 
 def test_images_of_another_version_are_not_mixed(student, tmp_path, monkeypatch):
     key = student.key
-    draw_missing(student, PROMPTS[:1], SEEDS[:1], tmp_path / "set")
-    for module in ("generators", "drawn"):
+    generate_missing(student, PROMPTS[:1], SEEDS[:1], tmp_path / "set")
+    for module in ("generators", "generated"):
         monkeypatch.setattr(f"wadi.evaluate.{module}.installed_versions", lambda names: dict.fromkeys(names, "9.9"))
     assert student.key != key
-    with pytest.raises(WadiError, match=r"libraries\.diffusers"):
-        draw_missing(student, PROMPTS[:1], SEEDS[:1], tmp_path / "set")
+    with raises_naming("libraries.diffusers"):
+        generate_missing(student, PROMPTS[:1], SEEDS[:1], tmp_path / "set")
