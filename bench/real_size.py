@@ -82,7 +82,8 @@ def main() -> None:
     from wadi.diffusion.schedulers import make_scheduler
     from wadi.distill.batch import Batch
     from wadi.distill.optimizers import initial_state
-    from wadi.distill.plan import plan
+    from wadi.distill.plan.architecture import load_architecture
+    from wadi.distill.plan.plan import plan_run
     from wadi.distill.presets import preset
     from wadi.distill.setup import attach_roles
     from wadi.distill.step import train_step
@@ -92,7 +93,7 @@ def main() -> None:
     torch.manual_seed(0)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     config = replace(preset(args.model), batch=args.batch, dtype=args.dtype, gradient_checkpointing=True)
-    architecture = plan.architecture(args.model)
+    architecture = load_architecture(args.model)
     if args.small:
         rank = {"student": replace(config.student, rank=16), "fake": replace(config.fake, rank=4)}
         config, architecture = replace(config, **rank), replace(architecture, network=small(architecture.network))
@@ -139,7 +140,7 @@ def main() -> None:
         print(
             f"step {state.step}: {seconds[-1]:.1f} s, peak {peak.gib:.2f} GiB, fake loss {stats['loss_fake']:.3f}", flush=True
         )
-    planned = plan.plan(config, architecture)
+    planned = plan_run(config, architecture)
     memory = planned.memory["checkpointed"]
     expected = (memory.total - memory.encoders) / 2**30
     size = f"{planned.parameters / 1e6:.1f} M parameters, rank {config.student.rank} and {config.fake.rank}"

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from wadi import roles
 from wadi.backbones import family
 from wadi.backbones.configs import build_network
-from wadi.distill.plan import plan
+from wadi.distill.plan.architecture import load_architecture
 from wadi.distill.presets import preset
 from wadi.lorad import LoRaDConfig
 
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--tflops", type=float, default=100.0, help="operations per second that the GPU reaches, in 10^12")
     args = parser.parse_args()
 
-    config, architecture = preset(args.model), plan.architecture(args.model)
+    config, architecture = preset(args.model), load_architecture(args.model)
     with torch.device("meta"):
         network = build_network(architecture.network)
     student, fake = family(architecture.pipeline).default_targets(network.config)

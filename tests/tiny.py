@@ -60,7 +60,7 @@ def stable_diffusion(folder: Path, prediction_type: str = "epsilon", seed: int =
 
 def settings(teacher: Path, prompts: Path, out: Path, **changes):
     """A distillation of some seconds: two images a step, a grid of one prompt. ``student={...}`` and so on merge."""
-    from wadi.distill.config import from_dict
+    from wadi.distill.config_files import from_dict
 
     values = {
         "teacher": str(teacher), "prompts": str(prompts), "out": str(out), "steps": 3, "batch": 2, "seed": 5, "device": "cpu",

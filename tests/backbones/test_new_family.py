@@ -13,7 +13,8 @@ from torch import nn
 from wadi.backbones import from_pipeline, load_pipeline
 from wadi.distill.config import DistillConfig, FakeConfig, StudentConfig
 from wadi.distill.loop import distill
-from wadi.distill.plan import plan
+from wadi.distill.plan.architecture import read_architecture
+from wadi.distill.plan.plan import plan_run
 from wadi.pipelines import generate, load
 
 
@@ -67,7 +68,7 @@ def test_it_is_planned_distilled_and_drawn_like_ours(family, tmp_path):
         teacher=str(teacher), prompts=str(tmp_path / "prompts.txt"), out=str(tmp_path / "run"), steps=2, batch=2, device="cpu",
         resolution=(24, 16), student=StudentConfig(rank=2), fake=FakeConfig(rank=2), teacher_steps=2, sample_seeds=2,
     )  # fmt: skip
-    assert plan.plan(config, plan.architecture_of(str(teacher))).student.rank == 2
+    assert plan_run(config, read_architecture(str(teacher))).student.rank == 2
     run = distill(config)
     student = load.load(run)
     drawn = generate.generate_images(student, ["red apple"], [5]).images[0]

@@ -14,8 +14,10 @@ from wadi.cli.main import main
 from wadi.distill.batch import Batch
 from wadi.distill.config import DistillConfig, FakeConfig, StudentConfig
 from wadi.distill.optimizers import initial_state
-from wadi.distill.plan import plan
+from wadi.distill.plan.architecture import read_architecture
 from wadi.distill.plan.memory import LiveBytes, peak_bytes
+from wadi.distill.plan.plan import outline_backbone, plan_role, plan_run, plan_to_dict
+from wadi.distill.plan.text import describe_plan
 from wadi.distill.setup import attach_roles
 from wadi.distill.step import train_step
 
@@ -25,8 +27,8 @@ CONFIG = DistillConfig(batch=4, student=StudentConfig(rank=16), fake=FakeConfig(
 @pytest.mark.parametrize("name", ["sd1", "sdxl", "pixart-alpha", "sd3", "sana"])
 def test_a_teachers_configs_tell_what_attaching_does(folder_of, name):
     config = replace(CONFIG, resolution=small_pipelines.RESOLUTIONS.get(name))
-    found = plan.architecture_of(str(folder_of(name)))
-    outlined = plan.outline(found, config)
+    found = read_architecture(str(folder_of(name)))
+    outlined = outline_backbone(found, config)
     pipeline = load_pipeline(folder_of(name))
     backbone = from_pipeline(pipeline, config.resolution)
     others = [part for key, part in pipeline.components.items() if key.startswith(("text_encoder", "vae")) and part is not None]
@@ -36,7 +38,7 @@ def test_a_teachers_configs_tell_what_attaching_does(folder_of, name):
         key: value.shape for key, value in backbone.network.state_dict().items()
     }
     for role in ("student", "fake"):
-        planned_role = plan.role_of(outlined, role, 1)
+        planned_role = plan_role(outlined, role, 1)
         angles = roles.parameters(backbone.network, role)
         assert planned_role.parameters == sum(p.numel() for p in angles.values())
         assert set(planned_role.layers) == {key.rsplit(".lorad_", 1)[0] for key in angles}
@@ -119,25 +121,25 @@ def test_the_command_prints_the_plan_and_its_json(folder_of, capsys):
     small = ["plan", "--teacher", teacher, "--student.rank", "4", "--fake.rank", "2", "--batch", "2", "--processes", "3"]
     assert main([*small, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    planned = plan.plan(
+    planned = plan_run(
         replace(DistillConfig(batch=2), student=StudentConfig(rank=4), fake=FakeConfig(rank=2)),
-        plan.architecture_of(teacher),
+        read_architecture(teacher),
         3,
     )
-    assert printed == json.loads(json.dumps(plan.to_dict(planned)))
+    assert printed == json.loads(json.dumps(plan_to_dict(planned)))
     for parts in printed["memory"].values():
         assert parts["total"] == sum(value for part, value in parts.items() if part != "total")
         assert min(parts.values()) > 0
     assert printed["memory"]["checkpointed"]["activations"] < printed["memory"]["plain"]["activations"]
-    text = plan.describe(planned)
+    text = describe_plan(planned)
     assert f"{planned.student.parameters:,} trainable" in text
-    assert "3 process(es), 6 images a step" in text
+    assert "3 processes, 6 images per step" in text
 
 
 def test_what_settings_change_of_the_memory(folder_of):
-    found = plan.architecture_of(str(folder_of("sd3")))
+    found = read_architecture(str(folder_of("sd3")))
     plain, accumulated, eight_bit, sharded, averaged = (
-        plan.plan(replace(CONFIG, **changes), found, processes=4).memory["plain"]
+        plan_run(replace(CONFIG, **changes), found, processes=4).memory["plain"]
         for changes in (
             {},
             {"accumulate": 3},
@@ -171,30 +173,30 @@ def schedule(start, end, scaled=True):
 
 def test_amplification_is_that_of_known_schedules(folder_of):
     small = replace(CONFIG, batch=1)
-    found = plan.architecture_of(str(folder_of("sd1")))
+    found = read_architecture(str(folder_of("sd1")))
     sd = found.scheduler | {
         "beta_start": 0.00085,
         "beta_end": 0.012,
         "beta_schedule": "scaled_linear",
         "num_train_timesteps": 1000,
     }
-    assert plan.plan(small, replace(found, scheduler=sd)).amplification == pytest.approx(14.6, abs=0.05)
-    assert plan.plan(small, replace(found, scheduler=sd)).amplification == pytest.approx(schedule(0.00085, 0.012), rel=1e-3)
+    assert plan_run(small, replace(found, scheduler=sd)).amplification == pytest.approx(14.6, abs=0.05)
+    assert plan_run(small, replace(found, scheduler=sd)).amplification == pytest.approx(schedule(0.00085, 0.012), rel=1e-3)
     linear = sd | {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
-    assert plan.plan(small, replace(found, scheduler=linear)).amplification == pytest.approx(
+    assert plan_run(small, replace(found, scheduler=linear)).amplification == pytest.approx(
         schedule(0.0001, 0.02, scaled=False), rel=1e-2
     )
     velocity = sd | {"prediction_type": "v_prediction"}
     kept = 1 / (1 + schedule(0.00085, 0.012) ** 2)
-    assert plan.plan(small, replace(found, scheduler=velocity)).amplification == pytest.approx((1 - kept) ** 0.5, rel=1e-4)
-    assert plan.plan(replace(small, resolution=small_pipelines.RESOLUTIONS.get("sd3")),
-                     plan.architecture_of(str(folder_of("sd3")))).amplification == 1.0  # fmt: skip
+    assert plan_run(small, replace(found, scheduler=velocity)).amplification == pytest.approx((1 - kept) ** 0.5, rel=1e-4)
+    assert plan_run(replace(small, resolution=small_pipelines.RESOLUTIONS.get("sd3")),
+                     read_architecture(str(folder_of("sd3")))).amplification == 1.0  # fmt: skip
 
 
 def test_bytes_and_images_are_those_of_the_settings(folder_of):
-    found = plan.architecture_of(str(folder_of("sd1")))
-    wide = plan.plan(replace(CONFIG, batch=2, accumulate=3), found, processes=5)
-    narrow = plan.plan(replace(CONFIG, batch=2, accumulate=3, dtype="bfloat16"), found, processes=5)
+    found = read_architecture(str(folder_of("sd1")))
+    wide = plan_run(replace(CONFIG, batch=2, accumulate=3), found, processes=5)
+    narrow = plan_run(replace(CONFIG, batch=2, accumulate=3, dtype="bfloat16"), found, processes=5)
     assert (wide.images, narrow.images, wide.batch, wide.processes) == (30, 30, 2, 5)
     encoders = sum(found.other_parameters.values())
     assert wide.memory["plain"].network == 4 * wide.parameters
@@ -244,8 +246,8 @@ def test_the_plan_is_all_that_is_printed(folder_of, capfd):
 
 def test_gradients_of_earlier_batches_are_held_from_the_second_on(folder_of):
     """For any number of batches in a step, memory holds one set of gradients and the current batch."""
-    found = plan.architecture_of(str(folder_of("sd1")))
+    found = read_architecture(str(folder_of("sd1")))
     config = replace(CONFIG, resolution=small_pipelines.RESOLUTIONS.get("sd1"))
-    one, two, three = (plan.plan(replace(config, accumulate=n), found).memory["plain"].total for n in (1, 2, 3))
+    one, two, three = (plan_run(replace(config, accumulate=n), found).memory["plain"].total for n in (1, 2, 3))
     assert two == three
     assert one < two

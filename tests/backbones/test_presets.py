@@ -7,8 +7,9 @@ import torch
 
 from wadi.diffusion.process import Process
 from wadi.diffusion.schedulers import is_flow, make_scheduler
-from wadi.distill.config import flatten, from_dict, to_dict
-from wadi.distill.plan import plan
+from wadi.distill.config_files import flatten, from_dict, to_dict
+from wadi.distill.plan.architecture import known_architectures, load_architecture
+from wadi.distill.plan.plan import outline_backbone, plan_role
 from wadi.distill.presets import OURS, PAPERS, PRESETS
 
 # Parameters of the public models.
@@ -25,14 +26,14 @@ def outlines():
 
     def outline(name):
         if name not in outlines:
-            outlines[name] = plan.outline(plan.architecture(name), replace(PRESETS[name], gradient_checkpointing=False))
+            outlines[name] = outline_backbone(load_architecture(name), replace(PRESETS[name], gradient_checkpointing=False))
         return outlines[name]
 
     return outline
 
 
 def test_every_model_preset_has_an_architecture():
-    assert {*PAPERS, *OURS} == set(plan.architectures()) == set(SIZES)
+    assert {*PAPERS, *OURS} == set(known_architectures()) == set(SIZES)
     for preset in PRESETS.values():
         assert from_dict(to_dict(preset)) == preset
         assert "resolution" in flatten(to_dict(preset))
@@ -62,17 +63,17 @@ def test_the_papers_trainable_parameters(outlines, name, rank, layers, parameter
         backbone = outlines(name)
     else:
         changed = replace(preset, gradient_checkpointing=False, student=replace(preset.student, rank=rank))
-        backbone = plan.outline(plan.architecture(name), changed)
-    role = plan.role_of(backbone, "student", rank)
+        backbone = outline_backbone(load_architecture(name), changed)
+    role = plan_role(backbone, "student", rank)
     assert (len(role.layers), role.parameters) == (layers, parameters)
-    fake = plan.role_of(backbone, "fake", 32)
+    fake = plan_role(backbone, "fake", 32)
     assert set(fake.layers) < set(role.layers)
 
 
 @pytest.mark.parametrize("name", sorted(SIZES))
 def test_a_student_generates_where_errors_stay_small(name):
     """At most 15-fold: what the paper had, and never the 157 that PixArt has at 999."""
-    scheduler = make_scheduler(plan.architecture(name).scheduler)
+    scheduler = make_scheduler(load_architecture(name).scheduler)
     process = Process.from_scheduler(scheduler)
     timestep = torch.tensor([PRESETS[name].student.timestep or process.last_timestep])
     divided = process.alpha(timestep) if process.prediction == "epsilon" else torch.ones(1)
@@ -83,6 +84,6 @@ def test_a_student_generates_where_errors_stay_small(name):
 def test_pixarts_timestep_is_where_its_own_schedule_has_the_authors_constant():
     from wadi.convert.authors import ALPHA_SQUARED
 
-    process = Process.from_scheduler(make_scheduler(plan.architecture("pixart-alpha-256").scheduler))
+    process = Process.from_scheduler(make_scheduler(load_architecture("pixart-alpha-256").scheduler))
     squared = process.alpha(torch.arange(1000)) ** 2
     assert int((squared < ALPHA_SQUARED).nonzero()[0]) == PRESETS["pixart-alpha-256"].student.timestep

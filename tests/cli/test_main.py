@@ -19,7 +19,7 @@ from wadi.cli.main import main
 from wadi.cli.parser import Command
 from wadi.cli.settings import config_from
 from wadi.distill import loop
-from wadi.distill.config import from_dict
+from wadi.distill.config_files import from_dict
 from wadi.distill.presets import preset
 
 

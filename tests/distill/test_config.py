@@ -1,8 +1,7 @@
-"""Configs: what is written is what is read, mistakes are named, and the command line stays light."""
+"""Settings: a file gives back the settings written, mistakes are named, and importing them is fast."""
 
 import dataclasses
 import math
-import re
 import subprocess
 import sys
 
@@ -11,10 +10,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wadi.distill import config as configs
-from wadi.distill.config import DistillConfig, FakeConfig, StudentConfig, WarmStartConfig, from_dict, to_dict
+from failing import fails
+from wadi.distill import config_files
+from wadi.distill.config import BOUNDS, DistillConfig, FakeConfig, StudentConfig, WarmStartConfig
+from wadi.distill.config_files import changed_settings, from_dict, load_config, save_config, to_dict
 from wadi.distill.presets import PRESETS, preset
-from wadi.errors import WadiError
 from wadi.io.bounds import Number
 
 text = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=20)
@@ -65,10 +65,10 @@ runs = st.builds(
 @given(config=runs)
 def test_yaml_round_trip(config, tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "config.yaml"
-    configs.save(config, path)
-    assert configs.load(path) == config
+    save_config(config, path)
+    assert load_config(path) == config
     assert from_dict(to_dict(config)) == config
-    assert configs.differences(config, configs.load(path)) == []
+    assert changed_settings(config, load_config(path)) == []
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -79,8 +79,8 @@ def test_presets_are_valid_and_survive_yaml(name):
     assert config.teacher in ("", "zoo")
 
 
-def test_an_unknown_preset_names_the_known_ones():
-    with pytest.raises(WadiError, match="sd15"):
+def test_an_unknown_preset_is_named_with_the_known_ones():
+    with fails("sd16", "sd15"):
         preset("sd16")
 
 
@@ -105,9 +105,8 @@ def test_an_unknown_preset_names_the_known_ones():
     ],
 )
 def test_mistakes_are_named(values, named):
-    with pytest.raises(WadiError) as error:
+    with fails(*named):
         from_dict(values)
-    assert all(word in str(error.value) for word in named), str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -123,66 +122,64 @@ def test_mistakes_are_named(values, named):
         ("warm_start.steps", -1), ("warm_start.fake_steps", -1),
     ],
 )  # fmt: skip
-def test_ranges(name, value):
+def test_a_value_out_of_bounds_is_named(name, value):
     outer, _, inner = name.partition(".")
-    with pytest.raises(WadiError) as error:
+    with fails(name, *(value if isinstance(value, list) else [value])):
         from_dict({outer: {inner: value} if inner else value})
-    assert name in str(error.value)
-    assert "Expected" in str(error.value)
 
 
 def test_numbers_widen_and_yaml_exponents_are_numbers(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("clip: 2\nfake: {lr: 1e-4}\nt_range: [0, 1]\n")  # YAML 1.1 reads 1e-4 as a string
-    config = configs.load(path)
+    config = load_config(path)
     assert (config.clip, config.fake.lr, config.t_range) == (2.0, 1e-4, (0.0, 1.0))
     assert all(isinstance(number, float) for number in (config.clip, config.fake.lr, *config.t_range))
 
 
 @pytest.mark.parametrize("content", [b"- a\n- b\n", b"teacher: [unclosed", b"\xff\xfe\x00", b"", b"steps: 3\n  x: 4: 5"])
-def test_a_file_that_is_no_mapping(content, tmp_path):
+def test_a_file_that_is_not_a_mapping_is_named(content, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_bytes(content)
-    with pytest.raises(WadiError, match=r"c\.yaml"):
-        configs.load(path)
-    with pytest.raises(WadiError, match=r"none\.yaml"):
-        configs.load(tmp_path / "none.yaml")
+    with fails(path):
+        load_config(path)
+    with fails(tmp_path / "none.yaml"):
+        load_config(tmp_path / "none.yaml")
 
 
-def test_differences_name_what_matters_and_pass_over_bookkeeping():
+def test_changed_settings_are_those_that_affect_the_result():
     old = DistillConfig(teacher="a", prompts="p", out="runs/a")
     same = dataclasses.replace(
         old, out="elsewhere", sample_every=7, checkpoint_every=9, keep_checkpoints=5, tracker="tensorboard", device="cuda:1"
     )
-    assert configs.differences(old, same) == []
+    assert changed_settings(old, same) == []
     other = dataclasses.replace(old, steps=5, student=dataclasses.replace(old.student, rank=7))
-    assert configs.differences(old, other) == ["student.rank: 256 -> 7"]  # a run of constant rate may be lengthened
+    assert changed_settings(old, other) == ["student.rank: 256 -> 7"]  # a run of constant rate may be lengthened
     old, other = (dataclasses.replace(config, lr_schedule="cosine") for config in (old, other))
-    assert configs.differences(old, other) == ["steps: 10000 -> 5", "student.rank: 256 -> 7"]
+    assert changed_settings(old, other) == ["steps: 10000 -> 5", "student.rank: 256 -> 7"]
 
 
-def test_what_is_compared_by_content_is_not_compared_by_name(tmp_path, monkeypatch):
+def test_paths_are_compared_by_place_and_sources_may_be_left_out(tmp_path, monkeypatch):
     (tmp_path / "p.txt").write_text("a")
     monkeypatch.chdir(tmp_path)
     old = DistillConfig(teacher="a", prompts="p.txt", prompts_field="x")
     for new in ("./p.txt", str(tmp_path / "p.txt")):
-        assert configs.differences(old, dataclasses.replace(old, prompts=new)) == []
+        assert changed_settings(old, dataclasses.replace(old, prompts=new)) == []
     moved = dataclasses.replace(old, teacher="b", prompts="q.txt", prompts_field=None)
-    assert len(configs.differences(old, moved)) == 3
-    assert configs.differences(old, moved, sources=False) == []
-    assert configs.differences(old, dataclasses.replace(moved, seed=1), sources=False) == ["seed: 0 -> 1"]
+    assert len(changed_settings(old, moved)) == 3
+    assert changed_settings(old, moved, sources=False) == []
+    assert changed_settings(old, dataclasses.replace(moved, seed=1), sources=False) == ["seed: 0 -> 1"]
 
 
 def test_the_home_folder_in_paths(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     path = tmp_path / "c.yaml"
     path.write_text('teacher: ~/t\nprompts: "~/p*.txt"\nout: ~\ntracker: ~/x\n'.replace("out: ~", "out: ~/o"))
-    config = configs.load(path)
+    config = load_config(path)
     assert (config.teacher, config.prompts, config.out) == (f"{tmp_path}/t", f"{tmp_path}/p*.txt", f"{tmp_path}/o")
     assert config.tracker == "~/x"  # not a path
 
 
-FLOATS = [name for name, bounds in configs.BOUNDS.items() if isinstance(bounds, Number)]
+FLOATS = [name for name, bounds in BOUNDS.items() if isinstance(bounds, Number)]
 
 
 @pytest.mark.parametrize("name", [*FLOATS, "t_range", "betas"])
@@ -190,15 +187,15 @@ FLOATS = [name for name, bounds in configs.BOUNDS.items() if isinstance(bounds, 
 def test_settings_are_finite(name, value):
     group, _, inner = name.rpartition(".")
     given = [0.5, value] if name in ("t_range", "betas") else value
-    with pytest.raises(WadiError, match=re.escape(name)):
-        configs.from_dict({group: {inner: given}} if group else {name: given})
+    with fails(name, value):
+        from_dict({group: {inner: given}} if group else {name: given})
 
 
 def test_every_number_has_bounds():
     """A number that a new setting adds needs some too."""
-    flat = configs.flatten(configs.to_dict(DistillConfig()))
+    flat = config_files.flatten(to_dict(DistillConfig()))
     numbers = {name for name, value in flat.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
-    assert numbers | {"student.timestep"} == set(configs.BOUNDS)
+    assert numbers | {"student.timestep"} == set(BOUNDS)
 
 
 @pytest.mark.parametrize(
@@ -209,10 +206,10 @@ def test_every_number_has_bounds():
         ("resolution", [16]), ("resolution", [-16, 16]), ("steps", 10**12), ("lr_warmup", 10**12), ("clip", 10**400),
     ],
 )  # fmt: skip
-def test_nonsense_is_refused(name, value):
+def test_absurd_values_are_errors_with_a_short_message(name, value):
     group, _, inner = name.rpartition(".")
-    with pytest.raises(WadiError, match=re.escape(name)) as error:
-        configs.from_dict({group: {inner: value}} if group else {name: value})
+    with fails(name) as error:
+        from_dict({group: {inner: value}} if group else {name: value})
     assert len(str(error.value)) < 500
 
 

@@ -25,7 +25,7 @@ def backbone(sd_folder):
 
 @pytest.fixture(scope="module")
 def prepared(backbone):
-    return preview.prepare(backbone, PROMPTS, 2, 3, 4.0, TIMESTEP, quiet=True)
+    return preview.generate_teacher_images(backbone, PROMPTS, 2, 3, 4.0, TIMESTEP, quiet=True)
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def alone(backbone, role, prompt, seed, steps, guidance):
 def test_each_image_is_that_of_its_prompt_and_seed(backbone, prepared, prompt, seed):
     assert_close(prepared.teacher[prompt, seed], alone(backbone, None, PROMPTS[prompt], seed, 3, 4.0), rtol=0, atol=2e-4)
     assert_close(prepared.undistilled[prompt, seed], alone(backbone, None, PROMPTS[prompt], seed, 1, 1.0), rtol=0, atol=2e-4)
-    images, _ = preview.draw_one_step(backbone, "student", prepared.condition, prepared.z, TIMESTEP)
+    images, _ = preview.generate_one_step(backbone, "student", prepared.condition, prepared.z, TIMESTEP)
     own = images.unflatten(0, (len(PROMPTS), 2))[prompt, seed]
     assert_close(own, alone(backbone, "student", PROMPTS[prompt], seed, 1, 1.0), rtol=0, atol=2e-4)
     assert (own - prepared.undistilled[prompt, seed]).abs().max() > 2e-3
@@ -53,10 +53,10 @@ def test_each_image_is_that_of_its_prompt_and_seed(backbone, prepared, prompt, s
 
 
 def test_the_ratios_are_the_students_to_the_teachers(backbone, prepared):
-    stats, picture = preview.validate(backbone, prepared, TIMESTEP)
-    images, _ = preview.draw_one_step(backbone, "student", prepared.condition, prepared.z, TIMESTEP)
+    stats, picture = preview.validate_student(backbone, prepared, TIMESTEP)
+    images, _ = preview.generate_one_step(backbone, "student", prepared.condition, prepared.z, TIMESTEP)
     student = images.unflatten(0, (len(PROMPTS), 2))
-    assert stats["contrast_ratio"] == pytest.approx(health.contrast(student) / health.contrast(prepared.teacher))
-    assert stats["diversity_ratio"] == pytest.approx(health.diversity(student) / health.diversity(prepared.teacher))
+    assert stats["contrast_ratio"] == pytest.approx(health.pixel_contrast(student) / health.pixel_contrast(prepared.teacher))
+    assert stats["diversity_ratio"] == pytest.approx(health.pixel_diversity(student) / health.pixel_diversity(prepared.teacher))
     assert abs(stats["contrast_ratio"] - 1) > 1e-3
     assert picture.width > 3 * preview.SHOWN_WIDTH

@@ -158,9 +158,9 @@ LAUNCHERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_no_launcher_of_ours_is_needed(launcher, alone, sd_folder, prompts_path, tmp_path):
-    from wadi.distill import config as configs
+    from wadi.distill.config_files import save_config
 
-    configs.save(settings(sd_folder, prompts_path, tmp_path / "run", batch=3), tmp_path / "c.yaml")
+    save_config(settings(sd_folder, prompts_path, tmp_path / "run", batch=3), tmp_path / "c.yaml")
     command = [sys.executable, "-m", *LAUNCHERS[launcher].split(), str(free_port()), "-m", "wadi", "distill"]
     done = subprocess.run([*command, "--config", str(tmp_path / "c.yaml")], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

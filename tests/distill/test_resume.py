@@ -84,7 +84,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(int(sys.argv[2]))
-from wadi.distill import config, loop
+from wadi.distill import config_files, loop
 plain = loop.Run.log
 def log(self, line):
     plain(self, line)
@@ -93,18 +93,18 @@ def log(self, line):
             stream.write('{"step": 5, "loss_')  # and half a line
         os.kill(os.getpid(), signal.SIGKILL)
 loop.Run.log = log
-loop.distill(config.load(Path(sys.argv[1])))
+loop.distill(config_files.load_config(Path(sys.argv[1])))
 """
 
 
 def test_a_killed_run_is_the_uninterrupted_one_to_the_bit(sd_folder, prompts_path, tmp_path):
-    from wadi.distill import config as configs
+    from wadi.distill.config_files import save_config
 
     straight, broken = (
         tiny.settings(sd_folder, prompts_path, tmp_path / name, steps=5, checkpoint_every=2) for name in ("straight", "broken")
     )
     distill(straight)
-    configs.save(broken, tmp_path / "c.yaml")
+    save_config(broken, tmp_path / "c.yaml")
     command = [sys.executable, "-c", KILLED, str(tmp_path / "c.yaml"), str(torch.get_num_threads())]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr

@@ -15,7 +15,7 @@ from runs import state_of, stats_of
 from wadi import roles
 from wadi.backbones import load_pipeline
 from wadi.distill import checkpoint_folders, loop, setup, step
-from wadi.distill.config import load as load_config
+from wadi.distill.config_files import load_config
 from wadi.distill.loop import distill
 from wadi.errors import WadiError
 from wadi.lorad.angles import layer_angles

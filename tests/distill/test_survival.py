@@ -239,10 +239,10 @@ def test_a_full_disk_while_a_grid_is_written(world, sd_folder, prompts_path, tmp
 
 @pytest.mark.slow
 def test_a_launcher_that_is_told_to_end_lets_the_run_save(sd_folder, prompts_path, tmp_path):
-    from wadi.distill import config as configs
+    from wadi.distill.config_files import save_config
 
     config = tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=100_000, batch=1)
-    configs.save(config, tmp_path / "c.yaml")
+    save_config(config, tmp_path / "c.yaml")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
     launched = subprocess.Popen([*command, "-m", "wadi", "distill", "--config", str(tmp_path / "c.yaml")])
     stats, until = tmp_path / "run" / "stats.jsonl", time.monotonic() + 300

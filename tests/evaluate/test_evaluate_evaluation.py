@@ -352,9 +352,9 @@ def test_an_exported_student_is_measured_as_the_run_is(finished_run, prompts_pat
     """An exported pipeline gives the same images. Its teacher is known only by --teacher."""
     export = tmp_path / "export"
     assert main(["export", "--run", str(finished_run), "--out", str(export)]) == 0
-    from wadi.distill.config import load
+    from wadi.distill.config_files import load_config
 
-    teacher = load(finished_run / "config.yaml").teacher
+    teacher = load_config(finished_run / "config.yaml").teacher
     common = ("--protocol", prompts_path, "--reference", "teacher", "--teacher-steps", "2", "--metrics", "fd", *QUICK)
     for what, name in ((finished_run, "run"), (export, "export")):
         places = ("--pictures", tmp_path / "pictures", "--out", tmp_path / f"{name}.json")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import wadi
-from wadi.distill import checkpoints, config
+from wadi.distill import checkpoints, config_files
 from wadi.distill.run_folder import read_stats
 from wadi.errors import WadiError
 from wadi.io.records import Count, Finite, Record, Side, parse_json, read_json, read_json_lines
@@ -209,7 +209,7 @@ def test_a_config_of_any_kind_of_wrong_is_an_error_with_its_file(tmp_path):
     for content in (LAUGHS, "steps: many", "stdent: {}", "- 1", "student: 5", b"a: \xe9"):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(WadiError) as error:
-            config.load(path)
+            config_files.load_config(path)
         assert str(path) in str(error.value)
 
 

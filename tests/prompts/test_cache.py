@@ -12,8 +12,8 @@ import tiny
 from raising import raises_naming
 from runs import assert_same_run
 from wadi.backbones import Condition, from_pipeline, load_pipeline
-from wadi.distill import conditions as embedding
-from wadi.distill.conditions import conditions_of, embed, encoder_of, free_encoders
+from wadi.distill.conditions import Conditions, conditions_of, encoder_identity, free_encoders
+from wadi.distill.embed_prompts import embed_prompts
 from wadi.errors import WadiError
 from wadi.prompts import cache as cache_module
 from wadi.prompts.cache import Embeddings, shard_path, used_tokens, write_manifest, write_shard
@@ -36,7 +36,7 @@ def prompts(tmp_path_factory):
 
 @pytest.fixture
 def cache(backbone, prompts, tmp_path):
-    return embed(backbone, prompts, tmp_path / "cache", batch=2, shard_rows=2)
+    return embed_prompts(backbone, prompts, tmp_path / "cache", batch=2, shard_rows=2)
 
 
 def test_rows_are_what_the_encoder_gives(backbone, prompts, cache):
@@ -141,10 +141,10 @@ def test_an_interrupted_cache_goes_on_where_it_stopped(backbone, prompts, cache,
     with monkeypatch.context() as patch:
         patch.setattr(backbone, "encode", encode)
         with pytest.raises(KeyboardInterrupt):
-            embed(backbone, prompts, tmp_path / "broken", batch=2, shard_rows=2)
+            embed_prompts(backbone, prompts, tmp_path / "broken", batch=2, shard_rows=2)
         with raises_naming("broken", "shard-00001", "wadi embed"):
             Embeddings(tmp_path / "broken")
-        embed(backbone, prompts, tmp_path / "broken", batch=2, shard_rows=2)
+        embed_prompts(backbone, prompts, tmp_path / "broken", batch=2, shard_rows=2)
         assert encoded[3:] == [TEXTS[:1], TEXTS[2:4], TEXTS[4:]]
     assert same(cache, tmp_path / "broken")
 
@@ -156,7 +156,7 @@ def test_damaged_shards_are_named_and_written_again(backbone, prompts, cache, tm
     shard_path(cache, 1).write_bytes(good[shard_path(cache, 2)])
     with raises_naming("shard-00000", "damaged"):
         Embeddings(cache)
-    embed(backbone, prompts, cache, batch=2, shard_rows=2)
+    embed_prompts(backbone, prompts, cache, batch=2, shard_rows=2)
     assert same(cache, whole)
     (cache / cache_module.MANIFEST).write_text("{}")
     with pytest.raises(WadiError, match=r"cache\.json"):
@@ -170,7 +170,7 @@ def test_a_cache_of_another_encoder_is_an_error(cache, prompts, backbone, tmp_pa
     half = load_pipeline(sd_folder, torch.float16)
     cases = ((from_pipeline(other), "text_encoder"), (from_pipeline(half), "float16"))
     for stranger, named in (*cases, (from_pipeline(load_pipeline(sd_folder), (32, 16)), "resolution")):
-        for use in (lambda b: conditions_of(b, Embeddings(cache)), lambda b: embed(b, prompts, cache)):
+        for use in (lambda b: conditions_of(b, Embeddings(cache)), lambda b: embed_prompts(b, prompts, cache)):
             with raises_naming(cache, named):
                 use(stranger)
     conditions_of(from_pipeline(load_pipeline(sd_folder)), Embeddings(cache))  # loaded anew it is the same
@@ -180,20 +180,20 @@ def test_a_cache_of_other_prompts_is_not_overwritten(backbone, cache, tmp_path):
     (tmp_path / "q.txt").write_text("one\ntwo")
     others = open_prompts(tmp_path / "q.txt")
     with raises_naming(cache, "prompts, count"):
-        embed(backbone, others, cache, shard_rows=2)
+        embed_prompts(backbone, others, cache, shard_rows=2)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     with raises_naming("mine"):
-        embed(backbone, others, tmp_path / "mine")
+        embed_prompts(backbone, others, tmp_path / "mine")
     with pytest.raises(WadiError, match="batch"):
-        embed(backbone, others, tmp_path / "new", batch=0)
+        embed_prompts(backbone, others, tmp_path / "new", batch=0)
 
 
 def test_a_full_disk_keeps_the_shards_before(backbone, prompts, tmp_path, full_disk):
     with full_disk(2500), raises_naming(tmp_path / "cache"):
-        embed(backbone, prompts, tmp_path / "cache", batch=2, shard_rows=2)
+        embed_prompts(backbone, prompts, tmp_path / "cache", batch=2, shard_rows=2)
     assert not list((tmp_path / "cache").glob(".*"))
-    embed(backbone, prompts, tmp_path / "cache", batch=2, shard_rows=2)
+    embed_prompts(backbone, prompts, tmp_path / "cache", batch=2, shard_rows=2)
     assert list(Embeddings(tmp_path / "cache")) == TEXTS
 
 
@@ -202,7 +202,7 @@ def test_encoders_are_let_go(sd_folder):
     import weakref
 
     own = from_pipeline(load_pipeline(sd_folder))
-    known, encoder = encoder_of(own), weakref.ref(own.pipeline.text_encoder)
+    known, encoder = encoder_identity(own), weakref.ref(own.pipeline.text_encoder)
     assert "text_encoder" in known
     free_encoders(own)
     gc.collect()
@@ -213,9 +213,9 @@ def test_encoders_are_let_go(sd_folder):
 def test_the_encoder_receives_batches(backbone, prompts, tmp_path, monkeypatch):
     sizes, plain = [], backbone.encode
     monkeypatch.setattr(backbone, "encode", lambda texts: sizes.append(len(texts)) or plain(texts))
-    assert isinstance(embedding.Conditions(backbone, prompts)([0, 1, 2, 3]), Condition)
+    assert isinstance(Conditions(backbone, prompts)([0, 1, 2, 3]), Condition)
     assert sizes == [4]
-    manifest = json.loads((embed(backbone, prompts, tmp_path / "c", batch=3) / "cache.json").read_text())
+    manifest = json.loads((embed_prompts(backbone, prompts, tmp_path / "c", batch=3) / "cache.json").read_text())
     assert sizes == [4, 1, 3, 2]
     assert manifest["count"] == 5
 

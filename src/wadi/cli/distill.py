@@ -32,7 +32,7 @@ def run(arguments: Arguments) -> int:
     if arguments.options.dry_run:
         import yaml
 
-        from wadi.distill.config import to_dict
+        from wadi.distill.config_files import to_dict
 
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
         return 0
@@ -41,7 +41,7 @@ def run(arguments: Arguments) -> int:
 
 def _distill(config: DistillConfig) -> int:
     from wadi.distill.loop import distill
-    from wadi.distill.report import write_report
+    from wadi.distill.report.page import write_report
     from wadi.parallel.device import OutOfMemory
 
     try:
@@ -49,7 +49,8 @@ def _distill(config: DistillConfig) -> int:
     except OutOfMemory as full:
         from wadi.distill.plan import fitting
 
-        raise WadiError(f"{full} {fitting.advice(config, full.device, int(os.environ.get('WORLD_SIZE', '1')))}") from full
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        raise WadiError(f"{full} {fitting.suggest_settings(config, full.device, processes)}") from full
     if os.environ.get("RANK", "0") != "0":  # of several processes only the first one reports
         return 0
     report = write_report(folder)

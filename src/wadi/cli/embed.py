@@ -37,7 +37,7 @@ def add_options(parser: ArgumentParser) -> None:
 def run(arguments: Arguments) -> int:
     """Write the cache; the same command continues an interrupted one."""
     from wadi.backbones import from_pipeline, load_pipeline
-    from wadi.distill.conditions import embed
+    from wadi.distill.embed_prompts import embed_prompts
     from wadi.parallel.device import dtype_of, find_device
     from wadi.prompts.reading import open_prompts
     from wadi.zoo.paths import resolve_teacher
@@ -47,6 +47,6 @@ def run(arguments: Arguments) -> int:
     prompts = open_prompts(options.prompts, options.prompts_field, options.limit)
     pipeline = load_pipeline(resolve_teacher(options.teacher), dtype, find_device(options.device))
     backbone = from_pipeline(pipeline, tuple(options.resolution) if options.resolution else None)
-    out = embed(backbone, prompts, Path(options.out), options.batch, options.shard_rows)
+    out = embed_prompts(backbone, prompts, Path(options.out), options.batch, options.shard_rows)
     print(f"{len(prompts)} prompts: wadi distill --prompts {out} ...")
     return 0

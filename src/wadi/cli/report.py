@@ -18,7 +18,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(arguments: Arguments) -> int:
     """Write the report and print its path."""
-    from wadi.distill.report import write_report
+    from wadi.distill.report.page import write_report
 
     print(write_report(Path(arguments.options.run)))
     return 0

@@ -74,17 +74,19 @@ def apply_files(parser: ArgumentParser, words: list[str]) -> list[str]:
     Raises:
         WadiError: if there is no such preset, or a file cannot be read.
     """
-    from wadi.distill.config import DistillConfig, flatten, merged, read_settings, to_dict
+    from wadi.distill.config import DistillConfig
+    from wadi.distill.config_files import merge_settings, read_settings, to_dict
     from wadi.distill.presets import preset
+    from wadi.io.records import flatten
 
     presets = values_of("--preset", words)
     settings = to_dict(preset(presets[-1]) if presets else DistillConfig())
     for file in values_of("--config", words):
-        settings = merged(settings, read_settings(Path(os.path.expanduser(file))))
+        settings = merge_settings(settings, read_settings(Path(os.path.expanduser(file))))
     for group in [name for name, value in settings.items() if isinstance(value, dict)]:
         for value in values_of(flag(group), words):
             if os.path.lexists(file := os.path.expanduser(value)):
-                settings = merged(settings, read_settings(Path(file), group))
+                settings = merge_settings(settings, read_settings(Path(file), group))
                 words = without(flag(group), value, words)
     parser.set_defaults(flatten(settings))
     return words
@@ -96,7 +98,8 @@ def config_from(options: Namespace) -> DistillConfig:
     Raises:
         WadiError: if a value is out of bounds.
     """
-    from wadi.distill.config import DistillConfig, from_dict, to_dict
+    from wadi.distill.config import DistillConfig
+    from wadi.distill.config_files import from_dict, to_dict
 
     values = options.as_dict()
     config: DistillConfig = from_dict({name: values[name] for name in to_dict(DistillConfig())})

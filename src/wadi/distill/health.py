@@ -1,7 +1,4 @@
-"""Is the run well? The distillation loss does not say, so these do.
-
-Pure functions on what a step computed, and the warnings drawn from them, each with what to try.
-"""
+"""Signs of a healthy run: statistics of each step, and warnings with advice. The student's loss says nothing about quality."""
 
 from __future__ import annotations
 
@@ -13,15 +10,23 @@ from torch import Tensor, nn
 
 from wadi.lorad.angles import layer_angles
 
-BUCKETS = 4  # of timesteps, in quarters of the schedule
-LOW_DIVERSITY = 0.5  # same-prompt diversity below this share of the teacher's is called a collapse
-WINDOW = 100  # steps that make up "the last ones"
-FAR = 3  # teacher and fake model that many times as far apart as in the window before are called a divergence
-LOW_CONTRAST = 0.6  # likewise for the standard deviation over an image's pixels
+BUCKETS = 4  # the distances are averaged over quarters of the schedule
+LOW_DIVERSITY = 0.5  # warn if the student's diversity is below this share of the teacher's
+LOW_CONTRAST = 0.6  # warn if the ratio of the contrasts is below this, or above its inverse
+HALF_TURN = 3.2  # radians
+WINDOW = 100  # number of steps that count as recent
+FAR = 3  # warn if teacher and fake model are this many times as far apart as in the window before
+
+Stats = Mapping[str, float]
 
 
 def distance_sums(x0_real: Tensor, x0_fake: Tensor, t: Tensor, num_timesteps: int) -> Tensor:
-    """RMS distances of the two predicted images, ``(B, ...)``: their sum and number by quarter of the schedule, ``(2, 4)``."""
+    """Return the sum and the number of RMS distances by quarter of the schedule, ``(2, 4)``. Results of batches can be added.
+
+    Args:
+        x0_real, x0_fake: images that teacher and fake model predict, ``(B, ...)``.
+        t: their timesteps, ``(B,)``, below ``num_timesteps``.
+    """
     distance = (x0_real - x0_fake).flatten(1).square().mean(1).sqrt()
     bucket = (t.float() * BUCKETS / num_timesteps).long().clamp(0, BUCKETS - 1)
     both = torch.stack([distance, torch.ones_like(distance)])
@@ -29,7 +34,7 @@ def distance_sums(x0_real: Tensor, x0_fake: Tensor, t: Tensor, num_timesteps: in
 
 
 def distance_by_timestep(sums: Tensor) -> dict[str, float]:
-    """Mean distance by quarter of the schedule from `distance_sums`, added up as one likes; empty quarters are left out."""
+    """Return the mean distance by quarter of the schedule from `distance_sums`. Quarters without samples are left out."""
     pairs = zip(*sums.tolist(), strict=True)
     return {f"teacher_fake_distance_q{i + 1}": total / count for i, (total, count) in enumerate(pairs) if count}
 
@@ -58,18 +63,25 @@ def angle_stats(network: nn.Module, role: str) -> dict[str, float]:
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory that this process has held, in MiB: torch's on an accelerator, all of it on the CPU."""
+    """Return the peak memory of this process in MiB: torch's allocations on CUDA, all of the process on other devices.
+
+    NaN on a system that does not report it.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
         import resource
-    except ImportError:  # a system that does not count it
+    except ImportError:  # not a Unix system
         return float("nan")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def diversity(images: Tensor) -> float:
-    """Mean pairwise RMS distance among images of one prompt, averaged over prompts. ``(prompts, seeds, 3, h, w)`` in [0, 1]."""
+def pixel_diversity(images: Tensor) -> float:
+    """Return the mean pairwise RMS distance of images of one prompt, averaged over prompts; NaN if there is one seed.
+
+    Args:
+        images: ``(prompts, seeds, 3, h, w)`` in [0, 1].
+    """
     seeds = images.shape[1]
     if seeds < 2:
         return float("nan")
@@ -78,63 +90,93 @@ def diversity(images: Tensor) -> float:
     return float(distance.sum((1, 2)).mean() / (seeds * (seeds - 1)))
 
 
-def contrast(images: Tensor) -> float:
-    """Standard deviation over the pixels and channels of an image, averaged over images ``(..., 3, h, w)``."""
+def pixel_contrast(images: Tensor) -> float:
+    """Return the standard deviation over pixels and channels of an image, averaged over images ``(..., 3, h, w)``."""
     return float(images.flatten(-3).std(-1).mean())
 
 
-def _mean_distance(line: Mapping[str, float]) -> float | None:
-    found = [value for name, value in line.items() if name.startswith("teacher_fake_distance")]
-    return sum(found) / len(found) if found else None
+# --- warnings ---------------------------------------------------------------------------------------------------------------
 
 
-def warnings(stats: Mapping[str, float], history: Sequence[Mapping[str, float]]) -> list[str]:
-    """What looks wrong in the newest line of the statistics, each with what to try; empty when nothing does.
+def warnings(stats: Stats, history: Sequence[Stats]) -> list[str]:
+    """Return a warning for each sign of trouble in the newest statistics, with advice; empty if there is none.
 
     Args:
-        history: earlier lines, oldest first.
+        stats: statistics of the newest step.
+        history: statistics of the steps before, oldest first.
     """
-    found = []
-    if stats.get("diversity_ratio", 1.0) < LOW_DIVERSITY:
-        found.append(
-            f"Same-prompt diversity is {stats['diversity_ratio']:.0%} of the teacher's: it is collapsing onto few images. "
-            "Try a lower student.lr, more fake.updates, a lower guidance_scale, or warm_start with a weight that is kept."
+    checks = (_low_diversity, _wrong_contrast, _large_angles, _skipped_steps, _divergence, _rising_fake_loss)
+    return [warning for check in checks if (warning := check(stats, history))]
+
+
+def _low_diversity(stats: Stats, history: Sequence[Stats]) -> str | None:
+    ratio = stats.get("diversity_ratio", 1.0)
+    if not ratio < LOW_DIVERSITY:
+        return None
+    return (
+        f"Images of the same prompt are too similar: their diversity is {ratio:.0%} of the teacher's. "
+        "Try a lower student.lr, more fake.updates, a lower guidance_scale, or a warm start with warm_start.weight above 0."
+    )
+
+
+def _wrong_contrast(stats: Stats, history: Sequence[Stats]) -> str | None:
+    ratio = stats.get("contrast_ratio", 1.0)
+    if ratio < LOW_CONTRAST:
+        return (
+            f"Images are washed out: their contrast is {ratio:.0%} of the teacher's. "
+            "Try a lower fake.lr or student.lr, and check student.timestep."
         )
-    if stats.get("contrast_ratio", 1.0) < LOW_CONTRAST:
-        found.append(
-            f"Contrast is {stats['contrast_ratio']:.0%} of the teacher's: images are washing out. Try a lower fake.lr or "
-            "student.lr, and check student.timestep."
-        )
-    if stats.get("contrast_ratio", 1.0) > 1 / LOW_CONTRAST:
-        found.append(
-            f"Contrast is {stats['contrast_ratio']:.0%} of the teacher's: images are over-saturated. "
-            "Try a lower guidance_scale."
-        )
-    if stats.get("student_angle_max", 0.0) > 3.2:
-        found.append(
-            f"The student's largest angle is {stats['student_angle_max']:.1f} rad, past half a turn: rotations wrap around. "
-            "Try a lower student.lr."
-        )
+    if ratio > 1 / LOW_CONTRAST:
+        return f"Images are over-saturated: their contrast is {ratio:.0%} of the teacher's. Try a lower guidance_scale."
+    return None
+
+
+def _large_angles(stats: Stats, history: Sequence[Stats]) -> str | None:
+    largest = stats.get("student_angle_max", 0.0)
+    if not largest > HALF_TURN:
+        return None
+    return f"The student's largest angle is {largest:.1f} rad, more than half a turn. Try a lower student.lr."
+
+
+def _skipped_steps(stats: Stats, history: Sequence[Stats]) -> str | None:
     before = history[-WINDOW].get("skipped", 0) if len(history) >= WINDOW else 0
-    lost = stats.get("skipped", 0) - before
-    if lost > WINDOW / 10:
-        found.append(
-            f"{lost:.0f} of the last steps were left out: a gradient was not finite. Try dtype bfloat16 or float32, a lower "
-            "student.lr or fake.lr, or an earlier student.timestep."
-        )
+    skipped = stats.get("skipped", 0) - before
+    if not skipped > WINDOW / 10:
+        return None
+    return (
+        f"{skipped:.0f} updates of the last {WINDOW} steps were skipped, because a gradient was not finite. "
+        "Try dtype bfloat16 or float32, a lower student.lr or fake.lr, or an earlier student.timestep."
+    )
+
+
+def _divergence(stats: Stats, history: Sequence[Stats]) -> str | None:
     distances = [_mean_distance(line) for line in (*history[-2 * WINDOW :], stats)]
-    far = [value for value in distances[-WINDOW:] if value is not None]
-    near = [value for value in distances[:-WINDOW] if value is not None]
-    if len(far) >= WINDOW // 2 and len(near) >= WINDOW // 2 and sum(far) / len(far) > FAR * sum(near) / len(near):
-        found.append(
-            f"Teacher and fake model are {FAR} times as far apart as before: the student is diverging. Try a lower student.lr, "
-            "more fake.updates, or a lower guidance_scale."
-        )
+    recent = [value for value in distances[-WINDOW:] if value is not None]
+    earlier = [value for value in distances[:-WINDOW] if value is not None]
+    if len(recent) < WINDOW // 2 or len(earlier) < WINDOW // 2 or not _mean(recent) > FAR * _mean(earlier):
+        return None
+    return (
+        f"The student diverges: the distance between teacher and fake model has grown more than {FAR}-fold in {WINDOW} steps. "
+        "Try a lower student.lr, more fake.updates, or a lower guidance_scale."
+    )
+
+
+def _rising_fake_loss(stats: Stats, history: Sequence[Stats]) -> str | None:
     recent = [line["loss_fake"] for line in history[-100:] if "loss_fake" in line]
-    older = [line["loss_fake"] for line in history[-400:-200] if "loss_fake" in line]
-    if len(recent) >= 100 and len(older) >= 100 and sum(recent) / len(recent) > 2 * sum(older) / len(older):
-        found.append(
-            "The fake model's loss has doubled over the last steps: it is losing track of the student. Try more fake.updates, "
-            "a lower fake.lr, or a lower student.lr."
-        )
-    return found
+    earlier = [line["loss_fake"] for line in history[-400:-200] if "loss_fake" in line]
+    if len(recent) < 100 or len(earlier) < 100 or not _mean(recent) > 2 * _mean(earlier):
+        return None
+    return (
+        "The fake model no longer follows the student: its loss has doubled. "
+        "Try more fake.updates, a lower fake.lr, or a lower student.lr."
+    )
+
+
+def _mean_distance(line: Stats) -> float | None:
+    """Return the mean over the quarters of the schedule; None if the step has no distances."""
+    distances = [value for name, value in line.items() if name.startswith("teacher_fake_distance")]
+    return _mean(distances) if distances else None
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -207,7 +207,7 @@ class Preview:
     def __init__(self, training: Training, stop: Stop) -> None:
         config = training.config
         self.training, self.stop = training, stop
-        self.reference = preview.prepare(
+        self.reference = preview.generate_teacher_images(
             training.backbone,
             config.sample_prompts or tuple(training.conditions.prompts[:8]),
             config.sample_seeds,
@@ -221,7 +221,9 @@ class Preview:
         """Generate the student's images, with the moving average if there is one, and write the grid. Return statistics."""
         training, run = self.training, self.training.run
         with averaged(training.state):
-            stats, grid = preview.validate(training.backbone, self.reference, training.timestep, self.stop.raise_if_requested)
+            stats, grid = preview.validate_student(
+                training.backbone, self.reference, training.timestep, self.stop.raise_if_requested
+            )
         run.ranks.on_first(lambda: save_png(grid, run.grid_file(training.state.step)))
         return stats
 

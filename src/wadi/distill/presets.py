@@ -1,4 +1,4 @@
-"""Presets: readable tables of settings. Every value can be overridden by YAML and on the command line."""
+"""Presets: readable tables of settings. YAML files and the command line can override every value."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ UNET_LINEAR_AND_CONV = (
     r"(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out|time_emb_proj|conv|conv1|conv2|conv_shortcut)"
 )
 
-# The paper's settings (section 3 of the paper's experiments): AdamW, constant schedule, guidance 1.5 on teacher and fake model,
-# sigma_t^2 weighting, t* = T - 1. Batch is per process: the paper's 128 are 16 on each of 8 GPUs, and 21 875 steps are two
-# epochs of its 1.4 M prompts.
+# The paper's settings (its section on experiments): AdamW, constant schedule, guidance 1.5 for teacher and fake model,
+# sigma_t^2 weighting, t* = T - 1. The batch is per process: the paper's 128 images are 16 on each of 8 GPUs. 21 875 steps are
+# two epochs of its 1.4 M prompts.
 PAPER = DistillConfig(
     steps=21_875,
     batch=16,
@@ -35,8 +35,9 @@ PAPER = DistillConfig(
     fake=FakeConfig(rank=32, lr=1e-2, guidance_scale=1.5, updates=1, weighting="alpha2"),
 )
 
-# The embedded teacher in minutes on two cores. Against the paper's: convolutions get angles too (they are most of this
-# network), an earlier t*, DMD's normalised gradient, no guidance on the fake model, a warm start.
+# The embedded teacher in minutes on two cores. Differences from the paper: convolutions get angles too (they hold most of this
+# network's weights), t* is earlier, the gradient is DMD's normalised one, the fake model has no guidance, and the student has a
+# warm start.
 DEMO = DistillConfig(
     teacher="zoo",
     prompts="zoo",
@@ -54,24 +55,25 @@ DEMO = DistillConfig(
     teacher_guidance_scale=2.5,
 )
 
-# Of the paper. In all of them an error of the network counts sigma / alpha = 14.6-fold in the student's image: that is what
-# t = 999 gives with Stable Diffusion's schedule, and what the authors' constant alpha_T^2 = 0.0047 gave with every other.
+# The models of the paper. Where the network predicts noise, the student's image multiplies an error of the network by
+# sigma / alpha = 14.6. Stable Diffusion's schedule gives this factor at t = 999; for every other schedule the authors' code
+# gives it by the constant alpha_T^2 = 0.0047.
 PAPERS = {
-    # t* = 999, the last: as in the paper. Half precision as there; bfloat16 needs no loss scaling.
+    # t* = 999, the last timestep, and float16 with loss scaling, both as in the paper. bfloat16 would need no scaling.
     "sd15": replace(PAPER, dtype="float16"),
     "sd21-base": replace(PAPER, dtype="float16"),
-    # t* = 999: v-prediction has no division by alpha, an error counts sigma = 1.0-fold. The paper's loss of the fake model is
-    # for epsilon; in v it would weigh the noisy timesteps with alpha^4, so the plain error of v is taken.
+    # t* = 999. v-prediction does not divide by alpha: an error is multiplied by sigma = 1.0. The paper's loss of the fake model
+    # is written for epsilon; for v it would weigh noisy timesteps by alpha^4, so we take the plain error of v.
     "sd21": replace(PAPER, dtype="float16", fake=replace(PAPER.fake, weighting="none")),
-    # t* = 727: the linear schedule amplifies errors 157-fold at 999. At 727 its own alpha^2 is the 0.0047 that the authors put
-    # in place of the schedule's at 999, so the student's step is theirs and the mathematics is the schedule's.
+    # t* = 727. At 999 the linear schedule multiplies errors by 157. At 727 its own alpha^2 is 0.0047, the constant that the
+    # authors use at 999. So the student's step equals theirs, and alpha comes from the schedule.
     "pixart-alpha-256": replace(PAPER, student=replace(PAPER.student, rank=128, timestep=727)),
     "pixart-alpha-512": replace(PAPER, student=replace(PAPER.student, rank=128, timestep=727)),
 }
 
-# Not the paper's: considered, and not run at full size. DMD's normalised gradient and an unguided fake model updated more often
-# than the student are what the larger models' one-step distillations have in common (DMD2); the fake model's rate follows from
-# the plain loss, whose gradients are larger than those of the paper's alpha^2.
+# Models that the paper does not cover. These settings are reasoned, not run at full size. One-step distillations of the larger
+# models (DMD2) share DMD's normalised gradient and an unguided fake model that is updated more often than the student. The fake
+# model's learning rate is lower because the plain loss has larger gradients than the paper's alpha^2 loss.
 _OURS = replace(
     PAPER,
     batch=8,
@@ -79,8 +81,8 @@ _OURS = replace(
     fake=replace(PAPER.fake, lr=1e-3, guidance_scale=1.0, updates=5, weighting="none"),
 )
 OURS = {
-    # t* = 399 (errors count 1.2-fold), where DMD2 asks its SDXL student: at 999 one step of SDXL leaves noise in the image.
-    # From pure noise at 399 the teacher itself draws nothing, so the student starts on the teacher's own samples.
+    # t* = 399 (an error is multiplied by 1.2), as for DMD2's SDXL student: one step of SDXL at 999 leaves noise in the image.
+    # From pure noise at 399 the teacher itself generates nothing, so the student starts on the teacher's own images.
     "sdxl": replace(
         _OURS,
         guidance_scale=5.0,
@@ -88,25 +90,25 @@ OURS = {
         student=replace(_OURS.student, timestep=399),
         warm_start=WarmStartConfig(pairs=10_000, sampler_steps=20, guidance_scale=5.0, steps=1000, fake_steps=200),
     ),
-    # t* = 727, as for PixArt-alpha: the same schedule.
+    # t* = 727, as for PixArt-alpha, which has the same schedule.
     "pixart-sigma": replace(
         _OURS,
         guidance_scale=3.0,
         teacher_guidance_scale=4.5,
         student=replace(_OURS.student, rank=128, timestep=727),
     ),
-    # t* = 1000, the start of the flow (sigma = 1, an error counts once): an earlier one gains nothing, and there noise is
-    # what the model expects.
+    # t* = 1000, the start of the flow (sigma = 1, an error is multiplied by 1). An earlier timestep has no advantage: at 1000
+    # the model expects pure noise, which is the student's input.
     "sd3": replace(_OURS, guidance_scale=4.0, teacher_guidance_scale=4.5),
-    # t* = 1000, likewise. Guidance is distilled into the teacher (it is told 3.5): none is added.
+    # t* = 1000, for the same reason. FLUX.1 dev takes its guidance scale as an input; we pass 3.5 and add no guidance.
     "flux": replace(_OURS, batch=1, guidance_scale=1.0, teacher_guidance_scale=1.0, student=replace(_OURS.student, rank=128)),
-    # t* = 1000, likewise.
+    # t* = 1000, for the same reason.
     "sana": replace(_OURS, guidance_scale=4.5, teacher_guidance_scale=4.5),
 }
 
 PRESETS: dict[str, DistillConfig] = {
     "demo": DEMO,
-    # The embedded student: the demo's recipe, five times as long, and held closer to the teacher's own pictures.
+    # The embedded student: the demo's settings, five times as long, with a stronger pull towards the teacher's own images.
     "zoo": replace(
         DEMO,
         steps=1100,
@@ -134,11 +136,11 @@ PRESETS: dict[str, DistillConfig] = {
 
 
 def preset(name: str) -> DistillConfig:
-    """The preset of that name.
+    """Return the preset ``name``.
 
     Raises:
-        WadiError: if there is none.
+        WadiError: if it does not exist.
     """
     if name not in PRESETS:
-        raise WadiError(f"There is no preset {name!r}. Expected one of {', '.join(PRESETS)}.")
+        raise WadiError(f"There is no preset {name!r}. Choose one of {', '.join(PRESETS)}.")
     return PRESETS[name]

@@ -1,4 +1,4 @@
-"""Fixed prompts and seeds, drawn by the teacher once and by the student again and again."""
+"""Sample grids: images of the same prompts and seeds, from the teacher once and from the student again and again."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from wadi.io import grids
 from wadi.io.progress import progress
 from wadi.sampling import decode_in_batches, many_steps, noise, one_step
 
-SHOWN_SEEDS = 2  # per prompt in the grid; diversity uses all
-SHOWN_WIDTH = 128  # pixels that a cell of the grid is enlarged to, at least
+SHOWN_SEEDS = 2  # images per prompt in the grid; the diversity metric uses all
+SHOWN_WIDTH = 128  # smallest width of an image in the grid, in pixels; smaller images are enlarged
 BATCH = 16
 
 
 @dataclass
 class Validation:
-    """What the student's images are held against.
+    """The inputs of the sample grids and the teacher's images for them.
 
     Attributes:
-        condition, z: one row per image, prompts outermost.
-        teacher, undistilled: the teacher's images in many steps and in one, ``(prompts, seeds, 3, h, w)`` in [0, 1].
-        teacher_ms: milliseconds per image of the many-step teacher, decoding included.
+        condition, z: one row per image; all images of one prompt are consecutive.
+        teacher, undistilled: the teacher's images in many steps and in one step, ``(prompts, seeds, 3, h, w)`` in [0, 1].
+        teacher_ms: milliseconds per image of the teacher in many steps, decoding included.
     """
 
     prompts: tuple[str, ...]
@@ -40,7 +40,7 @@ class Validation:
     teacher_steps: int
 
 
-def prepare(
+def generate_teacher_images(
     backbone: Backbone,
     prompts: tuple[str, ...],
     seeds: int,
@@ -50,38 +50,40 @@ def prepare(
     quiet: bool = False,
     between: Callable[[], None] | None = None,
 ) -> Validation:
-    """Draw the teacher's images for ``prompts`` with seeds ``0 .. seeds - 1``; the network must hold the latents' device.
+    """Generate the teacher's images of ``prompts`` with the seeds ``0 .. seeds - 1``.
 
     Args:
-        between: called before each step of the sampler and each batch; may raise to end early.
+        steps, guidance_scale: of the teacher's sampler.
+        timestep: where the student generates; the teacher also generates there in one step, for comparison.
+        between: called before each step of the sampler and each batch; it may raise an exception to stop early.
     """
     device = next(backbone.network.parameters()).device
     z = noise(backbone.latent_shape, list(range(seeds)) * len(prompts)).to(device)
     encoded, null = backbone.encode(prompts), backbone.encode([""])
     rows = torch.arange(len(prompts), device=device).repeat_interleave(seeds)
     condition = encoded[rows]
-    many, start = [], time.perf_counter()
+    images, start = [], time.perf_counter()
     with roles.active(backbone.network, None), progress("teacher's grid", len(z), quiet=quiet) as bar:
         for part in torch.arange(len(z), device=device).split(BATCH):
             latents = many_steps(backbone, condition[part], null, z[part], steps, guidance_scale, between)
-            many.append(decode_in_batches(backbone, latents))
+            images.append(decode_in_batches(backbone, latents))
             bar.advance(by=len(part))
     elapsed = time.perf_counter() - start
     shape = (len(prompts), seeds)
-    once = draw_one_step(backbone, None, condition, z, timestep, between)[0]
+    undistilled = generate_one_step(backbone, None, condition, z, timestep, between)[0]
     return Validation(
-        prompts,
-        condition,
-        z,
-        torch.cat(many).unflatten(0, shape),
-        once.unflatten(0, shape),
-        1000 * elapsed / len(z),
-        steps,
+        prompts=prompts,
+        condition=condition,
+        z=z,
+        teacher=torch.cat(images).unflatten(0, shape),
+        undistilled=undistilled.unflatten(0, shape),
+        teacher_ms=1000 * elapsed / len(z),
+        teacher_steps=steps,
     )
 
 
 @torch.no_grad()
-def draw_one_step(
+def generate_one_step(
     backbone: Backbone,
     role: str | None,
     condition: Condition,
@@ -89,49 +91,52 @@ def draw_one_step(
     timestep: int,
     between: Callable[[], None] | None = None,
 ) -> tuple[Tensor, float]:
-    """One-step images ``(rows, 3, h, w)`` in ``role``, and milliseconds per image, decoding included.
+    """Return one-step images ``(rows, 3, h, w)`` of ``role``, and milliseconds per image, decoding included.
 
     Args:
-        between: called before each batch; may raise to end early.
+        role: None = the teacher.
+        between: called before each batch; it may raise an exception to stop early.
     """
-    start, drawn = time.perf_counter(), []
+    start, images = time.perf_counter(), []
     with roles.active(backbone.network, role):
         for part in torch.arange(len(z), device=z.device).split(BATCH):
             if between is not None:
                 between()
-            drawn.append(decode_in_batches(backbone, one_step(backbone, condition[part], z[part], timestep)))
-    return torch.cat(drawn), 1000 * (time.perf_counter() - start) / len(z)
+            images.append(decode_in_batches(backbone, one_step(backbone, condition[part], z[part], timestep)))
+    return torch.cat(images), 1000 * (time.perf_counter() - start) / len(z)
 
 
-def validate(
+def validate_student(
     backbone: Backbone, validation: Validation, timestep: int, between: Callable[[], None] | None = None
 ) -> tuple[dict[str, float], grids.Image.Image]:
-    """The student's grid; before it its diversity and contrast beside the teacher's, and its time per image.
+    """Generate the student's images; return their statistics and the sample grid.
+
+    The statistics are diversity and contrast, compared with the teacher's, and the time per image.
 
     Args:
-        between: called before each batch; may raise to end early.
+        between: called before each batch; it may raise an exception to stop early.
     """
-    drawn, student_ms = draw_one_step(backbone, "student", validation.condition, validation.z, timestep, between)
-    student = drawn.unflatten(0, validation.teacher.shape[:2])
+    images, student_ms = generate_one_step(backbone, "student", validation.condition, validation.z, timestep, between)
+    student = images.unflatten(0, validation.teacher.shape[:2])
     stats = {
-        "diversity": health.diversity(student),
-        "diversity_teacher": health.diversity(validation.teacher),
-        "contrast_ratio": _share(health.contrast(student), health.contrast(validation.teacher)),
+        "diversity": health.pixel_diversity(student),
+        "diversity_teacher": health.pixel_diversity(validation.teacher),
+        "contrast_ratio": _ratio(health.pixel_contrast(student), health.pixel_contrast(validation.teacher)),
         "student_ms_per_image": student_ms,
         "teacher_ms_per_image": validation.teacher_ms,
     }
-    stats["diversity_ratio"] = _share(stats["diversity"], stats["diversity_teacher"])
-    told = {name: value for name, value in stats.items() if value == value}  # one seed has no diversity
-    return told, grid(validation, student)
+    stats["diversity_ratio"] = _ratio(stats["diversity"], stats["diversity_teacher"])
+    defined = {name: value for name, value in stats.items() if value == value}  # one image per prompt has no diversity
+    return defined, sample_grid(validation, student)
 
 
-def _share(student: float, teacher: float) -> float:
-    """Ratio to the teacher's figure; not a number where a teacher of blank pictures has none."""
+def _ratio(student: float, teacher: float) -> float:
+    """Return ``student / teacher``; NaN if the teacher's value is 0, as the contrast of blank images is."""
     return student / teacher if teacher else float("nan")
 
 
-def grid(validation: Validation, student: Tensor) -> grids.Image.Image:
-    """Teacher in many steps, teacher in one, student in one; a column per prompt."""
+def sample_grid(validation: Validation, student: Tensor) -> grids.Image.Image:
+    """Return the grid: rows of the teacher in many steps, the teacher in one, the student in one; a column per prompt."""
     shown = min(SHOWN_SEEDS, student.shape[1])
     blocks = (
         (f"teacher\n{validation.teacher_steps} steps", validation.teacher),

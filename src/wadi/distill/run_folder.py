@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from wadi import roles
-from wadi.distill import config as configs
+from wadi.distill import config_files
 from wadi.distill.config import DistillConfig
 from wadi.errors import WadiError
 from wadi.io.files import remove_folder, write_whole
@@ -58,7 +58,9 @@ class Run:
     def _check(self) -> None:
         try:
             if self.config_file.exists():
-                changed = configs.differences(configs.load(self.config_file), self.config, sources=not self._has_checkpoint())
+                changed = config_files.changed_settings(
+                    config_files.load_config(self.config_file), self.config, sources=not self._has_checkpoint()
+                )
                 if changed and self._has_any_checkpoint():
                     raise WadiError(
                         f"{str(self.folder)!r} contains a run with another config. Different: {'; '.join(changed)}. Use the "
@@ -93,7 +95,7 @@ class Run:
         """
         if not self.config_file.exists() or self._has_any_checkpoint():
             return
-        if changed := configs.differences(configs.load(self.config_file), self.config):
+        if changed := config_files.changed_settings(config_files.load_config(self.config_file), self.config):
             console.print(
                 f"{self.folder} has no checkpoint of its earlier settings, so it starts again. Changed: {'; '.join(changed)}.",
                 soft_wrap=True,
@@ -113,8 +115,8 @@ class Run:
             WadiError: if the folder cannot be written.
         """
         try:
-            if not (self.config_file.exists() and configs.load(self.config_file) == self.config):
-                configs.save(self.config, self.config_file)
+            if not (self.config_file.exists() and config_files.load_config(self.config_file) == self.config):
+                config_files.save_config(self.config, self.config_file)
             self.samples.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise write_error(self.folder, error) from error

@@ -13,7 +13,7 @@ from wadi import roles
 from wadi.backbones import Backbone, Condition, check_not_distilled, from_pipeline, load_pipeline
 from wadi.backbones.digest import loaded_digest
 from wadi.distill.batch import images_per_step
-from wadi.distill.conditions import Conditions, conditions_of, open_source
+from wadi.distill.conditions import Conditions, conditions_of, open_prompts_or_cache
 from wadi.distill.config import DistillConfig, FakeConfig, StudentConfig
 from wadi.distill.optimizers import initial_state
 from wadi.distill.run_folder import Run
@@ -69,7 +69,7 @@ def prepare(config: DistillConfig) -> Training:
     ranks = Ranks.of_process_group()
     run = Run(config, ranks)
     console.quiet = ranks.index > 0
-    prompts = open_source(config.prompts, config.prompts_field)
+    prompts = open_prompts_or_cache(config.prompts, config.prompts_field)
     if ranks.count > 1:
         device = accelerator.device
     if device.type == "cpu":

@@ -17,12 +17,11 @@ from typing import Any
 
 from PIL import Image
 
-from wadi.distill.config import flatten
 from wadi.errors import WadiError
 from wadi.evaluate.generators import LIBRARIES, Generator
 from wadi.io.files import write_whole
 from wadi.io.progress import progress
-from wadi.io.records import Record, as_json, convert, read_json
+from wadi.io.records import Record, as_json, convert, flatten, read_json
 from wadi.io.regular import exists
 from wadi.io.versions import installed_versions
 from wadi.parallel.ranks import Ranks

@@ -10,7 +10,7 @@ import torch
 from wadi import roles
 from wadi.backbones import from_pipeline, load_pipeline
 from wadi.diffusion.schedulers import one_step_scheduler
-from wadi.distill import config
+from wadi.distill import config_files
 from wadi.errors import WadiError
 from wadi.zoo.paths import embedded_path, resolve_teacher
 
@@ -92,7 +92,7 @@ def locate_adapter(run: str | Path | None, adapter: str | Path | None, teacher: 
             "--out."
         )
     # Bounds are not checked: earlier versions accepted settings that are now out of bounds.
-    folder, named = Path(run) / "student", config.read_settings(settings).get("teacher")
+    folder, named = Path(run) / "student", config_files.read_settings(settings).get("teacher")
     if not (named or teacher):
         raise WadiError(f"Config {str(settings)!r} names no teacher. Set --teacher.")
     if not folder.is_dir():

@@ -1,4 +1,5 @@
-"""What a run adapts, trains and needs in memory, computed before it starts and without weights.
+"""What a run will train and how much memory a step takes, computed before the run starts and without weights.
 
-Start with `plan.py`. `memory.py` runs one real step on tensors without contents; `fitting.py` suggests settings that fit.
+Start with `plan.py`. `architecture.py` reads a model's config files, `memory.py` runs one step on tensors without contents, and
+`fitting.py` suggests settings that fit into the memory of a device.
 """

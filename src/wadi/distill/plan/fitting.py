@@ -1,4 +1,4 @@
-"""After memory ran out: which settings of the run would fit, by the plan's count of a step's bytes."""
+"""Settings that fit into the memory of a device, from the plan of a step. For the error message after memory ran out."""
 
 from __future__ import annotations
 
@@ -9,77 +9,84 @@ import torch
 
 from wadi.distill.config import DistillConfig
 from wadi.distill.plan import plan
-from wadi.distill.plan.plan import Architecture
+from wadi.distill.plan.architecture import Architecture, read_architecture
 from wadi.errors import WadiError
 from wadi.parallel.device import total_memory
 
-USABLE = 0.85  # of the memory: the rest is the context, workspaces and fragments, which the plan does not count
+USABLE = 0.85  # share of the memory for the step; the CUDA context, workspaces and fragmentation need the rest
 GIB = 2**30
 
 
-def advice(config: DistillConfig, device: torch.device, processes: int = 1) -> str:
-    """Sentences that say what a step of ``config`` needs, what ``device`` has, and settings that would fit.
+def suggest_settings(config: DistillConfig, device: torch.device, processes: int = 1) -> str:
+    """Return sentences: the memory that a step of ``config`` needs, the memory of ``device``, and settings that would fit.
 
-    The images per step, and with them the result, stay the same. Empty if the plan cannot be made.
+    The suggested settings keep the number of images per step, and with it the result. Empty if the plan cannot be computed.
     """
     try:
-        found, room = plan.architecture_of(config.teacher), total_memory(device)
-        line = Line.of(config, found, processes)
-        fitting = list(options(config, found, room, processes))
+        architecture, available = read_architecture(config.teacher), total_memory(device)
+        estimate = Estimate.of(config, architecture, processes)
+        fitting = list(fitting_options(config, architecture, available, processes))
     except (WadiError, OSError, MemoryError, RuntimeError):
         return ""
-    needed = line.bytes_at(config.batch, config.gradient_checkpointing)
-    text = f"A step needs about {needed / GIB:.1f} GiB by the plan; {device} has {room / GIB:.1f} GiB in all."
+    needed = estimate.bytes_at(config.batch, config.gradient_checkpointing)
+    text = f"A step needs about {needed / GIB:.1f} GiB (see `wadi plan`); {device} has {available / GIB:.1f} GiB in total."
     if fitting:
-        return f"{text} Less is needed with {'; or with '.join(fitting)}."
-    return f"{text} Nothing with as many images per step fits: choose a lower --resolution or rank, or --dtype bfloat16."
+        return f"{text} These settings need less: {'; or '.join(fitting)}."
+    return f"{text} No batch size fits. Choose a lower --resolution or rank, or --dtype bfloat16."
 
 
 @dataclass(frozen=True)
-class Line:
-    """Bytes of a step at batch 1 and at ``batch``, by whether there is gradient checkpointing.
+class Estimate:
+    """Bytes of a step at batch 1 and at ``batch``, with gradient checkpointing (True) and without (False).
 
-    A step needs the most of several moments, each linear in the batch; between two batches the line is at or above it.
+    The memory of a step is the maximum over several moments, and each grows linearly with the batch. A straight line between
+    two batch sizes is therefore never too low.
     """
 
     batch: int
-    one: dict[bool, int]
-    last: dict[bool, int]
+    smallest: dict[bool, int]
+    largest: dict[bool, int]
 
     @classmethod
-    def of(cls, config: DistillConfig, found: Architecture, processes: int = 1) -> Line:
-        """Plan batch 1 and that of ``config``; a plan of a large model takes some ten seconds."""
-        last = max(2, config.batch)
-        plans = [plan.plan(replace(config, batch=batch), found, processes) for batch in (1, last)]
-        return cls(last, *({on: p.memory["checkpointed" if on else "plain"].total for on in (False, True)} for p in plans))
+    def of(cls, config: DistillConfig, architecture: Architecture, processes: int = 1) -> Estimate:
+        """Plan batch 1 and the batch of ``config``. The plan of a large model takes about ten seconds."""
+        batch = max(2, config.batch)
+        plans = [plan.plan_run(replace(config, batch=size), architecture, processes) for size in (1, batch)]
+        return cls(batch, *({on: p.memory["checkpointed" if on else "plain"].total for on in (False, True)} for p in plans))
 
     def bytes_at(self, batch: int, checkpointing: bool) -> int:
-        """Bytes of a step, text encoders and autoencoder included."""
-        one, last = self.one[checkpointing], self.last[checkpointing]
-        return one + (batch - 1) * (last - one) // (self.batch - 1)
+        """Return the bytes of a step, including text encoders and autoencoder."""
+        smallest, largest = self.smallest[checkpointing], self.largest[checkpointing]
+        return smallest + (batch - 1) * (largest - smallest) // (self.batch - 1)
 
 
-def options(config: DistillConfig, found: Architecture, room: int, processes: int = 1) -> Iterator[str]:
-    """Command-line options that make a step fit into ``room`` bytes, with the GiB it then needs.
+def fitting_options(config: DistillConfig, architecture: Architecture, available: int, processes: int = 1) -> Iterator[str]:
+    """Yield command-line options with which a step fits into ``available`` bytes, and the memory that it then needs.
 
-    First those with which the run can be continued: a lower batch, gradient checkpointing. ``recompute`` if they do not do.
+    A lower batch and gradient checkpointing come first, because a run can be resumed with them. ``recompute`` is suggested
+    only if they are not enough.
     """
-    images, offers = config.batch * config.accumulate, 0
+    images, count = config.batch * config.accumulate, 0
     for recompute in (False, True):
-        if recompute < config.recompute or (recompute and offers):
+        if recompute < config.recompute or (recompute and count):
             continue
-        line = Line.of(replace(config, recompute=recompute), found, processes)
+        estimate = Estimate.of(replace(config, recompute=recompute), architecture, processes)
         for checkpointing in (False, True):
-            words = " --gradient_checkpointing true" * (checkpointing > config.gradient_checkpointing)
-            words += " --recompute true" * (recompute > config.recompute)
-            fit = [n for n in _divisors(images) if n <= config.batch and line.bytes_at(n, checkpointing) <= USABLE * room]
-            if checkpointing < config.gradient_checkpointing or not fit or (fit[0], words) == (config.batch, ""):
+            flags = " --gradient_checkpointing true" * (checkpointing > config.gradient_checkpointing)
+            flags += " --recompute true" * (recompute > config.recompute)
+            fitting = [
+                batch
+                for batch in _divisors(images)
+                if batch <= config.batch and estimate.bytes_at(batch, checkpointing) <= USABLE * available
+            ]
+            if checkpointing < config.gradient_checkpointing or not fitting or (fitting[0], flags) == (config.batch, ""):
                 continue
-            share = f"--batch {fit[0]} --accumulate {images // fit[0]}" if fit[0] < config.batch else ""
-            offers += 1
-            yield f"{share}{words} (about {line.bytes_at(fit[0], checkpointing) / GIB:.1f} GiB)".strip()
+            batch = fitting[0]
+            smaller = f"--batch {batch} --accumulate {images // batch}" if batch < config.batch else ""
+            count += 1
+            yield f"{smaller}{flags} (about {estimate.bytes_at(batch, checkpointing) / GIB:.1f} GiB)".strip()
 
 
 def _divisors(number: int) -> list[int]:
-    """Descending."""
+    """Return all divisors, the largest first."""
     return [candidate for candidate in range(number, 0, -1) if number % candidate == 0]

@@ -1,0 +1,41 @@
+"""The text of a plan, as ``wadi plan`` prints it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from wadi.distill.plan.plan import Plan
+
+
+def describe_plan(plan: Plan) -> str:
+    """Return the plan as lines of text."""
+    height, width = plan.resolution
+    lines = [
+        f"{plan.model}: {plan.parameters / 1e6:,.2f} M parameters, images of {height} x {width} pixels",
+        f"student generates at t = {plan.timestep}, where an error of the network is multiplied by {plan.amplification:.1f}",
+        "",
+    ]
+    for name, role in (("student", plan.student), ("fake model", plan.fake)):
+        share = role.parameters / plan.parameters
+        lines.append(f"{name}: rank {role.rank}, {len(role.layers)} layers, {role.parameters:,} trainable ({share:.1%})")
+        lines += [f"  {count:4d} x {kind}" for kind, count in count_kinds(role.layers).items()]
+    processes = f"{plan.processes} process{'' if plan.processes == 1 else 'es'}"
+    settings = f"batch {plan.batch}, {plan.dtype}, {processes}, {plan.images} images per step"
+    lines += ["", f"peak memory of each process in GiB ({settings}):"]
+    columns = list(plan.memory.values())
+    lines.append(f"  {'gradient checkpointing':<24}{'on':>10}{'off':>10}")
+    for part in vars(columns[0]):
+        lines.append(f"  {part:<24}" + "".join(f"{getattr(column, part) / 2**30:10.2f}" for column in columns))
+    lines.append(f"  {'total':<24}" + "".join(f"{column.total / 2**30:10.2f}" for column in columns))
+    lines += [
+        "",
+        "Not counted: workspaces of kernels, the CUDA context, and sample grids, which decode 16 images at once.",
+        "Text encoders are not needed in memory if the prompts come from a folder of `wadi embed`.",
+    ]
+    return "\n".join(lines)
+
+
+def count_kinds(layers: list[str]) -> dict[str, int]:
+    """Count layers by their name within a block, without the block's number: ``attn1.to_q``, ``ff.net.2``, ..."""
+    return dict(Counter(re.sub(r"^.*(blocks|attentions|resnets)\.\d+\.", "", name) for name in layers).most_common())
