@@ -81,6 +81,12 @@ def test_help_shows_every_option_with_dashes(name, capsys):
     assert max(map(len, text.splitlines())) <= 128
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_option_has_a_help_text(name):
+    without = [action.option_strings[-1] for action in options_of(name) if not action.help]
+    assert without == []
+
+
 @pytest.mark.parametrize("name", ["distill", "plan"])
 def test_every_setting_of_a_run_is_in_a_named_group(name):
     parser = CASES[name].parser(name)

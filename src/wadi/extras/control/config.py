@@ -13,22 +13,39 @@ SEEDS = 2**40  # a generator's seed is a million times this seed plus the step, 
 
 @dataclass(frozen=True)
 class ControlConfig:
-    """Settings of a training. The shipped ControlNet of the embedded teacher was trained with the defaults."""
+    """Settings of a training. The shipped ControlNet of the embedded teacher was trained with the defaults.
 
-    out: str = "runs/control"  # folder; the same command continues an interrupted training
-    pictures: int = 1024  # training images, generated once by the teacher
-    picture_steps: int = 10  # steps of the teacher's sampler
-    guidance_scale: float = 2.5  # with which the teacher generates the training images
-    steps: int = 900  # updates in total
-    batch: int = 16  # images per update
-    lr: float = 1e-3  # learning rate of AdamW; rises for 30 steps, then falls to 0 as a cosine
-    drop: float = 0.1  # share of prompts replaced by the empty one, so that guidance works; not used with a student
-    picture_weight: float = 1.0  # with a student: weight of the squared error of its latents, which blurs
-    edge_weight: float = 2.0  # with a student: weight of the difference between edges
-    keep_weight: float = 0.0  # with a student: weight of the change of the ControlNet's residuals
-    slim: bool = True  # a ControlNet without attention and text, see `wadi.extras.control.network`
+    Args:
+        out: folder of the training; the same command continues an interrupted one.
+        pictures: number of training images, which the teacher generates once.
+        picture_steps: steps of the teacher's sampler for the training images.
+        guidance_scale: guidance with which the teacher generates the training images.
+        steps: updates in total.
+        batch: images per update.
+        lr: learning rate of AdamW; it rises for 30 steps and then falls to 0 as a cosine.
+        drop: share of prompts replaced by the empty one, so that guidance works; not used with a student.
+        picture_weight: with a student, weight of the squared error of its latents; a large one blurs.
+        edge_weight: with a student, weight of the difference between edges.
+        keep_weight: with a student, weight of the change of the ControlNet's residuals.
+        slim: train a ControlNet without attention and text (`wadi.extras.control.network`).
+        seed: seed of the images, noise and timesteps.
+        save_every: updates between checkpoints.
+    """
+
+    out: str = "runs/control"
+    pictures: int = 1024
+    picture_steps: int = 10
+    guidance_scale: float = 2.5
+    steps: int = 900
+    batch: int = 16
+    lr: float = 1e-3
+    drop: float = 0.1
+    picture_weight: float = 1.0
+    edge_weight: float = 2.0
+    keep_weight: float = 0.0
+    slim: bool = True
     seed: int = 0
-    save_every: int = 100  # updates between checkpoints
+    save_every: int = 100
 
     def __post_init__(self) -> None:
         for name, largest in COUNTS.items():

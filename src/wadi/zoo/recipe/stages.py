@@ -22,26 +22,46 @@ STAGES = ("data", "autoencoder", "teacher", "classifier", "export")
 
 @dataclass(frozen=True)
 class ZooConfig:
-    """Settings of the recipe. The shipped weights were made with the defaults."""
+    """Settings of the recipe. The shipped weights were made with the defaults.
 
-    out: str = "runs/zoo"  # folder of all files
-    stage: str = "all"  # one of STAGES, or all of them in order
-    tarballs: str | None = None  # folder with the npm tarballs (fetched into it where missing); OUT/npm if not given
-    weights: str | None = None  # where the shipped folders go; OUT/weights if not given
+    Args:
+        out: folder of all files.
+        stage: one stage of the recipe (data, autoencoder, teacher, classifier, export), or all of them in order.
+        tarballs: folder of the npm tarballs; missing ones are downloaded into it; null = OUT/npm.
+        weights: folder of the weights to ship; null = OUT/weights.
+        seed: seed of initial weights, compositions and noise.
+        threads: threads of torch; 0 = as torch chooses.
+        minutes_autoencoder: training time of the autoencoder, in minutes.
+        batch_autoencoder: images per step of the autoencoder.
+        lr_autoencoder: learning rate of Muon for the autoencoder; parameters that Adam trains have 1e-3.
+        minutes_teacher: training time of the teacher, in minutes.
+        batch_teacher: images per step of the teacher.
+        lr_teacher: learning rate of Muon for the teacher; parameters that Adam trains have 2e-3.
+        pool: latents kept ready for the teacher; new ones replace the oldest.
+        first_fill: compositions of every sprite made before the teacher's training starts.
+        fresh_per_step: compositions added at every step of the teacher.
+        minutes_grid: minutes between image grids; each comes with a checkpoint.
+        steps_classifier: training steps of the classifier.
+    """
+
+    out: str = "runs/zoo"
+    stage: str = "all"
+    tarballs: str | None = None
+    weights: str | None = None
     seed: int = 0
-    threads: int = 0  # of torch; 0 leaves it to torch
+    threads: int = 0
 
     minutes_autoencoder: float = 26.0
     batch_autoencoder: int = 8
-    lr_autoencoder: float = 0.01  # of Muon; Adam's part has 1e-3
+    lr_autoencoder: float = 0.01
 
     minutes_teacher: float = 67.0
     batch_teacher: int = 48
-    lr_teacher: float = 0.01  # of Muon; Adam's part has 2e-3
-    pool: int = 50_000  # latents kept ready; new ones replace the oldest
-    first_fill: int = 16  # compositions of every sprite made before training starts
-    fresh_per_step: int = 6  # compositions added at every step
-    minutes_grid: float = 10.0  # between grids, each with a checkpoint
+    lr_teacher: float = 0.01
+    pool: int = 50_000
+    first_fill: int = 16
+    fresh_per_step: int = 6
+    minutes_grid: float = 10.0
 
     steps_classifier: int = 1200
 
