@@ -81,9 +81,9 @@ def test_help_shows_every_option_with_dashes(name, capsys):
     assert max(map(len, text.splitlines())) <= 128
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_every_option_has_a_help_text(name):
-    without = [action.option_strings[-1] for action in options_of(name) if not action.help]
+    without = [option for option, action in options_of(name).items() if not action.help]
     assert without == []
 
 
