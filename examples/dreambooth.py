@@ -3,7 +3,7 @@
     python examples/dreambooth.py                # writes runs/green-apple and runs/green-apple.png
 
 This is the same as `wadi dreambooth --teacher zoo --subject examples/subject/green-apple --prompt "sks apple"
---out runs/green-apple --prior_prompt "red apple"`, followed by `wadi generate "sks apple, on a purple background"
+--out runs/green-apple --prior-prompt "red apple"`, followed by `wadi generate "sks apple, on a purple background"
 --lora runs/green-apple`.
 """
 

@@ -1,4 +1,4 @@
-"""Check that an error names the value that is wrong. The wording of the message is free."""
+"""Check an error by its type and by the values that it names. The wording of the message is free."""
 
 from contextlib import contextmanager
 
@@ -8,11 +8,14 @@ from wadi.errors import WadiError
 
 
 @contextmanager
-def raises_naming(*values):
-    """Require a `WadiError` within the block whose message is one line and contains each of ``values``."""
-    with pytest.raises(WadiError) as caught:
-        yield
+def raises_naming(*values, error=WadiError):
+    """Require ``error`` within the block, with a message that contains each of ``values``; a `WadiError` has one line.
+
+    Values are wrong inputs, files, options, counts. Yields pytest's information about the error.
+    """
+    with pytest.raises(error) as caught:
+        yield caught
     message = str(caught.value)
-    assert "\n" not in message
+    assert error is not WadiError or "\n" not in message
     missing = [value for value in map(str, values) if value not in message]
     assert not missing, f"{message!r} does not name {missing}"

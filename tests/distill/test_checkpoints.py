@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from failing import fails
+from raising import raises_naming
 from wadi import roles
 from wadi.distill import checkpoint_folders, checkpoints
 from wadi.distill.state import TrainState
@@ -53,7 +53,7 @@ def test_intact_checkpoints_are_never_crowded_out_by_damaged_ones(damaged, keep,
         if bad:
             spoil(checkpoint_folders.place(tmp_path, step))
     if all(damaged):
-        with fails("step-0000004"):
+        with raises_naming("step-0000004"):
             checkpoint_folders.latest(tmp_path)
         return
     found, complaints = checkpoint_folders.latest(tmp_path)
@@ -174,7 +174,7 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
     state.step = 1
     with torch.no_grad():
         roles.parameters(network, "student")["0.lorad_A"][3, 1] = float("nan")
-    with fails("step 1", "student", "0.lorad_A"):
+    with raises_naming("step 1", "student", "0.lorad_A"):
         checkpoints.save(tmp_path, state, "teacher", keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-0000000"]
     assert checkpoint_folders.latest(tmp_path)[1] == []

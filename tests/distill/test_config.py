@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from failing import fails
+from raising import raises_naming
 from wadi.distill import config_files
 from wadi.distill.config import BOUNDS, DistillConfig, FakeConfig, StudentConfig, WarmStartConfig
 from wadi.distill.config_files import changed_settings, from_dict, load_config, save_config, to_dict
@@ -80,7 +80,7 @@ def test_presets_are_valid_and_survive_yaml(name):
 
 
 def test_an_unknown_preset_is_named_with_the_known_ones():
-    with fails("sd16", "sd15"):
+    with raises_naming("sd16", "sd15"):
         preset("sd16")
 
 
@@ -105,7 +105,7 @@ def test_an_unknown_preset_is_named_with_the_known_ones():
     ],
 )
 def test_mistakes_are_named(values, named):
-    with fails(*named):
+    with raises_naming(*named):
         from_dict(values)
 
 
@@ -124,7 +124,7 @@ def test_mistakes_are_named(values, named):
 )  # fmt: skip
 def test_a_value_out_of_bounds_is_named(name, value):
     outer, _, inner = name.partition(".")
-    with fails(name, *(value if isinstance(value, list) else [value])):
+    with raises_naming(name, *(value if isinstance(value, list) else [value])):
         from_dict({outer: {inner: value} if inner else value})
 
 
@@ -140,9 +140,9 @@ def test_numbers_widen_and_yaml_exponents_are_numbers(tmp_path):
 def test_a_file_that_is_not_a_mapping_is_named(content, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_bytes(content)
-    with fails(path):
+    with raises_naming(path):
         load_config(path)
-    with fails(tmp_path / "none.yaml"):
+    with raises_naming(tmp_path / "none.yaml"):
         load_config(tmp_path / "none.yaml")
 
 
@@ -187,7 +187,7 @@ FLOATS = [name for name, bounds in BOUNDS.items() if isinstance(bounds, Number)]
 def test_settings_are_finite(name, value):
     group, _, inner = name.rpartition(".")
     given = [0.5, value] if name in ("t_range", "betas") else value
-    with fails(name, value):
+    with raises_naming(name, value):
         from_dict({group: {inner: given}} if group else {name: given})
 
 
@@ -208,7 +208,7 @@ def test_every_number_has_bounds():
 )  # fmt: skip
 def test_absurd_values_are_errors_with_a_short_message(name, value):
     group, _, inner = name.rpartition(".")
-    with fails(name) as error:
+    with raises_naming(name) as error:
         from_dict({group: {inner: value}} if group else {name: value})
     assert len(str(error.value)) < 500
 

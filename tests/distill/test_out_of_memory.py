@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tiny
-from failing import fails
+from raising import raises_naming
 from runs import assert_same_run, at_steps, state_of
 from wadi.backbones import load_pipeline
 from wadi.cli import main
@@ -67,7 +67,7 @@ def test_a_run_that_ran_out_of_memory_continues_with_less(sd_folder, prompts_pat
     full = tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=4, checkpoint_every=2)
     with monkeypatch.context() as patch:
         at_steps(patch, [2], allocate)
-        with fails("step 2 ", "batch 2", error=OutOfMemory):
+        with raises_naming("step 2 ", "batch 2", error=OutOfMemory):
             distill(full)
     assert state_of(tmp_path / "run")[1]["step"] == 2
     distill(dataclasses.replace(full, gradient_checkpointing=True))
@@ -179,7 +179,7 @@ def test_the_cpus_memory_is_what_this_process_may_use():
 def test_generating_says_how_many_images_were_too_many(sd_folder, monkeypatch):
     pipeline = load_pipeline(sd_folder)
     monkeypatch.setattr(type(pipeline), "__call__", lambda *a, **b: allocate())
-    with fails(3, "--batch"):
+    with raises_naming(3, "--batch"):
         generate.generate_images(pipeline, ["a"] * 3, [0, 1, 2])
 
 

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from failing import fails
+from raising import raises_naming
 from wadi.distill.report.curves import PLOTS, plot_svg
 from wadi.distill.report.page import write_report
 from wadi.distill.run_folder import read_stats
@@ -51,10 +51,10 @@ def test_the_summary_has_the_last_value_of_each_statistic(run):
 
 
 def test_a_folder_without_config_or_statistics_gets_no_report(run, tmp_path):
-    with fails(tmp_path / "nothing", "config.yaml"):
+    with raises_naming(tmp_path / "nothing", "config.yaml"):
         write_report(tmp_path / "nothing")
     (run / "stats.jsonl").unlink()
-    with fails(run):
+    with raises_naming(run):
         write_report(run)
     assert not (run / "report.html").exists()
 

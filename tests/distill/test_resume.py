@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import tiny
-from failing import fails
+from raising import raises_naming
 from runs import WARM, assert_same_run, at_steps, state_of, terminate
 from wadi import roles
 from wadi.distill import checkpoint_folders, loop
@@ -177,7 +177,7 @@ def test_no_intact_checkpoint_is_an_error_and_changes_nothing(copy):
     for number in (2, 3):
         spoil(folder / "checkpoints" / f"step-000000{number}" / "training.safetensors", "altered")
     stats = (folder / "stats.jsonl").read_text()
-    with fails("step-0000003"):
+    with raises_naming("step-0000003"):
         distill(config)
     assert (folder / "stats.jsonl").read_text() == stats
 
@@ -189,7 +189,7 @@ def test_a_checkpoint_of_another_teacher_is_refused(copy, sd_folder, tmp_path):
     settings = folder / "config.yaml"
     settings.write_text(settings.read_text().replace(str(sd_folder), str(other)))
     _, before = state_of(folder)
-    with fails("step-0000003", before["teacher"]):
+    with raises_naming("step-0000003", before["teacher"]):
         distill(dataclasses.replace(config, teacher=str(other)))
     assert state_of(folder)[1] == before
 
@@ -198,7 +198,7 @@ def test_another_config_is_refused_and_the_difference_shown(copy):
     config, folder, _ = copy
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     changed = dataclasses.replace(config, guidance_scale=2.0, student=dataclasses.replace(config.student, lr=0.5))
-    with fails("student.lr", 0.001, 0.5, "guidance_scale", 1.5, 2.0):
+    with raises_naming("student.lr", 0.001, 0.5, "guidance_scale", 1.5, 2.0):
         distill(changed)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
@@ -222,7 +222,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(sd_folder, prompts_path, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", train_step)
         try:
-            with fails(tmp_path / "run"):
+            with raises_naming(tmp_path / "run"):
                 distill(config)
         finally:
             disk.__exit__(None, None, None)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import tiny
-from failing import fails
+from raising import raises_naming
 from runs import state_of, stats_of
 from wadi import roles
 from wadi.backbones import load_pipeline
@@ -180,13 +180,13 @@ def test_one_role_that_stays_not_finite_stops_the_run(sd_folder, prompts_path, t
     config = tiny.settings(
         sd_folder, prompts_path, tmp_path / "run", steps=20, checkpoint_every=1, max_skipped=3, keep_checkpoints=1
     )
-    with fails("student", "step 3"):
+    with raises_naming("student", "step 3"):
         distill(config)
     last, complaints = checkpoint_folders.latest(tmp_path / "run" / "checkpoints")
     assert (last.name, complaints) == ("step-0000003", [])
     # the count is part of the state: the same command does not buy three more
     nan_gradient(monkeypatch, set(range(99)))
-    with fails("student", "step 3"):
+    with raises_naming("student", "step 3"):
         distill(config)
 
 
@@ -197,7 +197,7 @@ def test_a_finite_step_in_between_starts_the_count_anew(sd_folder, prompts_path,
 
 
 def test_angles_that_left_the_numbers_stop_the_run(sd_folder, prompts_path, tmp_path):
-    with fails("fake"):
+    with raises_naming("fake"):
         distill(tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=20, max_skipped=2, fake={"lr": 1e25}))
     assert checkpoint_folders.latest(tmp_path / "run" / "checkpoints") == (None, [])
 
@@ -223,9 +223,9 @@ def test_a_folder_of_something_else_is_not_touched(sd_folder, prompts_path, tmp_
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     (tmp_path / "file").write_text("x")
     for name in ("mine", "file"):
-        with fails(tmp_path / name):
+        with raises_naming(tmp_path / name):
             distill(tiny.settings(sd_folder, prompts_path, tmp_path / name))
-    with fails(tmp_path / "file"):
+    with raises_naming(tmp_path / "file"):
         distill(tiny.settings(sd_folder, prompts_path, tmp_path / "file" / "run"))
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 

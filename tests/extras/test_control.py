@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from backbones import small_pipelines
-from naming import error_naming
+from raising import raises_naming
 from wadi.backbones import from_pipeline
 from wadi.diffusion.schedulers import one_step_scheduler, timestep_of
 from wadi.extras.control.agreement import edge_f1, stacked
@@ -291,7 +291,7 @@ def test_an_image_prompt_and_a_controlnet_together(tmp_path):
 def test_settings_that_controlled_pipelines_ignore_are_rejected(name, setting, tmp_path):
     """The plain pipeline obeys them, so that even a control of strength 0 would change the images."""
     base = student(name, tmp_path, plain=False)
-    with error_naming(setting):
+    with raises_naming(setting):
         with_control(base, t2i_adapter() if name == "sdxl" else control_for(name, base))
 
 
@@ -303,11 +303,11 @@ def test_a_controlnet_of_another_family_is_rejected_by_its_numbers(tmp_path):
     from diffusers import UNet2DConditionModel
 
     other = UNet2DConditionModel(**{**small.unet.config, "cross_attention_dim": 48, "block_out_channels": (8, 32)})
-    with error_naming("block_out_channels [8, 32]", [16, 32], "cross_attention_dim 48", 32):
+    with raises_naming("block_out_channels [8, 32]", [16, 32], "cross_attention_dim 48", 32):
         with_control(small, controlnet_of(other, 2))
-    with error_naming("8 times", "2 times"):
+    with raises_naming("8 times", "2 times"):
         with_control(small, controlnet_of(small.unet, 8))
-    with error_naming(type(small).__name__, "FluxControlNetModel"):
+    with raises_naming(type(small).__name__, "FluxControlNetModel"):
         with_control(small, control_for("flux", student("flux", tmp_path / "flux")))
 
 
@@ -315,36 +315,36 @@ def test_adapters_of_another_family_are_rejected(tmp_path):
     from diffusers import T2IAdapter
 
     plain = student("sd1", tmp_path)
-    with error_naming("T2I-Adapter", [(16, 4), (32, 4)]):
+    with raises_naming("T2I-Adapter", [(16, 4), (32, 4)]):
         with_control(plain, T2IAdapter(channels=[16, 32], num_res_blocks=1, downscale_factor=2, adapter_type="full_adapter"))
     other = student("sdxl", tmp_path / "xl")
     file = ip_adapter(tmp_path, other.unet)
-    with error_naming("IP-Adapter"):
+    with raises_naming("IP-Adapter"):
         with_control(plain, file)
-    with error_naming("SanaPipeline"):
+    with raises_naming("SanaPipeline"):
         with_control(student("sana", tmp_path / "sana"), file)
 
 
 def test_controls_that_do_not_exist(tmp_path):
     plain = student("sd1", tmp_path)
     for missing in (tmp_path / "none", "./nothing-here"):
-        with error_naming(missing):
+        with raises_naming(missing):
             with_control(plain, missing)
     (tmp_path / "empty").mkdir()
-    with error_naming("empty"):
+    with raises_naming("empty"):
         with_control(plain, tmp_path / "empty")
     (tmp_path / "empty" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
-    with error_naming("AutoencoderKL"):
+    with raises_naming("AutoencoderKL"):
         with_control(plain, tmp_path / "empty")
-    with error_naming("ip-adapter.safetensors"):
+    with raises_naming("ip-adapter.safetensors"):
         with_control(plain, tmp_path / "ip-adapter.safetensors")
     file = ip_adapter(tmp_path, plain.unet)
     (tmp_path / "image_encoder" / "config.json").rename(tmp_path / "config.json")
     shutil.rmtree(tmp_path / "image_encoder")
-    with error_naming("image_encoder"):
+    with raises_naming("image_encoder"):
         with_control(plain, file)
     (tmp_path / "broken.safetensors").write_bytes(b"no")
-    with error_naming("broken.safetensors"):
+    with raises_naming("broken.safetensors"):
         with_control(plain, tmp_path / "broken.safetensors")
 
 
@@ -361,7 +361,7 @@ def test_a_saved_controlnet_is_found_by_its_folder(tmp_path):
 def test_strength_out_of_range(strength, tmp_path):
     plain = student("sd1", tmp_path)
     under = with_control(plain, control_for("sd1", plain))
-    with error_naming(strength):
+    with raises_naming(strength):
         control_arguments(under, condition_of(plain), strength)
 
 
@@ -369,15 +369,15 @@ def test_conditions_are_resized_or_rejected(tmp_path):
     plain = student("sd1", tmp_path)
     under = with_control(plain, control_for("sd1", plain))
     assert control_arguments(under, square(64))["image"].size == (16, 16)
-    with error_naming("32 x 16", "16 x 16"):
+    with raises_naming("32 x 16", "16 x 16"):
         control_arguments(under, Image.new("RGB", (32, 16)))
-    with error_naming("missing.png"):
+    with raises_naming("missing.png"):
         control_arguments(under, tmp_path / "missing.png")
-    with error_naming(type(plain).__name__):
+    with raises_naming(type(plain).__name__):
         control_arguments(plain, square(16))
-    with error_naming("0 images"):
+    with raises_naming("0 images"):
         control_arguments(under, [])
-    with error_naming("2 images"):
+    with raises_naming("2 images"):
         control_arguments(under, [square(16)] * 2, image_prompt=True)
     lists = control_arguments(under, [square(16), square(32)])
     assert [one.size for one in lists["image"]] == [(16, 16)] * 2

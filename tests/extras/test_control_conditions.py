@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from naming import error_naming
+from raising import raises_naming
 from wadi.extras.control.agreement import edge_f1, sharpness
 from wadi.extras.control.condition_images import as_rgb, fit_image
 from wadi.extras.control.conditions import condition
@@ -82,7 +82,7 @@ def test_weak_edges_count_where_they_join_strong_ones():
 
 def test_thresholds_are_checked():
     for low, high in ((0.3, 0.2), (0, 0.2), (-1, 2)):
-        with error_naming(low, high):
+        with raises_naming(low, high):
             edge_map(step(), low, high)
 
 
@@ -146,14 +146,14 @@ def test_palettes_grey_and_bits(drawing):
 def test_missing_and_damaged_files(tmp_path):
     (tmp_path / "no.png").write_bytes(b"no picture")
     for path in (tmp_path / "no.png", tmp_path / "missing.png", tmp_path):
-        with error_naming(path.name):
+        with raises_naming(path.name):
             read_image(path, "Condition image")
 
 
 def test_an_image_is_resized_if_its_aspect_ratio_fits(drawing):
     assert fit_image(drawing, (32, 32)) is drawing
     assert fit_image(drawing, (64, 64)).size == (64, 64)
-    with error_naming("32 x 32", "64 x 32"):
+    with raises_naming("32 x 32", "64 x 32"):
         fit_image(drawing, (32, 64))
 
 
@@ -171,11 +171,11 @@ def test_canny_and_scribble_are_white_on_black(drawing):
 def test_condition_by_name(drawing, tmp_path):
     assert condition("canny", drawing).tobytes() == canny(drawing).tobytes()
     assert condition("none", drawing.convert("RGBA")).tobytes() == drawing.tobytes()
-    with error_naming("'hed'"):
+    with raises_naming("'hed'"):
         condition("hed", drawing)
-    with error_naming("canny", "some/model"):
+    with raises_naming("canny", "some/model"):
         condition("canny", drawing, "some/model")
-    with error_naming(str(tmp_path / "missing")):
+    with raises_naming(str(tmp_path / "missing")):
         condition("depth", drawing, str(tmp_path / "missing"))
 
 
@@ -232,5 +232,5 @@ def test_poses_name_the_extra_they_need(drawing, monkeypatch):
     import importlib.util
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with error_naming("wadi-onestep[control]"):
+    with raises_naming("wadi-onestep[control]"):
         pose(drawing, "some/model")

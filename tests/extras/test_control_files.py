@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load, save_file
 from test_control import condition_of, control_for, ip_adapter, loud, pixels, square, student, t2i_adapter
 
-from naming import error_naming
+from raising import raises_naming
 from wadi.errors import WadiError
 from wadi.extras.control.load import load_control
 from wadi.extras.control.network import controlnet_of
@@ -59,7 +59,7 @@ def test_a_folder_with_fp16_weights_only(saved, tmp_path):
     (folder / f"{STEM}.safetensors").rename(folder / f"{STEM}.fp16.safetensors")
     assert same(load_control(folder), load_control(saved))
     shutil.copy(folder / f"{STEM}.fp16.safetensors", folder / f"{STEM}.other.safetensors")
-    with error_naming("fp16", "other"):
+    with raises_naming("fp16", "other"):
         load_control(folder)
 
 
@@ -71,10 +71,10 @@ def test_a_single_file_with_its_config_next_to_it(saved, plain, tmp_path):
     args = control_arguments(with_control(plain, file), condition_of(plain))
     torch.testing.assert_close(pixels(with_control(plain, file), **args), pixels(with_control(plain, saved), **args))
     (folder / "config.json").unlink()
-    with error_naming("config.json"):
+    with raises_naming("config.json"):
         load_control(file)
     save_file({"control_model.input_blocks.0.0.weight": torch.ones(2, 2)}, file)
-    with error_naming(file.name, "from_single_file"):
+    with raises_naming(file.name, "from_single_file"):
         load_control(file)
 
 
@@ -84,7 +84,7 @@ def test_pickles_are_named_and_never_loaded(name, saved, tmp_path):
     (folder / f"{STEM}.safetensors").unlink()
     (folder / name).write_bytes(b"cos\nsystem\n(S'touch /tmp/wadi-was-here'\ntR.")
     for place in (folder / name, folder):
-        with error_naming(name):
+        with raises_naming(name):
             load_control(place)
 
 
@@ -95,18 +95,18 @@ def test_half_of_the_tensors_and_values_that_are_not_finite(as_file, saved, tmp_
     tensors = tensors_in(file)
     place = file if as_file else folder
     save_file({name: value for i, (name, value) in enumerate(sorted(tensors.items())) if i % 2}, file)
-    with error_naming(-(-len(tensors) // 2), min(tensors)):
+    with raises_naming(-(-len(tensors) // 2), min(tensors)):
         load_control(place)
     name = "conv_in.weight"
     save_file(tensors | {name: torch.full_like(tensors[name], float("nan"))}, file)
-    with error_naming(name):
+    with raises_naming(name):
         load_control(place)
     save_file(tensors | {name: tensors[name].long()}, file)  # libraries would cast them
-    with error_naming("I64", name):
+    with raises_naming("I64", name):
         load_control(place)
     if as_file:
         save_file(tensors | {"more.weight": torch.ones(2)}, file)
-        with error_naming("more.weight"):
+        with raises_naming("more.weight"):
             load_control(place)
 
 
@@ -173,16 +173,16 @@ def test_a_controlnet_and_an_image_prompt_in_either_order(saved, tmp_path):
 
 def test_what_cannot_be_combined(plain, saved, tmp_path):
     sana = student("sana", tmp_path / "sana")
-    with error_naming("SanaControlNetModel"):
+    with raises_naming("SanaControlNetModel"):
         with_controls(sana, [control_for("sana", sana)] * 2)
-    with error_naming("T2IAdapter"):
+    with raises_naming("T2IAdapter"):
         with_controls(plain, [t2i_adapter(), t2i_adapter()])
-    with error_naming("ControlNetModel", "T2IAdapter"):
+    with raises_naming("ControlNetModel", "T2IAdapter"):
         with_controls(plain, [saved, t2i_adapter()])
     file = ip_adapter(tmp_path, plain.unet)
-    with error_naming(2, file):
+    with raises_naming(2, file):
         with_controls(plain, [file, file])
-    with error_naming("T2I-Adapter", "IP-Adapter"):
+    with raises_naming("T2I-Adapter", "IP-Adapter"):
         with_controls(plain, [t2i_adapter(), file])
 
 
@@ -197,14 +197,14 @@ def test_a_union_controlnet_of_flux_needs_its_mode(tmp_path):
     under = with_control(base, tmp_path / "union")
     conditions = condition_of(base)
     for mode in (None, -1, 4):
-        with error_naming(f"the mode is {mode}", "0 to 3"):
+        with raises_naming(f"the mode is {mode}", "0 to 3"):
             control_arguments(under, conditions, mode=mode)
     outs = []
     for mode in (0, 2):
         torch.manual_seed(0)
         outs.append(pixels(under, **control_arguments(under, conditions, mode=mode)))
     assert not torch.equal(*outs)
-    with error_naming("mode 1"):
+    with raises_naming("mode 1"):
         control_arguments(with_control(base, control_for("flux", base)), conditions, mode=1)
 
 
@@ -223,10 +223,10 @@ def test_the_encoder_is_chosen_by_its_width(tmp_path):
     assert under.image_encoder.config.projection_dim == 16
     pixels(under, **control_arguments(under, square(48)))
     fresh = student("sd1", tmp_path / "base")
-    with error_naming("projection_dim 16", 24):
+    with raises_naming("projection_dim 16", 24):
         with_control(fresh, file, tmp_path / "sdxl_models" / "image_encoder")
     shutil.rmtree(tmp_path / "models" / "image_encoder")
-    with error_naming("projection_dim 16", "projection_dim 24", "sdxl_models"):
+    with raises_naming("projection_dim 16", "projection_dim 24", "sdxl_models"):
         with_control(student("sd1", tmp_path / "base"), file)
     (tmp_path / "elsewhere").mkdir()
     ip_adapter(tmp_path / "elsewhere", base.unet)
@@ -243,7 +243,7 @@ def test_faceid_is_named(plain, tmp_path):
     rest = {name: value for name, value in tensors.items() if name.startswith("ip_adapter.")}
     for more in (rest | plus, rest | face, tensors | loras):
         save_file(more, file)
-        with error_naming(file, "FaceID"):
+        with raises_naming(file, "FaceID"):
             with_control(plain, file)
 
 
@@ -252,21 +252,21 @@ def test_image_encoders_that_are_broken(plain, tmp_path):
     weights = tmp_path / "image_encoder" / "model.safetensors"
     whole, tensors = weights.read_bytes(), tensors_in(weights)
     weights.write_bytes(whole[:300])
-    with error_naming("image_encoder"):
+    with raises_naming("image_encoder"):
         with_control(plain, file)
     kept = dict(sorted(tensors.items())[1:])
     lost = min(tensors)
     save_file(kept, weights, {"format": "pt"})
-    with error_naming(lost):
+    with raises_naming(lost):
         with_control(plain, file)
     save_file(kept | {lost: torch.full_like(tensors[lost], float("inf"))}, weights, {"format": "pt"})
-    with error_naming(lost):
+    with raises_naming(lost):
         with_control(plain, file)
     weights.rename(weights.with_name("pytorch_model.bin"))
-    with error_naming("pytorch_model.bin"):
+    with raises_naming("pytorch_model.bin"):
         with_control(plain, file)
     (tmp_path / "image_encoder" / "pytorch_model.bin").unlink()
-    with error_naming("image_encoder", ".safetensors"):
+    with raises_naming("image_encoder", ".safetensors"):
         with_control(plain, file)
     assert plain.image_encoder is None
 
@@ -277,10 +277,10 @@ def test_ip_adapters_that_are_broken(tmp_path):
     tensors = tensors_in(file)
     for name in ("image_proj.norm.weight", "image_proj.proj.weight", "ip_adapter.1.to_v_ip.weight"):
         save_file({key: value for key, value in tensors.items() if key != name}, file)
-        with error_naming("IP-Adapter"):
+        with raises_naming("IP-Adapter"):
             with_control(student("sd1", tmp_path), file)
     save_file(tensors | {"image_proj.proj.bias": torch.full_like(tensors["image_proj.proj.bias"], float("nan"))}, file)
-    with error_naming("image_proj.proj.bias"):
+    with raises_naming("image_proj.proj.bias"):
         with_control(base, file)
 
 
@@ -289,7 +289,7 @@ def test_images_of_any_size_can_be_the_prompt(size, tmp_path):
     base = student("sd1", tmp_path)
     under = with_control(base, ip_adapter(tmp_path, base.unet))
     pixels(under, **control_arguments(under, Image.new("RGB", size, (200, 10, 10))))
-    with error_naming("1 x 30"):
+    with raises_naming("1 x 30"):
         control_arguments(under, Image.new("RGB", (1, 30)))
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from backbones import small_pipelines
-from naming import error_naming
+from raising import raises_naming
 from wadi.backbones import from_pipeline
 from wadi.cli.main import main
 from wadi.diffusion.schedulers import one_step_scheduler
@@ -163,14 +163,14 @@ def test_other_settings_and_damage_are_rejected(tmp_path):
     pipeline, out = teacher(tmp_path), tmp_path / "run"
     train_control(small(out), pipeline, PROMPTS)
     train_control(small(out, save_every=1), pipeline, PROMPTS)  # how often it saves does not change the result
-    with error_naming("lr 0.001", 0.0001):
+    with raises_naming("lr 0.001", 0.0001):
         train_control(small(out, lr=1e-4), pipeline, PROMPTS)
-    with error_naming("pictures 4", 5):
+    with raises_naming("pictures 4", 5):
         train_control(small(out, pictures=5), pipeline, PROMPTS)
     for file in ("training.safetensors", "pictures.safetensors"):
         whole = (out / file).read_bytes()
         (out / file).write_bytes(whole[:100])
-        with error_naming(out / file):
+        with raises_naming(out / file):
             train_control(small(out), pipeline, PROMPTS)
         (out / file).write_bytes(whole)
     assert train_control(small(out), pipeline, PROMPTS) == out / "controlnet"
@@ -180,10 +180,10 @@ def test_other_prompts_of_the_same_number_are_another_training(tmp_path):
     pipeline, out = teacher(tmp_path), tmp_path / "run"
     folder = train_control(small(out), pipeline, PROMPTS)
     before = weights(folder)
-    with error_naming("violet", "pictures.safetensors"):
+    with raises_naming("violet", "pictures.safetensors"):
         train_control(small(out), pipeline, ["violet cup", "grey hat", "pink pig"])
     (out / "pictures.safetensors").unlink()  # new images do not continue the old training either
-    with error_naming("images"):
+    with raises_naming("images"):
         train_control(small(out), pipeline, ["violet cup", "grey hat", "pink pig"])
     assert all(torch.equal(value, before[name]) for name, value in weights(folder).items())
 
@@ -194,7 +194,7 @@ def test_another_start_is_another_training(tmp_path):
     train_control(small(out), pipeline, PROMPTS, start=_seeded(pipeline, 1))
     assert train_control(small(out), pipeline, PROMPTS, start=_seeded(pipeline, 1)) == out / "controlnet"
     for other in (_seeded(pipeline, 2), None):
-        with error_naming("start"):
+        with raises_naming("start"):
             train_control(small(out), pipeline, PROMPTS, start=other)
 
 
@@ -205,7 +205,7 @@ def test_another_student_is_another_training(tmp_path):
     assert train_control(small(out), pipeline, PROMPTS, student) == out / "controlnet"
     with torch.no_grad():
         student.unet.conv_in.weight.view(-1)[-1] += 1
-    with error_naming("student"):
+    with raises_naming("student"):
         train_control(small(out), pipeline, PROMPTS, student)
 
 
@@ -227,7 +227,7 @@ def test_a_checkpoint_of_an_earlier_version_is_continued(tmp_path):
     assert train_control(small(out), pipeline, PROMPTS) == out / "controlnet"
     note["network"] = "0" * 16
     save_file(tensors, state, {**about, "note": json.dumps(note)})
-    with error_naming("network", "0" * 16):
+    with raises_naming("network", "0" * 16):
         train_control(small(out), pipeline, PROMPTS)
 
 
@@ -235,14 +235,14 @@ def test_a_controlnet_from_elsewhere_is_not_overwritten(tmp_path):
     pipeline, out = teacher(tmp_path), tmp_path / "run"
     _seeded(pipeline, 3).save_pretrained(out / "controlnet")
     before = (out / "controlnet" / "diffusion_pytorch_model.safetensors").read_bytes()
-    with error_naming(out / "controlnet"):
+    with raises_naming(out / "controlnet"):
         train_control(small(out), pipeline, PROMPTS)
     assert [path.name for path in out.iterdir()] == ["controlnet"], "rejected before any work"
     (out / "controlnet").rename(tmp_path / "mine")
     train_control(small(out), pipeline, PROMPTS)
     shutil.rmtree(out / "controlnet")
     (tmp_path / "mine").rename(out / "controlnet")  # put in the place of a finished training's result
-    with error_naming(out / "controlnet"):
+    with raises_naming(out / "controlnet"):
         train_control(small(out), pipeline, PROMPTS)
     assert (out / "controlnet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
 
@@ -250,20 +250,20 @@ def test_a_controlnet_from_elsewhere_is_not_overwritten(tmp_path):
 def test_more_steps_than_the_schedule_has(tmp_path):
     pipeline = teacher(tmp_path)
     pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, num_train_timesteps=500)
-    with error_naming("picture_steps is 1000"):
+    with raises_naming("picture_steps is 1000"):
         train_control(small(tmp_path / "run", picture_steps=1000), pipeline, PROMPTS)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_full_disk_loses_nothing(tmp_path, full_disk):
     pipeline, out = teacher(tmp_path), tmp_path / "run"
-    with full_disk(20_000), error_naming(out):
+    with full_disk(20_000), raises_naming(out):
         train_control(small(out), pipeline, PROMPTS)
     assert train_control(small(out), pipeline, PROMPTS).is_dir()
 
 
 def test_networks_other_than_unets_are_rejected(tmp_path):
-    with error_naming("PixArtSigmaPipeline"):
+    with raises_naming("PixArtSigmaPipeline"):
         train_control(small(tmp_path / "run"), teacher(tmp_path, "pixart-sigma"), PROMPTS)
 
 
@@ -277,7 +277,7 @@ def test_networks_other_than_unets_are_rejected(tmp_path):
 )  # fmt: skip
 def test_settings_are_checked(changes):
     ((name, value),) = changes.items()
-    with error_naming(f"{name} is {value}"):
+    with raises_naming(f"{name} is {value}"):
         ControlConfig(**changes)
 
 
@@ -296,7 +296,7 @@ def test_weights_are_copied_only_where_they_fit(tmp_path):
     assert torch.equal(net.mid_block.resnets[0].conv1.weight, unet.mid_block.resnets[0].conv1.weight)
     assert not any(p.any() for p in net.controlnet_down_blocks.parameters())
     assert copy_into(controlnet_of(unet, 2, slim=True), unet) < copy_into(net, unet)
-    with error_naming(16):
+    with raises_naming(16):
         controlnet_of(unet, 16)
 
 
@@ -309,7 +309,7 @@ def test_each_training_image_has_noise_of_its_own(tmp_path):
     assert some.conditions(torch.tensor([0, 2])).shape == (2, 3, 16, 16)
     data.save_images(tmp_path / "p.safetensors", some, "note")
     loaded = data.load_images(tmp_path / "p.safetensors", ("newer", "note"), PROMPTS)
-    with error_naming("newer"):
+    with raises_naming("newer"):
         data.load_images(tmp_path / "p.safetensors", ("newer",), PROMPTS)
     assert torch.equal(loaded.edges, some.edges)
     assert loaded.prompts == PROMPTS

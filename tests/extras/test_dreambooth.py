@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from naming import error_naming
+from raising import raises_naming
 from wadi import roles
 from wadi.backbones import from_pipeline, load_pipeline
 from wadi.diffusion.schedulers import timestep_of
@@ -260,15 +260,15 @@ def test_diffusers_reads_the_lora_and_peft_the_angles(sd_v_folder, subject_folde
     ],
 )
 def test_settings_out_of_range_are_named(changes, named):
-    with error_naming(named):
+    with raises_naming(named):
         settings(**changes)
 
 
 def test_folders_without_images_and_files_that_are_not_images(tmp_path):
-    with error_naming("none"):
+    with raises_naming("none"):
         read_subject(tmp_path / "none", (16, 16))
     (tmp_path / "notes.txt").write_text("not an image")
-    with error_naming(tmp_path):
+    with raises_naming(tmp_path):
         read_subject(tmp_path, (16, 16))
     Image.new("RGB", (64, 64), "red").save(tmp_path / "whole.png")
     for name, data in (
@@ -278,7 +278,7 @@ def test_folders_without_images_and_files_that_are_not_images(tmp_path):
         ("empty.webp", b""),
     ):
         (tmp_path / name).write_bytes(data)
-        with error_naming(name):
+        with raises_naming(name):
             read_subject(tmp_path, (16, 16))
         (tmp_path / name).unlink()
     assert len(image_paths(tmp_path)) == 1
@@ -287,8 +287,8 @@ def test_folders_without_images_and_files_that_are_not_images(tmp_path):
 def test_targets_that_match_nothing_and_gradients_that_are_not_finite(sd_v_folder, subject_folder):
     for method in ("lorad", "lora"):
         _, backbone, latents, condition = prepared(sd_v_folder, subject_folder)
-        with error_naming("'nothing'"):
+        with raises_naming("'nothing'"):
             train_subject(backbone, latents, condition, None, settings(method, target_modules="nothing"), quiet=True)
     _, backbone, latents, condition = prepared(sd_v_folder, subject_folder)
-    with error_naming("step 0"):
+    with raises_naming("step 0"):
         train_subject(backbone, latents * float("inf"), condition, None, settings(), quiet=True)

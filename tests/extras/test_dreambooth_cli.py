@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from naming import error_naming
+from raising import raises_naming
 from wadi.cli.main import main
 from wadi.diffusion.schedulers import one_step_scheduler
 
@@ -177,5 +177,5 @@ def test_a_schedule_of_a_single_step_has_no_diffusion_loss(sd_folder, subject_fo
     check_schedule(from_pipeline(pipeline), DreamboothConfig(loss="diffusion"))
     pipeline.scheduler = DDIMScheduler(trained_betas=[0.0] * 999 + [1 - 0.0047], timestep_spacing="trailing")
     check_schedule(from_pipeline(pipeline), DreamboothConfig(loss="one-step"))
-    with error_naming("timestep 1"):
+    with raises_naming("timestep 1"):
         check_schedule(from_pipeline(pipeline), DreamboothConfig(loss="diffusion"))

@@ -9,7 +9,7 @@ from torch import nn
 
 import tiny
 from backbones import small_pipelines
-from naming import error_naming
+from raising import raises_naming
 from wadi import roles
 from wadi.backbones import from_pipeline
 from wadi.diffusion.schedulers import one_step_scheduler
@@ -150,7 +150,7 @@ def test_dispersion_keeps_symmetries_and_with_all_weight_on_pixels_the_kernel():
     assert torch.allclose(disperse(kernel, dispersion_matrix(eta=1e6)).double(), F.pad(kernel, (1, 1, 1, 1)), atol=1e-4)
     assert 0.9 < float(dispersion_matrix().sum(0).mean()) < 1.1  # the output for a constant field stays about the same
     for bad in ((4, 5), (3, 6), (5, 5), (5, 3)):
-        with error_naming(*bad):
+        with raises_naming(*bad):
             dispersion_matrix(*bad)
 
 
@@ -160,9 +160,9 @@ def test_any_odd_kernel_is_dispersed():
 
 def test_dispersed_kernels_need_a_factor_of_two_and_do_the_rest_by_dilation(unet):
     plain = output_of(unet)
-    with error_naming(1.5), redilated(unet, 1.5, disperse=True):
+    with raises_naming(1.5), redilated(unet, 1.5, disperse=True):
         pass
-    with error_naming(1.0), redilated(unet, 1, disperse=True):
+    with raises_naming(1.0), redilated(unet, 1, disperse=True):
         pass
     with redilated(unet, 2, disperse=True):
         two = output_of(unet)
@@ -204,7 +204,7 @@ def test_errors_inside_and_on_entry_restore_the_network(unet):
     before = output_of(unet)
     with pytest.raises(ZeroDivisionError), redilated(unet, 2, "all"):
         raise ZeroDivisionError
-    with error_naming("mid_block"), redilated(unet, 2, "mid_block"):
+    with raises_naming("mid_block"), redilated(unet, 2, "mid_block"):
         with redilated(unet, 2, "all"):
             pass
     assert torch.equal(output_of(unet), before)
@@ -242,14 +242,14 @@ def test_blocks_are_chosen(unet):
 
 @pytest.mark.parametrize("bad", [0.5, 0, -2, math.nan, math.inf, (2, 0.9), (1, 2, 3)], ids=str)
 def test_factors_out_of_range(unet, bad):
-    with error_naming(bad), redilated(unet, bad):
+    with raises_naming(bad), redilated(unet, bad):
         pass
 
 
 def test_blocks_that_do_not_exist_and_networks_without_convolutions(unet):
-    with error_naming("up_blocks.7", "up_blocks.0"), redilated(unet, 2, ["up_blocks.7"]):
+    with raises_naming("up_blocks.7", "up_blocks.0"), redilated(unet, 2, ["up_blocks.7"]):
         pass
-    with error_naming("Linear"), redilated(nn.Linear(2, 2), 2):
+    with raises_naming("Linear"), redilated(nn.Linear(2, 2), 2):
         pass
 
 
@@ -278,7 +278,7 @@ def test_an_unmerged_lorad_convolution_is_rejected(tmp_path):
     """It uses its layer's weight and not the layer's forward, so re-dilation would silently ignore it."""
     unet = small_pipelines.readied(tiny.stable_diffusion(tmp_path)).unet
     roles.attach(unet, "student", LoRaDConfig(r=2, target_modules=r".*resnets\.0\.conv1"))
-    with error_naming("resnets.0.conv1"), redilated(unet, 2, "all"):
+    with raises_naming("resnets.0.conv1"), redilated(unet, 2, "all"):
         pass
     roles.fuse(unet, "student")
     with redilated(unet, 2, "all") as names:
@@ -314,7 +314,7 @@ def test_the_factor_is_that_of_the_side_that_grows_less():
 
 @pytest.mark.parametrize("bad", [(12, 16), (16, 20), (0, 16), (-16, 16), (4, 4), (1000, 1001)], ids=str)
 def test_sizes_that_the_model_cannot_generate(pipeline, bad):
-    with error_naming(f"{bad[1]}x{bad[0]}", 8):
+    with raises_naming(f"{bad[1]}x{bad[0]}", 8):
         check_resolution(pipeline, bad)
 
 
@@ -367,7 +367,7 @@ def test_transformers_generate_at_other_sizes(name, tmp_path):
         assert generate_images(pipeline, ["red"], [1]).images[0].tobytes() == plain.tobytes()
     assert generate_images(pipeline, ["red"], [1]).images[0].tobytes() == plain.tobytes()
     for options in ({"factor": 2}, {"blocks": ["mid_block"]}, {"disperse": True}):
-        with error_naming(type(pipeline.transformer).__name__), enlarged(pipeline, native, wanted, **options):
+        with raises_naming(type(pipeline.transformer).__name__), enlarged(pipeline, native, wanted, **options):
             pass
 
 
@@ -391,5 +391,5 @@ def test_a_learnt_table_is_read_beyond_its_own_size(tmp_path):
         network.pos_embed(x)
     with interpolated_positions(network, (4, 4), (24, 24)):
         assert network.pos_embed(x).shape[1] == 24 * 24
-    with error_naming("Linear"), interpolated_positions(nn.Linear(2, 2), (4, 4), (8, 8)):
+    with raises_naming("Linear"), interpolated_positions(nn.Linear(2, 2), (4, 4), (8, 8)):
         pass

@@ -6,7 +6,7 @@ import torch
 from onestep import FAMILIES, network_calls, students
 from PIL import Image
 
-from naming import error_naming
+from raising import raises_naming
 from wadi.backbones import from_pipeline
 from wadi.extras.image_to_image import image_tensor, read_init, start_from
 from wadi.extras.steps import schedule
@@ -118,16 +118,16 @@ def test_opaque_images_of_any_mode_are_read_as_colours(mode, tmp_path):
 def test_an_image_of_the_same_aspect_ratio_is_resized_and_any_other_rejected(tmp_path):
     stripes(64, 32).save(tmp_path / "a.png")
     assert read_init(tmp_path / "a.png", (16, 32)).shape == (1, 3, 16, 32)
-    with error_naming(tmp_path / "a.png", "64x32", "16x16"):
+    with raises_naming(tmp_path / "a.png", "64x32", "16x16"):
         read_init(tmp_path / "a.png", (16, 16))
 
 
 def test_images_that_cannot_be_used(tmp_path):
-    with error_naming("'F'"):
+    with raises_naming("'F'"):
         image_tensor(Image.new("F", (16, 16)), (16, 16))
     (tmp_path / "text.png").write_text("no picture")
     for name in ("text.png", "nowhere.png", "."):
-        with error_naming(tmp_path / name):
+        with raises_naming(tmp_path / name):
             read_init(tmp_path / name, (16, 16))
 
 

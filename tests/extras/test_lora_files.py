@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from naming import error_naming
+from raising import raises_naming
 from wadi.backbones import load_pipeline
 from wadi.errors import WadiError
 from wadi.extras.lora.apply import apply_lora
@@ -379,14 +379,14 @@ def test_folders_that_contain_something_else(sd_folder, tmp_path):
         [({"peft_type": "OFT"}, "OFT"), ({"peft_type": None}, "None"), ({"lora_alpha": "x" * 500}, "lora_alpha"),
          ({"lora_alpha": float("nan")}, "lora_alpha"), ({"alpha_pattern": {"(a+)+$": 2}}, "(a+)+")]
     ):  # fmt: skip
-        with error_naming(word):
+        with raises_naming(word):
             apply_lora(pipeline, peft_folder(tmp_path / str(number), tensors, **config))
     broken = peft_folder(tmp_path / "broken", tensors)
     (broken / "adapter_config.json").write_text("[1, 2")
-    with error_naming("adapter_config.json"):
+    with raises_naming("adapter_config.json"):
         apply_lora(pipeline, broken)
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     (pickled / "adapter_model.bin").write_bytes(b"\x80\x04")
-    with error_naming("adapter_model.bin"):
+    with raises_naming("adapter_model.bin"):
         apply_lora(pipeline, pickled)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from naming import error_naming
+from raising import raises_naming
 from relation_scenes import (
     LEARNED,
     RELATIONS,
@@ -79,7 +79,7 @@ def test_exemplars_repeat_and_are_read_back(relation, sprites, tmp_path):
 
 
 def test_exemplars_of_an_unknown_relation(sprites):
-    with error_naming("'inside'"):
+    with raises_naming("'inside'"):
         make_exemplars(sprites, "inside", 2)
 
 

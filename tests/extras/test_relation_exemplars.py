@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from naming import error_naming
+from raising import raises_naming
 from wadi.extras.relation.exemplars import read_exemplar_image, read_exemplars
 
 SIZE = (16, 16)
@@ -131,5 +131,5 @@ WRONG = [
 def test_a_mistake_in_the_folder_is_named(spoil, named, tmp_path):
     folder = tmp_path / "ex"
     spoil(folder)
-    with error_naming(*(value.format(folder=folder) for value in named)):
+    with raises_naming(*(value.format(folder=folder) for value in named)):
         read_exemplars(folder, "<R>", SIZE)

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from naming import error_naming
+from raising import raises_naming
 from wadi.backbones import from_pipeline, load_pipeline
 from wadi.cli.main import main
 from wadi.distill import step
@@ -230,12 +230,12 @@ def test_interrupted_and_resumed_equals_uninterrupted(learned, sd_folder, exempl
         learn(sd_folder, exemplars, out, save_every=2)
     monkeypatch.undo()
     assert not out.exists()
-    with error_naming(partial_path(out).name):
+    with raises_naming(partial_path(out).name):
         learn(sd_folder, exemplars, out, lr=0.01)
     other = load_pipeline(sd_folder)  # same text encoder and autoencoder, as fine-tuned models have them
     with torch.no_grad():
         other.unet.conv_in.weight.view(-1)[-1] += 1  # far from the first values of any tensor
-    with error_naming(partial_path(out).name):
+    with raises_naming(partial_path(out).name):
         learn_token(other, exemplars, "<R>", "o", out, RelationConfig(**FAST))
     assert partial_path(out).read_bytes() == saved[0]
     result, _ = learn(sd_folder, exemplars, out, save_every=2)
@@ -245,7 +245,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(learned, sd_folder, exempl
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert not partial_path(out).exists()
     partial_path(tmp_path / "S.safetensors").write_bytes(saved[0][:100])
-    with error_naming("S.partial.safetensors"):
+    with raises_naming("S.partial.safetensors"):
         learn(sd_folder, exemplars, tmp_path / "S.safetensors")
 
 
@@ -279,7 +279,7 @@ def test_described_things_push_and_function_words_do_not(sd_folder):
 
 def test_too_many_gradients_that_are_not_finite_end_the_training(sd_folder, exemplars, tmp_path, monkeypatch):
     monkeypatch.setattr(step, "denoising_loss", lambda prediction, *_: prediction.sum() * float("nan"))
-    with error_naming("10 of 10"):
+    with raises_naming("10 of 10"):
         learn(sd_folder, exemplars, tmp_path / "R.safetensors", steps=50)
     assert not (tmp_path / "R.safetensors").exists()
 
@@ -289,7 +289,7 @@ def test_too_many_gradients_that_are_not_finite_end_the_training(sd_folder, exem
 
 @pytest.mark.parametrize("token", ["R", "<R", "<a b>", "", "<|endoftext|>", "<|STARTOFTEXT|>"])
 def test_names_that_cannot_be_tokens(token, sd_folder):
-    with error_naming(repr(token)):
+    with raises_naming(repr(token)):
         check_new_token(load_pipeline(sd_folder), token)
 
 
@@ -297,10 +297,10 @@ def test_a_token_that_exists_is_not_learned_or_added_again(learned, sd_folder, e
     file, pipeline = learned
     size = len(text_encoders(pipeline)[0].table)
     for name in ("<R>", "<r>"):
-        with error_naming(repr(name)):
+        with raises_naming(repr(name)):
             add_token(pipeline, file, name)
     assert len(text_encoders(pipeline)[0].table) == size
-    with error_naming("'<R>'"):
+    with raises_naming("'<R>'"):
         learn_token(pipeline, exemplars, "<R>", "o", tmp_path / "R.safetensors")
     assert list(tmp_path.iterdir()) == []
 
@@ -308,7 +308,7 @@ def test_a_token_that_exists_is_not_learned_or_added_again(learned, sd_folder, e
 @pytest.mark.parametrize("family", ["pixart-alpha", "sd3", "flux"])
 def test_a_teacher_with_another_text_encoder_than_clip(family, exemplars, tmp_path):
     pipeline = small_pipelines.make(family, tmp_path / "parts")
-    with error_naming("T5"):
+    with raises_naming("T5"):
         learn_token(pipeline, exemplars, "<R>", "on", tmp_path / "R.safetensors")
     assert not (tmp_path / "R.safetensors").exists()
 
@@ -323,21 +323,21 @@ def test_a_student_cannot_be_the_teacher(finished_run, exemplars, tmp_path):
 
 def test_files_without_a_fitting_token(learned, sd_folder, sdxl_folder, tmp_path):
     pipeline = load_pipeline(sd_folder)
-    with error_naming("nothing.safetensors"):
+    with raises_naming("nothing.safetensors"):
         add_token(pipeline, tmp_path / "nothing.safetensors")
     (tmp_path / "torn.safetensors").write_bytes(learned[0].read_bytes()[:60])
-    with error_naming("torn.safetensors"):
+    with raises_naming("torn.safetensors"):
         add_token(pipeline, tmp_path / "torn.safetensors")
     save_file({"a": torch.ones(3), "b": torch.ones(3)}, tmp_path / "many.safetensors")
-    with error_naming("many.safetensors", "a, b"):
+    with raises_naming("many.safetensors", "a, b"):
         add_token(pipeline, tmp_path / "many.safetensors")
     save_file({"<W>": torch.ones(1, 7)}, tmp_path / "wide.safetensors")
-    with error_naming(7, 32):
+    with raises_naming(7, 32):
         add_token(pipeline, tmp_path / "wide.safetensors")
-    with error_naming(1, 2, learned[0]):
+    with raises_naming(1, 2, learned[0]):
         add_token(load_pipeline(sdxl_folder), learned[0])
     save_file({"clip_l": torch.ones(1, 16), "clip_g": torch.ones(1, 16)}, tmp_path / "nameless.safetensors")
-    with error_naming("nameless.safetensors"):
+    with raises_naming("nameless.safetensors"):
         add_token(load_pipeline(sdxl_folder), tmp_path / "nameless.safetensors")
     assert "<W>" not in pipeline.tokenizer.get_vocab()  # it was not added
 
@@ -347,7 +347,7 @@ def test_a_description_that_is_too_long_for_the_text_encoder(sd_folder, exemplar
         (tmp_path / path.name).write_bytes(path.read_bytes())
     rows = [json.dumps({"file": f"{i}.png", "text": "abcdefghijklmnopqrstuvw <R> b"}) for i in range(3)]
     (tmp_path / "descriptions.jsonl").write_text("\n".join(rows))
-    with error_naming("<R>", 16):
+    with raises_naming("<R>", 16):
         learn(sd_folder, tmp_path, tmp_path / "R.safetensors")
 
 
@@ -359,14 +359,14 @@ def test_a_description_that_is_too_long_for_the_text_encoder(sd_folder, exemplar
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_named(name, value):
-    with error_naming(name, f"{value:g}"):
+    with raises_naming(name, f"{value:g}"):
         RelationConfig(**{name: value})
 
 
 def test_words_that_are_not_one_token(sd_folder, exemplars, tmp_path):
-    with error_naming("beyond"):
+    with raises_naming("beyond"):
         learn(sd_folder, exemplars, tmp_path / "R.safetensors", words=("beyond",))
-    with error_naming("'and'", 3):
+    with raises_naming("'and'", 3):
         learn(sd_folder, exemplars, tmp_path / "R.safetensors", init="and")
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 import tiny
 from backbones import small_pipelines
-from naming import error_naming
+from raising import raises_naming
 from wadi.backbones import from_pipeline
 from wadi.diffusion.schedulers import one_step_scheduler
 from wadi.extras.steps import MOST, schedule
@@ -118,18 +118,18 @@ def test_the_schedule_saves_and_loads_with_the_pipeline(student_of, tmp_path):
 
 @pytest.mark.parametrize("steps", [0, -1, MOST + 1])
 def test_steps_out_of_range(student_of, steps):
-    with error_naming(f"steps is {steps}"):
+    with raises_naming(f"steps is {steps}"):
         schedule(student_of("sd1").scheduler, steps)
 
 
 @pytest.mark.parametrize("strength", [0.0, -0.1, 1.01, float("nan"), float("inf")])
 def test_strengths_out_of_range(student_of, strength):
-    with error_naming(f"strength is {strength}"):
+    with raises_naming(f"strength is {strength}"):
         schedule(student_of("sd1").scheduler, 1, strength)
 
 
 def test_more_steps_than_timesteps(student_of):
-    with error_naming("20 steps", "timestep 8"):
+    with raises_naming("20 steps", "timestep 8"):
         schedule(student_of("sd1").scheduler, 20, 0.01)
 
 

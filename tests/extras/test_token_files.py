@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from naming import error_naming
+from raising import raises_naming
 from wadi.backbones import load_pipeline
 from wadi.extras.relation.token_file import CONVERT, add_token
 from wadi.extras.relation.vocabulary import text_encoders
@@ -30,7 +30,7 @@ def row_of(pipeline, token, number=0):
 def test_a_token_without_a_name_is_given_one(key, pipeline, tmp_path):
     rows = torch.randn(2, 32)
     save_file({key: rows}, tmp_path / "my-cat.safetensors")
-    with error_naming("my-cat.safetensors"):
+    with raises_naming("my-cat.safetensors"):
         add_token(pipeline, tmp_path / "my-cat.safetensors")
     assert add_token(pipeline, tmp_path / "my-cat.safetensors", "<cat>") == "<cat>"
     torch.testing.assert_close(row_of(pipeline, "<cat>"), rows[0])
@@ -46,7 +46,7 @@ def test_a_file_for_two_encoders_without_a_name(tmp_path):
     torch.testing.assert_close(row_of(pipeline, "<s>", 0), rows["clip_l"][0])
     torch.testing.assert_close(row_of(pipeline, "<s>", 1), rows["clip_g"][0])
     save_file({"clip_l": torch.ones(1, 16), "clip_g": torch.ones(2, 16)}, tmp_path / "odd.safetensors")
-    with error_naming("1 and 2"):
+    with raises_naming("1 and 2"):
         add_token(pipeline, tmp_path / "odd.safetensors", "<t>")
 
 
@@ -62,7 +62,7 @@ def test_a_pickle_is_not_loaded_and_the_printed_conversion_works(pipeline, tmp_p
     rows = torch.randn(3, 32)
     file = tmp_path / "cat.pt"
     torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": rows}, "name": "cat", "step": 100}, file)
-    with error_naming("cat.pt", CONVERT):
+    with raises_naming("cat.pt", CONVERT):
         add_token(pipeline, file, "<cat>")
     assert "<cat>" not in pipeline.tokenizer.get_vocab()
     names = {"torch": torch, "safetensors": safetensors, "FILE": file, "NEW_FILE": tmp_path / "cat.safetensors"}
@@ -74,7 +74,7 @@ def test_a_pickle_is_not_loaded_and_the_printed_conversion_works(pipeline, tmp_p
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_values_that_are_not_finite(value, pipeline, tmp_path):
     save_file({"<R>": torch.full((1, 32), value)}, tmp_path / "R.safetensors")
-    with error_naming("<R>"):
+    with raises_naming("<R>"):
         add_token(pipeline, tmp_path / "R.safetensors")
     assert "<R>" not in pipeline.tokenizer.get_vocab()
 
@@ -88,11 +88,11 @@ def test_values_that_are_not_finite(value, pipeline, tmp_path):
 )  # fmt: skip
 def test_tensors_that_are_not_an_embedding(tensor, named, pipeline, tmp_path):
     save_file({"<R>": tensor}, tmp_path / "R.safetensors")
-    with error_naming(named):
+    with raises_naming(named):
         add_token(pipeline, tmp_path / "R.safetensors")
 
 
 def test_a_plain_word_cannot_be_the_name(pipeline, tmp_path):
     save_file({"cat": torch.ones(1, 32)}, tmp_path / "cat.safetensors")
-    with error_naming("'cat'"):
+    with raises_naming("'cat'"):
         add_token(pipeline, tmp_path / "cat.safetensors")

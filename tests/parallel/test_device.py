@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from failing import fails
+from raising import raises_naming
 from wadi.diffusion.process import Process
 from wadi.distill import health
 from wadi.parallel.device import find_device
@@ -27,7 +27,7 @@ def test_the_best_device_there_is(cuda, mps, chosen, monkeypatch):
 
 @pytest.mark.parametrize("name", ["mps", "cuda:99", "gpu", "npu:0"])
 def test_a_device_that_is_not_there_is_named(name):
-    with fails(name):
+    with raises_naming(name):
         find_device(name)
 
 

@@ -48,7 +48,7 @@ def open_prompts_or_cache(source: str, field: str | None) -> Prompts | Embedding
     if source == ZOO or not cache.is_cache(source):
         return open_prompts(source, field)
     if field is not None:
-        raise WadiError(f"prompts_field is {field!r}, but {source!r} is an embedding cache. Leave out --prompts_field.")
+        raise WadiError(f"prompts_field is {field!r}, but {source!r} is an embedding cache. Leave out --prompts-field.")
     return Embeddings(source)
 
 

@@ -25,7 +25,7 @@ def embed_prompts(backbone: Backbone, prompts: Prompts, out: Path, batch: int = 
         WadiError: if ``out`` contains other files, or a cache of other prompts or of another encoder; if the disk is full.
     """
     if batch < 1 or shard_rows < 1:
-        raise WadiError(f"--batch is {batch} and --shard_rows is {shard_rows}. Both must be at least 1.")
+        raise WadiError(f"--batch is {batch} and --shard-rows is {shard_rows}. Both must be at least 1.")
     manifest = _open_cache(backbone, prompts, out, shard_rows)
     missing = cache.missing_shards(out, manifest)
     rows = {n: range(n * shard_rows, min((n + 1) * shard_rows, len(prompts))) for n in missing}

@@ -84,7 +84,7 @@ def inception(path: str | Path | None = None, resize: str = "clean", device: str
     """Load the original Inception network of 2015 in TorchScript: the 2048 features before its last layer, which the FID uses.
 
     Args:
-        path: the file ``inception-2015-12-05.pt``; None = in `wadi.io.digests.cache_folder`.
+        path: the file ``inception-2015-12-05.pt``; None = in `wadi.io.user_cache.cache_folder`.
         download: whether to download the file to that folder if it is missing (96 MB).
     Raises:
         WadiError: if the file is missing (the message has its URL) or is a different one.

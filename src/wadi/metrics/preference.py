@@ -207,7 +207,7 @@ def aesthetic(weights: str | Path | None = None, clip: str | Path = VIT_L_14, de
     """Load LAION's aesthetic score, about 1 to 10: a linear head on the unit embedding of an image.
 
     Args:
-        weights: the head's file, as published or as safetensors; None = in `wadi.io.digests.cache_folder`.
+        weights: the head's file, as published or as safetensors; None = in `wadi.io.user_cache.cache_folder`.
         clip: the CLIP that the head was trained on, or a folder with it.
     Raises:
         WadiError: as `hpsv2`, or if the head belongs to another CLIP.

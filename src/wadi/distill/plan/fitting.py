@@ -72,7 +72,7 @@ def fitting_options(config: DistillConfig, architecture: Architecture, available
             continue
         estimate = Estimate.of(replace(config, recompute=recompute), architecture, processes)
         for checkpointing in (False, True):
-            flags = " --gradient_checkpointing true" * (checkpointing > config.gradient_checkpointing)
+            flags = " --gradient-checkpointing true" * (checkpointing > config.gradient_checkpointing)
             flags += " --recompute true" * (recompute > config.recompute)
             fitting = [
                 batch
