@@ -147,14 +147,14 @@ def test_each_offer_fits_and_keeps_the_images_per_step(quick):
     flags = set()
     for room in rooms.values():
         for offer in fitting.fitting_options(run, architecture, room):
-            values = dict(re.findall(r"--(\w+) (\w+)", offer))
+            values = dict(re.findall(r"--([\w-]+) (\w+)", offer))
             flags |= values.keys()
             assert int(values.get("batch", 8)) * int(values.get("accumulate", 1)) == 8
             line = both if "recompute" in values else plain
-            size = line.bytes_at(int(values.get("batch", 8)), "gradient_checkpointing" in values)
+            size = line.bytes_at(int(values.get("batch", 8)), "gradient-checkpointing" in values)
             assert size <= fitting.USABLE * room
             assert f"{size / 2**30:.1f} GiB" in offer
-    assert {"batch", "gradient_checkpointing"} <= flags
+    assert {"batch", "gradient-checkpointing"} <= flags
 
 
 def test_nothing_fits_and_nothing_is_known(quick, monkeypatch):
