@@ -85,14 +85,15 @@ from pathlib import Path
 import torch
 torch.set_num_threads(int(sys.argv[2]))
 from wadi.distill import config_files, loop
-plain = loop.Run.log
+from wadi.distill.run_folder import Run
+plain = Run.log
 def log(self, line):
     plain(self, line)
     if line["step"] == 4:
         with open(self.stats_file, "a") as stream:
             stream.write('{"step": 5, "loss_')  # and half a line
         os.kill(os.getpid(), signal.SIGKILL)
-loop.Run.log = log
+Run.log = log
 loop.distill(config_files.load_config(Path(sys.argv[1])))
 """
 

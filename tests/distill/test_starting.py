@@ -130,13 +130,13 @@ def test_the_largest_rank_is_that_of_the_largest_layer(sd_folder):
 def failing(config, who, how, index):
     """`distilled`, where process ``who`` cannot load the teacher (or, as the first, cannot write its grid)."""
     from processes import distilled
-    from wadi.distill import loop
 
     def fail(*arguments):
         raise WadiError("cannot load") if how == "load" else RuntimeError("a defect")
 
     if index == who:
-        setattr(loop, {"load": "load_pipeline", "grid": "save_png"}[how], fail)
+        module, name = {"load": (setup, "load_pipeline"), "grid": (loop, "save_png")}[how]
+        setattr(module, name, fail)
     try:
         return distilled(config, index)
     except RuntimeError:

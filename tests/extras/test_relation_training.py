@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from raising import raises_naming
 from wadi.backbones import from_pipeline, load_pipeline
 from wadi.cli.main import main
-from wadi.distill import step
 from wadi.errors import Interrupted, WadiError
 from wadi.extras.relation import loop
 from wadi.extras.relation.config import RelationConfig
@@ -278,7 +277,7 @@ def test_described_things_push_and_function_words_do_not(sd_folder):
 
 
 def test_too_many_gradients_that_are_not_finite_end_the_training(sd_folder, exemplars, tmp_path, monkeypatch):
-    monkeypatch.setattr(step, "denoising_loss", lambda prediction, *_: prediction.sum() * float("nan"))
+    monkeypatch.setattr(loop, "denoising_loss", lambda prediction, *_: prediction.sum() * float("nan"))
     with raises_naming("10 of 10"):
         learn(sd_folder, exemplars, tmp_path / "R.safetensors", steps=50)
     assert not (tmp_path / "R.safetensors").exists()
