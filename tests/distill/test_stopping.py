@@ -10,7 +10,7 @@ import pytest
 import tiny
 from processes import distilled, finish, start
 from runs import WARM, assert_same_run, at_steps, state_of, terminate
-from wadi.distill import preview, warm_start
+from wadi.distill import checkpoint_folders, preview, warm_start
 from wadi.distill.loop import distill
 from wadi.errors import Interrupted
 from wadi.parallel.signals import stop_on_signals
@@ -92,7 +92,7 @@ def test_a_signal_during_the_last_step_is_not_lost(sd_folder, prompts_path, tmp_
     assert state_of(tmp_path / "run")[1]["step"] == 2
     distill(config)
     with monkeypatch.context() as patch:
-        signal_at(patch, __import__("wadi.distill.checkpoints", fromlist=["x"]), "latest", 1)
+        signal_at(patch, checkpoint_folders, "latest", 1)
         with pytest.raises(Interrupted):
             distill(config)
 
