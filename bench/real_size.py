@@ -86,7 +86,7 @@ def main() -> None:
     from wadi.distill.plan.plan import plan_run
     from wadi.distill.presets import preset
     from wadi.distill.setup import attach_roles
-    from wadi.distill.step import train_step
+    from wadi.distill.step import as_numbers, train_step
     from wadi.sampling import student_timestep
 
     torch.set_num_threads(args.threads)
@@ -131,7 +131,7 @@ def main() -> None:
     for _ in range(args.steps):
         with Peak(device) as peak:
             start = time.perf_counter()
-            stats = train_step(backbone, Batch(condition, null, z, z[:0]), timestep, config, state)
+            stats = as_numbers(train_step(backbone, Batch(condition, null, z, z[:0]), timestep, config, state), network)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             seconds.append(time.perf_counter() - start)

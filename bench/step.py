@@ -77,7 +77,7 @@ def build(layout: str, args: argparse.Namespace) -> Any:
     from wadi.distill.optimizers import initial_state
     from wadi.distill.setup import attach_roles
     from wadi.distill.state import TrainState
-    from wadi.distill.step import train_step
+    from wadi.distill.step import as_numbers, train_step
 
     rig = Rig(args)
     backbone, network = rig.backbone, rig.backbone.network
@@ -88,7 +88,7 @@ def build(layout: str, args: argparse.Namespace) -> Any:
         attach_roles(backbone, config)
         state: TrainState = initial_state(network, config, device)
         batch = Batch(rig.condition, rig.null, rig.z, rig.z[:0])
-        return (lambda: train_step(backbone, batch, 999, config, state)), size_of(network)
+        return (lambda: as_numbers(train_step(backbone, batch, 999, config, state), network)), size_of(network)
     if layout == "floor":
         return floor(rig, config), size_of(network)
     return released(rig, config)

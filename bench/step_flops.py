@@ -63,8 +63,7 @@ def main() -> None:
     roles.attach(network, "student", LoRaDConfig(r=config.student.rank, target_modules=student))
     roles.attach(network, "fake", LoRaDConfig(r=config.fake.rank, target_modules=fake))
     if config.gradient_checkpointing:
-        network.enable_gradient_checkpointing()
-    network.train()
+        roles.enable_checkpointing(network)
 
     width, batch = network.config.cross_attention_dim, config.batch
     guided = [batch if scale == 1 else 2 * batch for scale in (config.guidance_scale, config.fake.guidance_scale)]
