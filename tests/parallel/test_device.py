@@ -63,14 +63,14 @@ def test_the_process_is_the_same_to_the_bit():
 def test_angle_stats_need_no_float64_on_the_device(monkeypatch):
     with NoFloat64():
         theta = torch.empty(4, 3, device="meta")
-        monkeypatch.setattr(health.roles, "angles", lambda *a: [("a", theta), ("b", theta)])
+        monkeypatch.setattr(health, "layer_angles", lambda *a: [("a", theta), ("b", theta)])
         with pytest.raises(NotImplementedError):  # it got as far as reading the numbers
             health.angle_stats(torch.nn.Identity(), "student")
 
 
 def test_angle_stats_by_hand(monkeypatch):
     one, two = torch.tensor([[0.5, -2.0]]), torch.tensor([[0.0005, 0.0], [1.0, 0.25]])
-    monkeypatch.setattr(health.roles, "angles", lambda *a: [("a", one), ("b", two)])
+    monkeypatch.setattr(health, "layer_angles", lambda *a: [("a", one), ("b", two)])
     stats = health.angle_stats(torch.nn.Identity(), "student")
     everything = torch.cat([one.flatten(), two.flatten()])
     assert stats["student_angle_max"] == 2
