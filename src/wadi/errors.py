@@ -4,8 +4,8 @@
 class WadiError(ValueError):
     """The error for bad input, or for a state that the user can repair.
 
-    The message says what is wrong, what was received and what to do. The command line prints it as one line and exits with
-    code 2. Library code can catch it as a ``ValueError``.
+    The message names the fault, the value that was received, and the remedy. The command line prints it as one line and exits
+    with code 2. Library code can catch it as a ``ValueError``.
     """
 
 

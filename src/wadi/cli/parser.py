@@ -45,7 +45,7 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Command:
-    """What a command needs.
+    """The parts of a command.
 
     Attributes:
         summary: one line for the help.

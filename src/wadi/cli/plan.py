@@ -1,4 +1,4 @@
-"""``wadi plan``: what a run would train and how much memory it needs."""
+"""``wadi plan``: the layers and parameters that a run would train, and the memory it needs."""
 
 from __future__ import annotations
 

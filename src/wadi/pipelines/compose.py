@@ -105,7 +105,7 @@ class Composed:
         native: ``(height, width)`` that the student was trained for.
         size: ``(height, width)`` of its images.
         call, start: for `wadi.pipelines.generate.Sampling`.
-        composition: what was put on it.
+        composition: the parts that were put on it.
     """
 
     pipeline: Any

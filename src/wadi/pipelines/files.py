@@ -66,7 +66,7 @@ def plan_images(prompts: Sequence[str], seed: int, count: int) -> list[image_fol
 
 
 def file_name(index: int, prompt: str, seed: int) -> str:
-    """Return a name such as ``00003-red-apple-7.png``, which every file system accepts whatever the prompt contains."""
+    """Return a name such as ``00003-red-apple-7.png``, which every file system accepts."""
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-")
     return f"{index:05d}-{words or 'prompt'}-{seed}.png"
 

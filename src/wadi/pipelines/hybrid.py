@@ -1,4 +1,4 @@
-"""Load a student with the teacher's norms or directions put back into its weights: what is left tells which of them matters."""
+"""Load a student with the teacher's norms or directions put back into its weights: the rest shows which of them matters."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def load_hybrid(
     Args:
         teacher, student: as in `load_any_student`.
         weights: of the teacher's network, by name.
-        take: ``'norm'`` or ``'direction'``: what the teacher gives.
+        take: ``'norm'`` or ``'direction'``, taken from the teacher.
         matches: whether a layer of this name is changed.
     Raises:
         WadiError: as `load_any_student`; or if the two networks do not fit.

@@ -48,8 +48,8 @@ def refuse_adapted(model: nn.Module) -> None:
 def attach(model: nn.Module, name: str, config: PeftConfig) -> list[str]:
     """Freeze ``model`` and add the adapter ``name`` to every layer that ``config.target_modules`` matches.
 
-    The adapter's parameters are float32 (float64 in a float64 model) whatever the dtype of ``model``. The model's output does
-    not change, as PEFT's methods start from zero. Adapters attached before keep their state.
+    The adapter's parameters are float32 (float64 in a float64 model), also where ``model`` has half precision. The model's
+    output does not change, as PEFT's methods start from zero. Adapters attached before keep their state.
 
     Args:
         config: of any PEFT method that adapts layers: ``LoRaDConfig``, ``LoraConfig``, ``OFTConfig``, ...
