@@ -103,9 +103,8 @@ def test_a_process_that_dies_ends_the_run_with_a_line(sd_folder, prompts_path, t
 
 
 def rank(count, index):
-    one = Ranks.of_process_group()
-    one.count, one.index = count, index
-    return one
+    """Return process ``index`` of ``count``, without a process group."""
+    return Ranks(count, index)
 
 
 @pytest.mark.parametrize("step", [0, 2], ids=["warm start", "later"])
