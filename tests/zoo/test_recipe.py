@@ -11,7 +11,8 @@ from raising import raises_naming
 from wadi.zoo import CONCEPTS, eval_prompts, load_classifier, load_teacher, teacher_path
 from wadi.zoo.recipe import autoencoder, judge_training, stages
 from wadi.zoo.recipe import export as export_module
-from wadi.zoo.recipe.stages import ZooConfig, train
+from wadi.zoo.recipe.config import ZooConfig
+from wadi.zoo.recipe.stages import train
 
 TINY = {"minutes_autoencoder": 0.005, "minutes_teacher": 0.005, "steps_classifier": 2, "batch_autoencoder": 2}
 

@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 
 
 def _add_train_options(parser: ArgumentParser) -> None:
-    from wadi.zoo.recipe.stages import ZooConfig
+    from wadi.zoo.recipe.config import ZooConfig
 
     parser.add_class_arguments(ZooConfig)
 
 
 def _train(arguments: Arguments) -> int:
-    from wadi.zoo.recipe.stages import ZooConfig, train
+    from wadi.zoo.recipe.config import ZooConfig
+    from wadi.zoo.recipe.stages import train
 
     print(train(ZooConfig(**arguments.options.as_dict())))
     return 0

@@ -23,7 +23,7 @@ from wadi.zoo.recipe.optim import Muon, groups_of
 from wadi.zoo.recipe.state import Average, Budget, resume_run, save_run
 
 if TYPE_CHECKING:
-    from wadi.zoo.recipe.stages import ZooConfig
+    from wadi.zoo.recipe.config import ZooConfig
 
 CHANNELS = 12
 NOISE = 0.04  # standard deviation of the latent noise, as a share of each channel's own

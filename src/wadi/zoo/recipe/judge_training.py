@@ -20,7 +20,7 @@ from wadi.zoo.recipe.icons import Sprites
 from wadi.zoo.recipe.state import Average, resume_run, save_run, save_tensors
 
 if TYPE_CHECKING:
-    from wadi.zoo.recipe.stages import ZooConfig
+    from wadi.zoo.recipe.config import ZooConfig
 
 LR = 2e-3
 POOL = 4096  # compositions kept ready, half of them through the autoencoder

@@ -32,7 +32,7 @@ from wadi.zoo.recipe.state import Average, Budget, load_tensors, resume_run, sav
 from wadi.zoo.recipe.text import HIDDEN, build_text_encoder, load_tokenizer, tokenize, write_tokenizer
 
 if TYPE_CHECKING:
-    from wadi.zoo.recipe.stages import ZooConfig
+    from wadi.zoo.recipe.config import ZooConfig
 
 SIDE = 16
 GAMMA = 5.0
