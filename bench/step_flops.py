@@ -9,6 +9,7 @@ the GPU reaches ``--tflops`` during the whole run, and leave out sample images, 
 """
 
 import argparse
+from dataclasses import replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,25 +17,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from wadi import roles
-from wadi.backbones import family
-from wadi.backbones.configs import build_network
 from wadi.distill.plan.architecture import load_architecture
+from wadi.distill.plan.memory import replace_by_fakes
+from wadi.distill.plan.plan import outline_backbone
 from wadi.distill.presets import preset
-from wadi.lorad import LoRaDConfig
 
 PAPER_STEPS, PAPER_IMAGES = 21_875, 128
-
-
-def empty(network):
-    """Replace each parameter and buffer by a CPU tensor without contents, under the fake mode that is active."""
-    for module in network.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                tensor = torch.empty(parameter.shape, dtype=parameter.dtype)
-                module._parameters[name] = torch.nn.Parameter(tensor, requires_grad=parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 def operations(network, images, width, role, train):
@@ -57,18 +45,12 @@ def main() -> None:
     args = parser.parse_args()
 
     config, architecture = preset(args.model), load_architecture(args.model)
-    with torch.device("meta"):
-        network = build_network(architecture.network)
-    student, fake = family(architecture.pipeline).default_targets(network.config)
-    roles.attach(network, "student", LoRaDConfig(r=config.student.rank, target_modules=student))
-    roles.attach(network, "fake", LoRaDConfig(r=config.fake.rank, target_modules=fake))
-    if config.gradient_checkpointing:
-        roles.enable_checkpointing(network)
+    network = outline_backbone(architecture, replace(config, dtype="float32")).network
 
     width, batch = network.config.cross_attention_dim, config.batch
     guided = [batch if scale == 1 else 2 * batch for scale in (config.guidance_scale, config.fake.guidance_scale)]
     with FakeTensorMode(allow_non_fake_inputs=True):
-        empty(network)
+        replace_by_fakes(network)
         step = {
             "student, forward and backward": operations(network, batch, width, "student", True),
             "teacher": operations(network, guided[0], width, None, False),

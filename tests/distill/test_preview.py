@@ -7,6 +7,7 @@ from torch.testing import assert_close
 from wadi import roles
 from wadi.backbones import from_pipeline, load_pipeline
 from wadi.distill import health, preview
+from wadi.io import grids
 from wadi.lorad import LoRaDConfig
 from wadi.sampling import many_steps, noise
 
@@ -59,4 +60,4 @@ def test_the_ratios_are_the_students_to_the_teachers(backbone, prepared):
     assert stats["contrast_ratio"] == pytest.approx(health.pixel_contrast(student) / health.pixel_contrast(prepared.teacher))
     assert stats["diversity_ratio"] == pytest.approx(health.pixel_diversity(student) / health.pixel_diversity(prepared.teacher))
     assert abs(stats["contrast_ratio"] - 1) > 1e-3
-    assert picture.width > 3 * preview.SHOWN_WIDTH
+    assert picture.width > 3 * grids.SHOWN_WIDTH

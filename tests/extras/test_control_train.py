@@ -26,6 +26,7 @@ from wadi.extras.control.losses import edge_loss, noisy_timesteps, student_x0, t
 from wadi.extras.control.network import controlnet_of, copy_into
 from wadi.extras.control.pipeline import with_control
 from wadi.extras.control.training import train_control
+from wadi.io.tensors import read_with_metadata
 from wadi.sampling import noise
 
 PROMPTS = ["red apple", "blue car", "green tree"]
@@ -221,7 +222,7 @@ def test_a_checkpoint_of_an_earlier_version_is_continued(tmp_path):
     pipeline, out = teacher(tmp_path), tmp_path / "run"
     train_control(small(out), pipeline, PROMPTS)
     state = out / "training.safetensors"
-    tensors, about = data.read_tensors_and_metadata(state, "")
+    tensors, about = read_with_metadata(state, "State", "")
     note = {name: value for name, value in json.loads(about["note"]).items() if name not in ("images", "start", "timestep")}
     save_file(tensors, state, {**about, "note": json.dumps(note)})
     assert train_control(small(out), pipeline, PROMPTS) == out / "controlnet"

@@ -11,8 +11,9 @@ from raising import raises_naming
 from wadi import roles
 from wadi.backbones import from_pipeline, load_pipeline
 from wadi.diffusion.schedulers import timestep_of
+from wadi.extras.balanced import balanced_indices
 from wadi.extras.dreambooth.config import DreamboothConfig
-from wadi.extras.dreambooth.losses import dreambooth_loss, pair_nearest, random_rows
+from wadi.extras.dreambooth.losses import dreambooth_loss, pair_nearest
 from wadi.extras.dreambooth.prior import generate_prior
 from wadi.extras.dreambooth.saving import save_subject
 from wadi.extras.dreambooth.subject import image_paths, read_subject
@@ -167,8 +168,8 @@ def test_the_losses_are_those_of_the_docstring_at_the_students_own_timestep(one_
 def test_every_image_is_used_equally_often():
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
-        assert random_rows(4, 8, generator).bincount().tolist() == [2, 2, 2, 2]
-        assert random_rows(4, 3, generator).bincount().max() == 1
+        assert balanced_indices(4, 8, generator).bincount().tolist() == [2, 2, 2, 2]
+        assert balanced_indices(4, 3, generator).bincount().max() == 1
 
 
 def test_the_learning_rate_falls_along_a_cosine_to_a_tenth(sd_v_folder, subject_folder, monkeypatch):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
     from wadi.cli.parser import Arguments
-    from wadi.evaluate.swap_eval import SwapResult
+    from wadi.evaluate.swap_eval import SwapGenerators, SwapResult
 
 TEACHER = "pipeline folder, Hub id, .safetensors state dict of the network, or zoo"
 OF_SWAP_EVAL = ("by_kind", "prompts", "count", "metrics", "steps", "guidance_scale", "draw_batch", "pictures")
@@ -59,9 +59,9 @@ def run(arguments: Arguments) -> int:
     check_replaceable(out, write.KNOWN)
     if options.page is not None:
         split_at_markers(Path(options.page), write.BEGIN, write.END)  # report a page without markers before the work
-    evaluation = _SwapEvaluation(options, shlex.join(command)) if options.swap_eval else None
+    generators = _swap_generators(options) if options.swap_eval else None  # report a wrong student before the work
     analysis = analyze(options.teacher, options.student, options.exact_up_to, find_device(options.device))
-    swaps = evaluation.run() if evaluation is not None else None
+    swaps = _evaluate_swaps(options, generators, shlex.join(command)) if generators is not None else None
     with whole_folder(out, write.KNOWN) as folder:
         write.write(analysis, folder)
         if swaps is not None:
@@ -86,22 +86,19 @@ def _check_options(options: Any) -> None:
         raise WadiError(f"--swap-eval needs prompts to generate from. Give --prompts FILE; only the teacher {ZOO} has its own.")
 
 
-class _SwapEvaluation:
-    """The evaluation of hybrids that the options describe. Making it checks teacher and student; `run` generates."""
+def _swap_generators(options: Any) -> SwapGenerators:
+    from wadi.evaluate.swap_eval import swap_generators
 
-    def __init__(self, options: Any, command: str) -> None:
-        from wadi.evaluate.swap_eval import SwapSettings, swap_generators
+    return swap_generators(options.teacher, options.student, options.by_kind)
 
-        self.teacher, self.command = options.teacher, command
-        self.generators = swap_generators(options.teacher, options.student, options.by_kind)
-        given = {
-            "prompts": options.prompts, "count": options.count, "steps": options.steps, "batch": options.draw_batch,
-            "guidance_scale": options.guidance_scale, "folder": options.pictures,
-            "metrics": options.metrics.split(",") if options.metrics else None,
-        }  # fmt: skip
-        self.settings = SwapSettings(**{name: value for name, value in given.items() if value is not None})
 
-    def run(self) -> SwapResult:
-        from wadi.evaluate.swap_eval import evaluate_swaps
+def _evaluate_swaps(options: Any, generators: SwapGenerators, command: str) -> SwapResult:
+    from wadi.evaluate.swap_eval import SwapSettings, evaluate_swaps
 
-        return evaluate_swaps(self.teacher, self.generators, self.settings, self.command)
+    given = {
+        "prompts": options.prompts, "count": options.count, "steps": options.steps, "batch": options.draw_batch,
+        "guidance_scale": options.guidance_scale, "folder": options.pictures,
+        "metrics": options.metrics.split(",") if options.metrics else None,
+    }  # fmt: skip
+    settings = SwapSettings(**{name: value for name, value in given.items() if value is not None})
+    return evaluate_swaps(options.teacher, generators, settings, command)

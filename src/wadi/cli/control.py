@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wadi.cli import control_eval, control_train
+from wadi.cli.generate_options import size_from
 from wadi.cli.parser import Command
-from wadi.errors import WadiError
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -37,22 +37,14 @@ def _condition(arguments: Arguments) -> int:
     options = arguments.options
     check_writable(options.out, (".png",))
     image = read_image(options.picture, "Condition image")
-    if options.size is not None:
-        image = fit_image(image, _size(options.size))
+    if (size := size_from(options.size, smallest=1)) is not None:
+        image = fit_image(image, size)
     doing = f"{options.kind} of {image.width} x {image.height} pixels"
     with explained_when_full(torch.device("cpu"), lambda: doing, "Give --size with fewer pixels."):
         result = condition(options.kind, image, options.model)
     save_png(result, Path(options.out))
     print(options.out)
     return 0
-
-
-def _size(text: str) -> tuple[int, int]:
-    """Return ``(height, width)`` for ``WIDTHxHEIGHT``."""
-    width, _, height = text.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise WadiError(f"--size is {text!r}. Expected WIDTHxHEIGHT in pixels, such as 512x512.")
-    return int(height), int(width)
 
 
 SUBCOMMANDS = {

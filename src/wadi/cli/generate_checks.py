@@ -54,11 +54,13 @@ def _check_companions(options: Any) -> None:
 
 
 def _check_source(options: Any) -> None:
+    from wadi.pipelines.load import is_export
+
     if options.run is None:
         return
     if options.adapter is not None:
         raise WadiError(f"--run {options.run!r} and --adapter {options.adapter!r} were given. Give one of them.")
-    if (Path(options.run) / "model_index.json").is_file():
+    if is_export(options.run):
         for option in ("teacher", "compare"):
             if _given(options, option):
                 raise WadiError(

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 NUMBER = r"\d{1,6}(?:\.\d{1,6})?"
 MODE = Whole(0, 1000)
-IMAGE_SIDE = Whole(8, SIDE.high)  # the autoencoder of every family has at least 8 pixels per latent
 STRENGTH = 0.8  # of --init
 
 
@@ -134,9 +133,11 @@ def numbers(options: Any, name: str, bounds: Number | Whole) -> list[Any]:
     return [bounds(text) for text in getattr(options, name) or ()]
 
 
-def size_from(text: str | None) -> tuple[int, int] | None:
+def size_from(text: str | None, smallest: int = 8) -> tuple[int, int] | None:
     """Return ``(height, width)`` for ``WIDTHxHEIGHT``.
 
+    Args:
+        smallest: of a side, in pixels. The autoencoder of every family has at least 8 pixels per latent.
     Raises:
         WadiError: if the text has another form, or a side is out of bounds.
     """
@@ -146,8 +147,8 @@ def size_from(text: str | None) -> tuple[int, int] | None:
     if not sides:
         raise WadiError(f"--size is {text[:80]!r}. Expected WIDTHxHEIGHT in pixels, such as 1792x1024.")
     width, height = int(sides[1]), int(sides[2])
-    if not all(IMAGE_SIDE.low <= side <= IMAGE_SIDE.high for side in (width, height)):
-        raise WadiError(f"--size is {text!r}. Each side must be from {IMAGE_SIDE.low} to {IMAGE_SIDE.high:,} pixels.")
+    if not all(smallest <= side <= SIDE.high for side in (width, height)):
+        raise WadiError(f"--size is {text!r}. Each side must be from {smallest} to {SIDE.high:,} pixels.")
     return height, width
 
 

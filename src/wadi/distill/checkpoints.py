@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from wadi import roles
 from wadi.distill.checkpoint_folders import Saved, first_not_finite, place, surplus
 from wadi.distill.state import TrainState
-from wadi.errors import WadiError
+from wadi.errors import WadiError, first_line
 from wadi.io.files import remove_folder, sha256, whole_folder
 from wadi.io.moments import moments_of, restore_moments
 from wadi.io.records import read_json
@@ -136,7 +136,7 @@ def _check_same_run(path: Path, saved: Saved, state: TrainState, teacher: str) -
 
 
 def _misfit(path: Path, part: str, error: Exception) -> WadiError:
-    reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}".rstrip(".")
+    reason = f"{type(error).__name__}: {first_line(error)}"
     return WadiError(
         f"Checkpoint {str(path)!r} does not fit this run: {part} in training.safetensors or state.json ({reason}). Restore the "
         "files as they were written, or delete this checkpoint: the run then continues from an earlier one."

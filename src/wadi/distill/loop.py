@@ -21,7 +21,6 @@ from wadi.distill.optimizers import averaged
 from wadi.distill.setup import Training, prepare
 from wadi.distill.step import as_numbers, train_step
 from wadi.distill.warm_start import Pairs, pairs_of_run
-from wadi.errors import Interrupted
 from wadi.io.grids import save_png
 from wadi.io.progress import console, progress
 from wadi.parallel.device import explained_when_full
@@ -236,6 +235,3 @@ def preview_due(step: int, config: DistillConfig) -> bool:
 def due(step: int, every: int) -> bool:
     """Return whether something done every ``every`` steps (0 = never) is due at ``step``."""
     return every > 0 and step % every == 0
-
-
-__all__ = ["Interrupted", "distill"]

@@ -17,7 +17,6 @@ from wadi.io.progress import progress
 from wadi.sampling import decode_in_batches, many_steps, noise, one_step
 
 SHOWN_SEEDS = 2  # images per prompt in the grid; the diversity metric uses all
-SHOWN_WIDTH = 128  # smallest width of an image in the grid, in pixels; smaller images are enlarged
 BATCH = 16
 
 
@@ -145,5 +144,4 @@ def sample_grid(validation: Validation, student: Tensor) -> grids.Image.Image:
     )
     rows = [[grids.to_pil(column[seed]) for column in block] for _, block in blocks for seed in range(shown)]
     labels = [label for label, _ in blocks for _ in range(shown)]
-    scale = max(1, SHOWN_WIDTH // student.shape[-1])
-    return grids.compose_grid(rows, labels, validation.prompts, scale)
+    return grids.compose_grid(rows, labels, validation.prompts, grids.enlargement(rows[0][0]))

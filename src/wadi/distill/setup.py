@@ -21,7 +21,7 @@ from wadi.distill.state import TrainState, fingerprint
 from wadi.errors import WadiError
 from wadi.io.progress import console
 from wadi.lorad.angles import largest_rank
-from wadi.parallel.device import find_device, keep_freed_memory, refuse_larger
+from wadi.parallel.device import dtype_of, find_device, keep_freed_memory, refuse_larger
 from wadi.parallel.ranks import Ranks, make_accelerator, shard_frozen
 from wadi.prompts.order import PromptOrder
 from wadi.sampling import check_steps, student_timestep
@@ -77,7 +77,7 @@ def prepare(config: DistillConfig) -> Training:
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     set_seed(config.seed)  # for the adapters' initial values; everything later draws from the state's own generator
 
-    pipeline = load_pipeline(resolve_teacher(config.teacher), getattr(torch, config.dtype), device)
+    pipeline = load_pipeline(resolve_teacher(config.teacher), dtype_of(config.dtype), device)
     backbone = from_pipeline(pipeline, config.resolution)
     network = backbone.network
     check_not_distilled(pipeline, network)

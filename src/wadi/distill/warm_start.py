@@ -57,9 +57,7 @@ def pairs_of_run(conditions: Conditions, config: DistillConfig, run: Run, order:
     return load_pairs(path, torch.device("cpu"))
 
 
-def make_pairs(
-    conditions: Conditions, rows: Tensor, config: WarmStartConfig, seed: int, stop: Stop, quiet: bool = False
-) -> Pairs:
+def make_pairs(conditions: Conditions, rows: Tensor, config: WarmStartConfig, seed: int, stop: Stop) -> Pairs:
     """Generate the teacher's samples for the prompts ``rows`` from noise of the seeds ``seed, seed + 1, ...``.
 
     Raises:
@@ -69,7 +67,7 @@ def make_pairs(
     device = next(backbone.network.parameters()).device
     z = noise(backbone.latent_shape, range(seed, seed + len(rows))).to(device)
     null, samples = backbone.encode([""]), []
-    with roles.active(backbone.network, None), progress("warm-start pairs", len(rows), quiet=quiet) as bar:
+    with roles.active(backbone.network, None), progress("warm-start pairs", len(rows)) as bar:
         for part in torch.arange(len(rows)).split(BATCH):
             condition = conditions(rows[part])
             steps, guidance_scale = config.sampler_steps, config.guidance_scale

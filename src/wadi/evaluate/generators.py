@@ -223,7 +223,7 @@ def find(name: str, **place: Any) -> Source | None:
     folder = Path(split_variant(name)[0])
     if name == NAME:
         return Source(name, **place)
-    if (folder / "model_index.json").is_file():
+    if load.is_export(folder):
         return Source(name, pipeline=True, **place)
     if (folder / "config.yaml").is_file():
         return Source(name, run=name, **place)

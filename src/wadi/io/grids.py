@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -14,6 +15,7 @@ from wadi.io.files import write_whole
 from wadi.io.fonts import Font, choose_font
 
 MARGIN = 6  # pixels between cells
+SHOWN_WIDTH = 128  # pixels; smaller images are enlarged to about this width
 INK, PAPER = (40, 40, 46), (255, 255, 255)
 
 
@@ -23,10 +25,10 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(array)
 
 
-def encode_png(image: Image.Image) -> bytes:
-    """Return an image as PNG bytes."""
+def encode_png(image: Image.Image, **options: Any) -> bytes:
+    """Return an image as PNG bytes: the smallest file, unless ``options`` of Pillow (``compress_level=3``) say otherwise."""
     stream = io.BytesIO()
-    image.save(stream, format="PNG", optimize=True)
+    image.save(stream, format="PNG", **(options or {"optimize": True}))
     return stream.getvalue()
 
 
@@ -42,8 +44,8 @@ def save_png(image: Image.Image, path: Path) -> None:
 
 
 def enlargement(image: Image.Image) -> int:
-    """Return the whole number that brings a small image to a width of about 128 pixels; 1 for larger ones."""
-    return max(1, 128 // image.width)
+    """Return the whole number that brings a small image to a width of about `SHOWN_WIDTH`; 1 for larger ones."""
+    return max(1, SHOWN_WIDTH // image.width)
 
 
 def compose_grid(

@@ -36,6 +36,24 @@ def open_tensors(file: Path, what: str = "Weights") -> Any:
         ) from error
 
 
+def read_with_metadata(path: Path, what: str, remedy: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a safetensors file that this package wrote.
+
+    Args:
+        what: name of the file in errors, with a capital letter.
+        remedy: what to do if it is damaged; the end of the message.
+    Raises:
+        WadiError: if the file is damaged, or not a regular file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(require_file(path), framework="pt") as stored:
+            return {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise WadiError(f"{what} {str(path)!r} is damaged: {first_line(error)}. {remedy}") from error
+
+
 def read_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return all tensors of a safetensors file, and its header.
 

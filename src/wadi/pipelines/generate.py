@@ -6,6 +6,7 @@ Each image starts from noise of its own seed, so it depends neither on the batch
 from __future__ import annotations
 
 import inspect
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -129,7 +130,7 @@ def family_call(pipeline: Any, guidance_scale: float | None = None) -> dict[str,
 
 def median(values: Sequence[float]) -> float:
     """Return the middle value, the upper one of two; 0 for an empty sequence."""
-    return sorted(values)[len(values) // 2] if values else 0.0
+    return statistics.median_high(values) if values else 0.0
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from wadi import roles
-from wadi.backbones import from_pipeline, load_pipeline
+from wadi.backbones import Backbone, from_pipeline, load_pipeline
 from wadi.diffusion.schedulers import one_step_scheduler
 from wadi.distill import config_files
 from wadi.errors import WadiError
@@ -41,15 +41,12 @@ def load(
     if adapter is None and is_export(run):
         return load_pipeline(str(run), dtype, device)
     folder, base = locate_adapter(run, adapter, teacher)
-    about = read_student(folder)
-    pipeline = load_pipeline(base, dtype, device)
-    backbone = from_pipeline(pipeline, about.resolution)
+    about, backbone = _open_base(folder, base, dtype, device)
     roles.refuse_adapted(backbone.network)
     roles.load(backbone.network, folder, "student")
     roles.fuse(backbone.network, "student")
-    pipeline.scheduler = one_step_scheduler(pipeline.scheduler, about.timestep)
-    backbone.remember_resolution()
-    return pipeline
+    backbone.pipeline.scheduler = one_step_scheduler(backbone.pipeline.scheduler, about.timestep)
+    return backbone.pipeline
 
 
 def load_teacher_pipeline(
@@ -61,12 +58,17 @@ def load_teacher_pipeline(
     device: str | torch.device = "cpu",
 ) -> Any:
     """Return the many-step pipeline behind a student, with the family's deterministic sampler. Arguments as in `load`."""
-    folder, base = locate_adapter(run, adapter, teacher)
-    pipeline = load_pipeline(base, dtype, device)
-    backbone = from_pipeline(pipeline, read_student(folder).resolution)
-    pipeline.scheduler = backbone.sampler()
+    _, backbone = _open_base(*locate_adapter(run, adapter, teacher), dtype, device)
+    backbone.pipeline.scheduler = backbone.sampler()
+    return backbone.pipeline
+
+
+def _open_base(folder: Path, base: str, dtype: torch.dtype, device: str | torch.device) -> tuple[roles.About, Backbone]:
+    """Read a student's settings, and load the pipeline ``base`` at the student's resolution."""
+    about = read_student(folder)
+    backbone = from_pipeline(load_pipeline(base, dtype, device), about.resolution)
     backbone.remember_resolution()
-    return pipeline
+    return about, backbone
 
 
 def is_export(run: str | Path | None) -> bool:
@@ -84,7 +86,7 @@ def locate_adapter(run: str | Path | None, adapter: str | Path | None, teacher: 
         raise WadiError(f"Received both run {str(run)!r} and adapter {str(adapter)!r}. Give one of them.")
     if run is None:
         folder = Path(adapter) if adapter is not None else embedded_path("student")
-        return folder, resolve_teacher(str(teacher or read_student(folder).teacher))
+        return folder, resolve_teacher(str(teacher or _read_about(folder).teacher))
     settings = Path(run) / "config.yaml"
     if not settings.is_file():
         raise WadiError(
@@ -107,4 +109,10 @@ def read_student(folder: Path) -> roles.About:
         WadiError: if the folder is not an adapter, or ``wadi.json`` is missing or damaged.
     """
     roles.read(folder)  # report a damaged adapter first
+    return roles.read_about(folder)
+
+
+def _read_about(folder: Path) -> roles.About:
+    """Return the same without reading the weights."""
+    roles.read_config(folder)
     return roles.read_about(folder)

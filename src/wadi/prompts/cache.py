@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from wadi.errors import WadiError
 from wadi.io.files import write_whole
 from wadi.io.records import Count, Digest, Positive, Record, asdict, read_json
 from wadi.io.regular import require_file
+from wadi.prompts.texts import Texts
 
 MANIFEST = "cache.json"
 DIGEST = "digest"  # key in `Embeddings.encoder`: digest of the files of text encoders and tokenizers
@@ -180,7 +181,7 @@ def check_encoder(folder: Path, cached: Mapping[str, Any], expected: Mapping[str
         )
 
 
-class Embeddings(Sequence[str]):
+class Embeddings(Texts):
     """A complete cache, read row by row. As a sequence it contains the texts of the prompts.
 
     Attributes:
@@ -206,15 +207,10 @@ class Embeddings(Sequence[str]):
     def __len__(self) -> int:
         return int(self.manifest["count"])
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        shard, row = self._locate(range(len(self))[int(index)])
-        return bytes(self._slice(shard, "text", row).numpy()).decode()
+    def text(self, row: int) -> str:
+        """Return the prompt of ``row``."""
+        shard, row_in_shard = self._locate(row)
+        return bytes(self._slice(shard, "text", row_in_shard).numpy()).decode()
 
     def rows(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Return the tensors of a condition for these prompts, ``(len(indices), ...)`` each, as the encoder returned them."""

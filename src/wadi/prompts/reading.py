@@ -7,18 +7,18 @@ import itertools
 import mmap
 import tempfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import overload
 
 from wadi.errors import WadiError
 from wadi.io.progress import console
 from wadi.prompts.sources import HUB, rows_of
+from wadi.prompts.texts import Texts
 
 LONGEST = 20_000  # characters of a prompt; text encoders read a few hundred tokens
 
 
-class Prompts(Sequence[str]):
+class Prompts(Texts):
     """Texts in an unnamed temporary file that is mapped into memory. Only their positions are in memory: 8 bytes per prompt.
 
     Attributes:
@@ -44,14 +44,8 @@ class Prompts(Sequence[str]):
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        row = range(len(self))[int(index)]  # handles negative indices; IndexError past the end
+    def text(self, row: int) -> str:
+        """Return the text of ``row``."""
         return self._bytes[self._starts[row] : self._starts[row + 1]].decode()
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from wadi.errors import WadiError
+from wadi.errors import WadiError, first_line
 from wadi.io.files import whole_folder
 from wadi.io.records import Count, Record, Side, read_json
 from wadi.io.tensors import open_tensors
-from wadi.io.weight_checks import check_finite, check_floats
+from wadi.io.weight_checks import check_finite, check_floats, shapes, tensor_differences
 from wadi.lorad.stored import PEFT_PREFIX
 from wadi.roles.layers import attach, state_dict
 
@@ -129,16 +129,9 @@ def restore(model: nn.Module, name: str, tensors: dict[str, Tensor], source: obj
         WadiError: if names or shapes differ, naming the first ones that do.
     """
     attached = state_dict(model, name)
-    missing, unknown = sorted(attached.keys() - tensors.keys()), sorted(tensors.keys() - attached.keys())
-    reshaped = sorted(k for k in attached.keys() & tensors.keys() if attached[k].shape != tensors[k].shape)
-    if missing or unknown or reshaped:
-        reasons = [
-            f"{len(keys)} {what} (first: {keys[0].removeprefix(PEFT_PREFIX)})"
-            for keys, what in ((missing, "missing"), (unknown, "unknown"), (reshaped, "of another shape"))
-            if keys
-        ]
+    if differences := tensor_differences(shapes(attached), shapes(tensors), PEFT_PREFIX):
         raise WadiError(
-            f"Adapter {name!r} from {source} does not fit this model: {', '.join(reasons)}. It must have the same "
+            f"Adapter {name!r} from {source} does not fit this model: {differences}. It must have the same "
             "architecture, target layers and rank: use the teacher that it was trained on."
         )
     for key, value in tensors.items():
@@ -168,7 +161,7 @@ def load(model: nn.Module, folder: Path, name: str) -> None:
         if isinstance(error, WadiError):
             raise WadiError(f"Adapter {str(folder)!r}: {error}") from error
         raise WadiError(
-            f"Adapter {str(folder)!r} has a {CONFIG} that PEFT cannot read: {str(error).partition(chr(10))[0]:.300}. "
+            f"Adapter {str(folder)!r} has a {CONFIG} that PEFT cannot read: {first_line(error)}. "
             "Restore the file as it was written."
         ) from error
     attach(model, name, config)

@@ -76,7 +76,7 @@ def peak_bytes(backbone: Backbone, config: DistillConfig, shapes: dict[str, tupl
         student=replace(config.student, ema=0.0),
     )
     with FakeTensorMode(allow_non_fake_inputs=True):  # the schedule's table is a small real tensor
-        _replace_by_fakes(backbone.network)
+        replace_by_fakes(backbone.network)
         live = LiveBytes()
         for tensor in backbone.network.state_dict().values():
             live.show(tensor)
@@ -88,7 +88,7 @@ def peak_bytes(backbone: Backbone, config: DistillConfig, shapes: dict[str, tupl
         return live.peak
 
 
-def _replace_by_fakes(network: nn.Module) -> None:
+def replace_by_fakes(network: nn.Module) -> None:
     """Replace every parameter and buffer by an empty tensor on the CPU, under the fake mode that is active."""
     for module in network.modules():
         for name, parameter in list(module._parameters.items()):

@@ -23,6 +23,7 @@ from wadi.distill.plan.memory import peak_bytes
 from wadi.distill.setup import attach_roles
 from wadi.errors import WadiError
 from wadi.io.quiet import errors_only
+from wadi.parallel.device import dtype_of
 from wadi.sampling import student_timestep
 
 FLOAT32 = 4  # bytes
@@ -127,7 +128,7 @@ def outline_backbone(architecture: Architecture, config: DistillConfig) -> Backb
     """
     backbone_class = family(architecture.pipeline)
     with torch.device("meta"), errors_only():  # diffusers warns about a network that has no module to keep in float32
-        network = build_network(architecture.network).to(getattr(torch, config.dtype))
+        network = build_network(architecture.network).to(dtype_of(config.dtype))
     stand_in = Outline(
         pipeline_class=architecture.pipeline,
         scheduler=make_scheduler(architecture.scheduler),
@@ -151,7 +152,7 @@ def measure_memory(
     backbone: Backbone, config: DistillConfig, timestep: int, architecture: Architecture, processes: int = 1
 ) -> Memory:
     """Return the memory of a step on one process. The backbone's parameters lose their contents."""
-    width = torch.empty(0, dtype=getattr(torch, config.dtype)).element_size()
+    width = torch.empty(0, dtype=dtype_of(config.dtype)).element_size()
     angles = {role: list(roles.parameters(backbone.network, role).values()) for role in ("student", "fake")}
     counts = {role: sum(parameter.numel() for parameter in parameters) for role, parameters in angles.items()}
     both = FLOAT32 * sum(counts.values())

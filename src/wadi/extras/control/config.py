@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from wadi.errors import WadiError
+from wadi.io import bounds
 
-COUNTS = {"pictures": 1_000_000, "picture_steps": 1000, "steps": 10_000_000, "batch": 65_536, "save_every": 10_000_000}
-LARGEST_WEIGHT = 1000.0
-SEEDS = 2**40  # a generator's seed is a million times this seed plus the step, which must stay below 2^63
+_LIMITS: dict[str, bounds.Whole | bounds.Number] = {
+    "pictures": bounds.Whole(1, 1_000_000), "picture_steps": bounds.STEPS, "steps": bounds.Whole(1, 10_000_000),
+    "batch": bounds.BATCH, "save_every": bounds.Whole(1, 10_000_000), "picture_weight": bounds.Number(0, 1000),
+    "edge_weight": bounds.Number(0, 1000), "keep_weight": bounds.Number(0, 1000), "guidance_scale": bounds.Number(0, 1000),
+    "lr": bounds.Number(0, 1, above=True), "drop": bounds.SHARE,
+    "seed": bounds.Whole(0, 2**40 - 1),  # a generator's seed is a million times this seed plus the step, below 2^63
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,15 +52,5 @@ class ControlConfig:
     save_every: int = 100
 
     def __post_init__(self) -> None:
-        for name, largest in COUNTS.items():
-            if not 1 <= getattr(self, name) <= largest:
-                raise WadiError(f"{name} is {getattr(self, name)}. Give a whole number from 1 to {largest:,}.")
-        for name in ("picture_weight", "edge_weight", "keep_weight", "guidance_scale"):
-            if not 0 <= getattr(self, name) <= LARGEST_WEIGHT:
-                raise WadiError(f"{name} is {getattr(self, name)}. Give a number from 0 to {LARGEST_WEIGHT:g}.")
-        if not 0 < self.lr <= 1:
-            raise WadiError(f"lr is {self.lr}. Give a number above 0 and at most 1.")
-        if not 0 <= self.drop <= 1:
-            raise WadiError(f"drop is {self.drop}. Give a number from 0 to 1.")
-        if not 0 <= self.seed < SEEDS:
-            raise WadiError(f"seed is {self.seed}. Give a whole number from 0 to {SEEDS - 1:,}.")
+        for name, limits in _LIMITS.items():
+            limits.check(name, getattr(self, name))

@@ -20,7 +20,7 @@ from wadi.extras.control.edges import edge_map
 from wadi.io.files import write_whole
 from wadi.io.progress import progress
 from wadi.io.records import parse_json
-from wadi.io.regular import require_file
+from wadi.io.tensors import read_with_metadata
 from wadi.sampling import decode_in_batches, many_steps, noise
 
 
@@ -80,7 +80,7 @@ def load_images(path: Path, notes: Sequence[str], prompts: Sequence[str]) -> Tra
     """
     if not path.is_file():
         return None
-    tensors, metadata = read_tensors_and_metadata(path, "generate the images again")
+    tensors, metadata = read_with_metadata(path, "The file", "Delete it to generate the images again.")
     remedy = "Restore the teacher, prompts and settings of before, delete the file, or choose another --out."
     if metadata.get("note") not in notes:
         raise WadiError(
@@ -99,20 +99,3 @@ def load_images(path: Path, notes: Sequence[str], prompts: Sequence[str]) -> Tra
         if now != then:
             raise WadiError(f"{str(path)!r} contains images of other prompts: {then!r:.80}, and now {now!r:.80}. {remedy}")
     return images
-
-
-def read_tensors_and_metadata(path: Path, after_deletion: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of a safetensors file.
-
-    Args:
-        after_deletion: the action of a run after the file is deleted, for the error message.
-    Raises:
-        WadiError: if the file is damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(require_file(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise WadiError(f"{str(path)!r} is damaged ({error}). Delete it to {after_deletion}.") from error

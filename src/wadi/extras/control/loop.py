@@ -16,11 +16,12 @@ from wadi.backbones import Backbone, Condition
 from wadi.distill.schedules import cosine, rise
 from wadi.errors import WadiError, first_line
 from wadi.extras.control.config import ControlConfig
-from wadi.extras.control.data import TrainingImages, read_tensors_and_metadata
+from wadi.extras.control.data import TrainingImages
 from wadi.extras.control.losses import edge_loss, noisy_timesteps, residual_change, student_x0, teacher_loss
 from wadi.io.files import write_whole
 from wadi.io.moments import moments_of, restore_moments
 from wadi.io.progress import progress
+from wadi.io.tensors import read_with_metadata
 from wadi.parallel.signals import stop_on_signals
 
 WARMUP = 30  # steps
@@ -141,7 +142,7 @@ class ControlTraining:
         self.path, self.note = path, note
         if not path.is_file():
             return
-        tensors, metadata = read_tensors_and_metadata(path, "start the training again")
+        tensors, metadata = read_with_metadata(path, "The checkpoint", "Delete it to start the training again.")
         weights = {name.removeprefix("net."): value for name, value in tensors.items() if name.startswith("net.")}
         try:
             self.step = int(metadata["step"])

@@ -26,7 +26,6 @@ from wadi.extras.control.data import (
     TrainingImages,
     generate_images,
     load_images,
-    read_tensors_and_metadata,
     save_images,
     shuffled_prompts,
 )
@@ -35,6 +34,7 @@ from wadi.extras.control.loop import ControlTraining
 from wadi.extras.control.network import controlnet_of
 from wadi.io.files import whole_folder
 from wadi.io.records import parse_json
+from wadi.io.tensors import read_with_metadata
 from wadi.sampling import check_steps
 
 IMAGE_SEED = 1_000_000  # of the first training image: far from the small seeds that people and tests use
@@ -96,7 +96,7 @@ def check_same_training(checkpoint: Path, note: Mapping[str, Any]) -> None:
     """
     if not checkpoint.is_file():
         return
-    _, metadata = read_tensors_and_metadata(checkpoint, "start the training again")
+    _, metadata = read_with_metadata(checkpoint, "The checkpoint", "Delete it to start the training again.")
     try:
         then = parse_json(metadata["note"], dict[str, Any], "Its note")
         differences = [
@@ -123,7 +123,7 @@ def _contains(folder: Path, controlnet: nn.Module) -> bool:
     file = folder / "diffusion_pytorch_model.safetensors"
     if not file.is_file():
         return False
-    tensors, _ = read_tensors_and_metadata(file, "write it again")
+    tensors, _ = read_with_metadata(file, "The ControlNet", "Delete it to write it again.")
     weights = controlnet.state_dict()
     return tensors.keys() == weights.keys() and all(torch.equal(tensors[k], v.half().cpu()) for k, v in weights.items())
 

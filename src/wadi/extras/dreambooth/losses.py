@@ -18,6 +18,7 @@ from torch import Tensor
 
 from wadi.backbones import Backbone, Condition
 from wadi.diffusion.schedulers import timestep_of
+from wadi.extras.balanced import balanced_indices
 from wadi.extras.dreambooth.config import DreamboothConfig
 from wadi.extras.dreambooth.prior import Prior
 from wadi.sampling import one_step
@@ -40,7 +41,7 @@ def dreambooth_loss(
         condition: one row, of the subject's prompt.
     """
     batch = config.batch
-    rows = random_rows(len(subject), batch, generator)
+    rows = balanced_indices(len(subject), batch, generator)
     x0, conditions = subject[rows], condition.expand(batch)
     z = torch.randn(x0.shape, generator=generator).to(x0.device)
     if prior is not None:
@@ -58,12 +59,6 @@ def dreambooth_loss(
     if prior is not None:
         loss = loss + config.prior_weight * per_image[batch:].mean()
     return loss, subject_loss.detach()
-
-
-def random_rows(count: int, batch: int, generator: torch.Generator) -> Tensor:
-    """Return ``batch`` row numbers below ``count`` in random order, each equally often as far as ``batch`` allows."""
-    rounds = [torch.randperm(count, generator=generator) for _ in range(-(-batch // count))]
-    return torch.cat(rounds)[:batch]
 
 
 def _diffusion_loss(backbone: Backbone, x0: Tensor, noise: Tensor, condition: Condition, generator: torch.Generator) -> Tensor:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from wadi import roles
 from wadi.backbones import from_pipeline
-from wadi.errors import WadiError, first_line
+from wadi.errors import WadiError
 from wadi.extras.lora import ADAPTER_NAME
-from wadi.io.patterns import matching_names
 
 
 def attach_lora(network: nn.Module, rank: int, target_modules: str) -> list[nn.Parameter]:
@@ -24,22 +23,10 @@ def attach_lora(network: nn.Module, rank: int, target_modules: str) -> list[nn.P
     Raises:
         WadiError: if no layer matches, or matching takes too long.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import LoraConfig
 
-    network.requires_grad_(False)
-    names = matching_names(target_modules, [name for name, _ in network.named_modules() if name], "target_modules")
-    exact = "|".join(map(re.escape, names)) or r"(?!)"  # PEFT would match without a limit of time
-    try:
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=exact), network, adapter_name=ADAPTER_NAME)
-    except ValueError as error:
-        raise WadiError(
-            f"The LoRA could not be attached: {first_line(error)}. target_modules is {target_modules!r:.300}. Give a regular "
-            "expression that matches whole names of Linear or Conv2d layers."
-        ) from error
-    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.data = parameter.data.float()
-    return trainable
+    roles.attach(network, ADAPTER_NAME, LoraConfig(r=rank, lora_alpha=rank, target_modules=target_modules))
+    return list(roles.parameters(network, ADAPTER_NAME).values())
 
 
 def write_lora(pipeline: Any, folder: Path) -> None:

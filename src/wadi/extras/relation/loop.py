@@ -14,6 +14,7 @@ from wadi.backbones.digest import tensors_digest
 from wadi.distill.objectives.denoise import denoising_loss
 from wadi.distill.state import fingerprint
 from wadi.errors import WadiError
+from wadi.extras.balanced import balanced_indices
 from wadi.extras.relation.config import RelationConfig
 from wadi.extras.relation.exemplars import Exemplars
 from wadi.extras.relation.loss import NEUTRAL, focal_density, focal_timesteps, steering_loss
@@ -98,7 +99,7 @@ class TokenTraining:
     def step(self) -> dict[str, float]:
         """Update the token once. Every step has its own random generator, so that an interruption changes nothing."""
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.state.step)
-        index = _random_indices(len(self.exemplars), self.config.batch, generator)
+        index = balanced_indices(len(self.exemplars), self.config.batch, generator)
         choice = torch.randint(2**31, (len(index),), generator=generator).tolist()
         described = [self.exemplars.sentences[i] for i in index.tolist()]
         prompts = [sentences[c % len(sentences)] for sentences, c in zip(described, choice, strict=True)]
@@ -148,15 +149,9 @@ class TokenTraining:
         losses = []
         for leaf, row in zip(self.state.rows, rows, strict=True):
             leaf.copy_(row)
-        for index in _random_indices(len(self.exemplars), EVALUATED, generator).split(16):
+        for index in balanced_indices(len(self.exemplars), EVALUATED, generator).split(16):
             prompts = [self.exemplars.sentences[i][0] for i in index.tolist()]
             losses.append(float(self.denoising_loss(index, prompts, generator)))
         for leaf, row in zip(self.state.rows, learned, strict=True):
             leaf.copy_(row)
         return sum(losses) / len(losses)
-
-
-def _random_indices(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """Return ``size`` indices below ``count`` in random order, each equally often as far as ``size`` allows."""
-    rounds = [torch.randperm(count, generator=generator) for _ in range(-(-size // count))]
-    return torch.cat(rounds)[:size]

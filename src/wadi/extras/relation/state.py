@@ -16,7 +16,7 @@ from wadi.errors import WadiError
 from wadi.io.files import write_whole
 from wadi.io.moments import moments_of, restore_moments
 from wadi.io.records import Count, Record, parse_json
-from wadi.io.regular import require_file
+from wadi.io.tensors import read_with_metadata
 
 MOMENTS = {"exp_avg": "m", "exp_avg_sq": "v"}  # Adam's names, and those in the file
 
@@ -83,19 +83,14 @@ def resume_state(out: Path, state: TokenState, job: str, networks: Sequence[str]
     Raises:
         WadiError: if the saved state is damaged or belongs to another training.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = partial_path(out)
     if not path.is_file():
         return
     what, remedy = f"The unfinished training {str(path)!r}", f"Use the same command as before, or delete {str(path)!r}."
-    try:
-        with safe_open(require_file(path), framework="pt") as file:
-            text = (file.metadata() or {})["note"]
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError) as error:
-        raise WadiError(f"{what} is damaged: {error}. {remedy}") from error
-    note: Note = parse_json(text, Note, what)
+    tensors, metadata = read_with_metadata(path, "The unfinished training", remedy)
+    if "note" not in metadata:
+        raise WadiError(f"{what} is damaged: it has no note. {remedy}")
+    note: Note = parse_json(metadata["note"], Note, what)
     if note.job != job:
         raise WadiError(f"{what} has other settings, exemplars or teacher. {remedy}")
     if note.network not in (None, *networks):

@@ -15,7 +15,7 @@ from wadi.errors import WadiError
 from wadi.io.files import write_whole
 from wadi.io.moments import moments_of, restore_moments
 from wadi.io.records import parse_json
-from wadi.io.regular import require_file
+from wadi.io.tensors import read_with_metadata
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], note: dict[str, Any] | None = None) -> None:
@@ -32,17 +32,10 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         WadiError: if the file is missing or damaged.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         raise WadiError(f"{path} does not exist. Run the earlier stages of the recipe first.")
-    try:
-        with safe_open(require_file(path), framework="pt") as file:
-            text = (file.metadata() or {}).get("note", "{}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise WadiError(f"{path} is damaged ({error}). Delete it and run the stage again.") from None
-    return tensors, parse_json(text, dict[str, Any], f"The note in {str(path)!r}")
+    tensors, metadata = read_with_metadata(path, "The file", "Delete it and run the stage again.")
+    return tensors, parse_json(metadata.get("note", "{}"), dict[str, Any], f"The note in {str(path)!r}")
 
 
 class Budget:
