@@ -82,8 +82,9 @@ def test_the_files_give_the_students_images_without_this_package(folder_of, tmp_
         with roles.active(backbone.network, None):
             assert np.abs(with_lora - generated(backbone)).max() > 0.01  # the LoRA is seen
         files = {"pytorch_lora_weights.safetensors": str(place / "diffusers.npy")}
-        if method == "plain":  # diffusers reads kohya's names, but skips DoRA, and loses alphas that differ between layers
+        if method == "plain":  # diffusers reads kohya's names, but loses alphas that differ between layers
             files["comfyui/lora.safetensors"] = str(place / "kohya.npy")
+        assert (place / "out" / "comfyui").exists() == (method != "dora")
         expected |= dict.fromkeys(files.values(), with_lora)
         code = (place / "out" / "README.md").read_text().split("```")[1].removeprefix("python\n")
         teacher = str(folder_of(name))
@@ -112,15 +113,15 @@ def test_the_metadata_keeps_alphas_and_ranks(folder_of, tmp_path):
 
 # Keys per layer that ComfyUI looks up: model_lora_keys_unet in comfy/lora.py (``lora_unet_`` and the name in diffusers with
 # underscores for U-Nets; ``transformer.`` and the name in diffusers for SD3 and FLUX), then LoRAAdapter.load in
-# comfy/weight_adapter/lora.py (``lora_up.weight`` or ``lora_B.weight``) and ``alpha``, ``dora_scale`` in load_lora.
+# comfy/weight_adapter/lora.py (``lora_up.weight`` or ``lora_B.weight``) and ``alpha`` in load_lora.
 COMFYUI_KEYS = {
     ("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"): (
         "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0",
-        {"lora_up.weight", "lora_down.weight", "alpha", "dora_scale"},
+        {"lora_up.weight", "lora_down.weight", "alpha"},
     ),
     ("transformer", "transformer_blocks.0.attn.to_out.0"): (
         "transformer.transformer_blocks.0.attn.to_out.0",
-        {"lora_B.weight", "lora_A.weight", "alpha", "dora_scale"},
+        {"lora_B.weight", "lora_A.weight", "alpha"},
     ),
 }
 
@@ -129,14 +130,13 @@ COMFYUI_KEYS = {
 def test_comfyui_finds_every_tensor(place):
     component, layer = place
     name, endings = COMFYUI_KEYS[place]
-    tensors = comfyui_tensors({layer: Lora(torch.ones(2, 5), torch.ones(4, 2), 3.0, torch.ones(4))}, component)
+    tensors = comfyui_tensors({layer: Lora(torch.ones(2, 5), torch.ones(4, 2), 3.0)}, component)
     assert set(tensors) == {f"{name}.{ending}" for ending in endings}
     assert float(tensors[f"{name}.alpha"]) == 3
-    assert tensors[f"{name}.dora_scale"].shape == (4, 1)
 
 
 def test_comfyuis_arithmetic_gives_the_weights_that_peft_merges(folder_of, tmp_path):
-    backbone, adapter = trained(folder_of, "sd1", OPTIONS["dora"], tmp_path / "adapter")
+    backbone, adapter = trained(folder_of, "sd1", OPTIONS["rs"], tmp_path / "adapter")
     assert export(adapter, tmp_path / "out") == 0
     tensors = load_file(tmp_path / "out" / "comfyui" / "lora.safetensors")
     base = load_pipeline(folder_of("sd1")).unet
@@ -146,9 +146,7 @@ def test_comfyuis_arithmetic_gives_the_weights_that_peft_merges(folder_of, tmp_p
         up, down = tensors[f"{name}.lora_up.weight"], tensors[f"{name}.lora_down.weight"]
         change = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape) * tensors[f"{name}.alpha"] / lora.rank
         changed = weight + change
-        norm = changed.flatten(1).norm(dim=1).reshape(-1, *[1] * (weight.ndim - 1))
-        scaled = changed * (tensors[f"{name}.dora_scale"] / norm)
-        assert torch.allclose(scaled, merged[f"{layer}.weight"], atol=1e-5), layer
+        assert torch.allclose(changed, merged[f"{layer}.weight"], atol=1e-5), layer
 
 
 def test_other_methods_damage_and_existing_folders_are_errors(folder_of, tmp_path, capsys):

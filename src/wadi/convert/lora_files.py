@@ -2,12 +2,14 @@
 
 - ``pytorch_lora_weights.safetensors``: diffusers' format. The LoRA's config is in the file's metadata.
 - ``comfyui/lora.safetensors``: the same numbers under the names that ComfyUI reads. For a U-Net these are kohya's names
-  (``lora_unet_mid_block_..._to_q.lora_down.weight``), for a transformer diffusers' names with ``.alpha`` and ``.dora_scale``
-  added. ComfyUI does not read the metadata: without ``.alpha`` it would use a strength of 1.
+  (``lora_unet_mid_block_..._to_q.lora_down.weight``), for a transformer diffusers' names with ``.alpha`` added. ComfyUI does
+  not read the metadata: without ``.alpha`` it would use a strength of 1. DoRA has no such file: ComfyUI divides by the norm of
+  ``W``, PEFT by that of ``W + dW``, so the images would differ.
 - ``scheduler/``: starts and ends at the student's timesteps.
 - ``README.md``: the lines that load them.
 
-ComfyUI's names are those of its ``comfy/lora.py`` and ``comfy/weight_adapter/lora.py``.
+ComfyUI's names are those of its ``comfy/lora.py`` and ``comfy/weight_adapter/lora.py``; its DoRA is ``weight_decompose`` in
+``comfy/weight_adapter/base.py``.
 """
 
 from __future__ import annotations
@@ -151,10 +153,7 @@ def diffusers_tensors(loras: Mapping[str, Lora]) -> dict[str, Tensor]:
 
 
 def comfyui_tensors(loras: Mapping[str, Lora], component: str) -> dict[str, Tensor]:
-    """Return the tensors under the names that ComfyUI reads: kohya's for a ``unet``, diffusers' for a ``transformer``.
-
-    ComfyUI multiplies the whole weight by ``dora_scale``, so it has one row per output: ``(out, 1)`` or ``(out, 1, 1, 1)``.
-    """
+    """Return the tensors under the names that ComfyUI reads: kohya's for a ``unet``, diffusers' for a ``transformer``."""
     from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 
     matrices = {}
@@ -165,8 +164,6 @@ def comfyui_tensors(loras: Mapping[str, Lora], component: str) -> dict[str, Tens
     for layer, lora in loras.items():
         name = f"lora_unet_{layer.replace('.', '_')}" if component == "unet" else f"{component}.{layer}"
         tensors[f"{name}.alpha"] = torch.tensor(float(lora.alpha))  # diffusers writes the rank here
-        if lora.magnitude is not None:
-            tensors[f"{name}.dora_scale"] = lora.magnitude.reshape(-1, *[1] * (lora.A.ndim - 1)).contiguous()
     return tensors
 
 
@@ -192,10 +189,12 @@ def write_lora_files(backbone: Backbone, loras: Mapping[str, Lora], scheduler: A
             folder,
             **{f"{component}_lora_layers": diffusers_tensors(loras), f"{component}_lora_adapter_metadata": metadata(loras)},
         )
-        (folder / COMFYUI).parent.mkdir()
-        save_file(comfyui_tensors(loras, component), folder / COMFYUI, metadata={"format": "pt"})
+        is_dora = any(lora.magnitude is not None for lora in loras.values())
+        if not is_dora:
+            (folder / COMFYUI).parent.mkdir()
+            save_file(comfyui_tensors(loras, component), folder / COMFYUI, metadata={"format": "pt"})
         scheduler.save_pretrained(folder / "scheduler")
-        (folder / "README.md").write_text(_readme(backbone, scheduler, steps), encoding="utf-8")
+        (folder / "README.md").write_text(_readme(backbone, scheduler, steps, is_dora), encoding="utf-8")
 
 
 def check_fits(network: torch.nn.Module, loras: Mapping[str, Lora]) -> None:
@@ -226,12 +225,16 @@ def loading_lines(backbone: Backbone, scheduler: Any, steps: int) -> str:
     )
 
 
-def _readme(backbone: Backbone, scheduler: Any, steps: int) -> str:
-    return (
-        f"# LoRA of a student that generates in {steps} step{'s' if steps > 1 else ''}\n\n"
-        "`TEACHER` is the pipeline that the student was trained on, `FOLDER` is this folder:\n\n"
-        f"```python\n{loading_lines(backbone, scheduler, steps)}```\n\n"
+def _readme(backbone: Backbone, scheduler: Any, steps: int, is_dora: bool) -> str:
+    comfyui = (
         f"`{COMFYUI}` is the same LoRA under the names that ComfyUI reads. Load the teacher's checkpoint and this file at "
         f"strength 1, with {steps} step{'s' if steps > 1 else ''} and CFG 1. ComfyUI's own schedule must start at the "
         "student's timestep, which `scheduler/scheduler_config.json` determines.\n"
+    )
+    if is_dora:
+        comfyui = "There is no file for ComfyUI: it computes DoRA in another way than PEFT, which trained this one.\n"
+    return (
+        f"# LoRA of a student that generates in {steps} step{'s' if steps > 1 else ''}\n\n"
+        "`TEACHER` is the pipeline that the student was trained on, `FOLDER` is this folder:\n\n"
+        f"```python\n{loading_lines(backbone, scheduler, steps)}```\n\n{comfyui}"
     )
