@@ -81,18 +81,19 @@ def main() -> None:
     from wadi.backbones.outline import Outline
     from wadi.diffusion.schedulers import make_scheduler
     from wadi.distill.batch import Batch
+    from wadi.distill.objectives import make_objective, with_defaults
     from wadi.distill.optimizers import initial_state
     from wadi.distill.plan.architecture import load_architecture
     from wadi.distill.plan.plan import plan_run
     from wadi.distill.presets import preset
     from wadi.distill.setup import attach_roles
     from wadi.distill.step import as_numbers, train_step
-    from wadi.sampling import student_timestep
+    from wadi.sampling import student_timesteps
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    config = replace(preset(args.model), batch=args.batch, dtype=args.dtype, gradient_checkpointing=True)
+    config = replace(with_defaults(preset(args.model)), batch=args.batch, dtype=args.dtype, gradient_checkpointing=True)
     architecture = load_architecture(args.model)
     if args.small:
         rank = {"student": replace(config.student, rank=16), "fake": replace(config.fake, rank=4)}
@@ -115,13 +116,15 @@ def main() -> None:
     )
     backbone = backbone_class(parts)
     attach_roles(backbone, config)
-    timestep, state = student_timestep(backbone, config.student.timestep), initial_state(network, config, device)
+    timesteps, state = student_timesteps(backbone, config.student.timesteps), initial_state(network, config, device)
+    objective = make_objective(config)
     row = {name: torch.ones(1, *shape, device=device) for name, shape in backbone.condition_shapes().items()}
     null, condition = (
         Condition(row),
         Condition({name: tensor.repeat(args.batch, *[1] * (tensor.ndim - 1)) for name, tensor in row.items()}),
     )
     z = torch.randn(args.batch, *backbone.latent_shape, device=device)
+    batch = Batch(condition, null, z, z[:0])
 
     with Peak(device) as peak:
         pass
@@ -131,7 +134,7 @@ def main() -> None:
     for _ in range(args.steps):
         with Peak(device) as peak:
             start = time.perf_counter()
-            stats = as_numbers(train_step(backbone, Batch(condition, null, z, z[:0]), timestep, config, state), network)
+            stats = as_numbers(train_step(backbone, batch, timesteps, objective, config, state), network)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             seconds.append(time.perf_counter() - start)

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from wadi import roles
+from wadi.distill.objectives import with_defaults
 from wadi.distill.plan.architecture import load_architecture
 from wadi.distill.plan.memory import replace_by_fakes
 from wadi.distill.plan.plan import outline_backbone
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--tflops", type=float, default=100.0, help="operations per second that the GPU reaches, in 10^12")
     args = parser.parse_args()
 
-    config, architecture = preset(args.model), load_architecture(args.model)
+    config, architecture = with_defaults(preset(args.model)), load_architecture(args.model)
     network = outline_backbone(architecture, replace(config, dtype="float32")).network
 
     width, batch = network.config.cross_attention_dim, config.batch

@@ -80,4 +80,4 @@ def finished_run(tmp_path_factory, sd_folder, prompts_path):
     from wadi.distill.loop import distill
 
     out = tmp_path_factory.mktemp("runs") / "finished"
-    return distill(tiny.settings(sd_folder, prompts_path, out, student={"timestep": 800, "lr": 0.05}))
+    return distill(tiny.settings(sd_folder, prompts_path, out, student={"timesteps": [800], "lr": 0.05}))

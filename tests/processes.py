@@ -83,10 +83,10 @@ def stopped_at(config, step, who, number, index):
 
     plain = loop.train_step
 
-    def train_step(backbone, batch, timestep, config, state):
+    def train_step(backbone, batch, timesteps, objective, config, state):
         if state.step == step and index == who:
             os.kill(os.getpid(), number)
-        return plain(backbone, batch, timestep, config, state)
+        return plain(backbone, batch, timesteps, objective, config, state)
 
     loop.train_step = train_step
     return distilled(config, index)

@@ -44,11 +44,11 @@ def at_steps(monkeypatch, steps, act):
     """Call ``act()`` at the start of each of ``steps`` (counted from 0), once each."""
     plain, left = loop.train_step, set(steps)
 
-    def train_step(backbone, batch, timestep, config, state):
+    def train_step(backbone, batch, timesteps, objective, config, state):
         if state.step in left:
             left.remove(state.step)
             act()
-        return plain(backbone, batch, timestep, config, state)
+        return plain(backbone, batch, timesteps, objective, config, state)
 
     monkeypatch.setattr(loop, "train_step", train_step)
 

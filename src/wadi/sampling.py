@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from wadi.backbones import Backbone, Condition
+from wadi.diffusion.schedulers import MOST_STEPS, student_scheduler
 from wadi.errors import WadiError
 
 MIN_ALPHA = 1e-3  # below it, an error of an epsilon-prediction grows more than a thousandfold
@@ -25,14 +26,32 @@ def student_timestep(backbone: Backbone, timestep: int | None) -> int:
     last = backbone.process.last_timestep
     timestep = last if timestep is None else timestep
     if timestep > last:
-        raise WadiError(f"student.timestep is {timestep}. The teacher's schedule ends at {last}: set it to that or less.")
+        raise WadiError(f"student.timesteps has {timestep}. The teacher's schedule ends at {last}: set it to that or less.")
     alpha = float(backbone.process.alpha(torch.tensor([timestep])))
     if backbone.process.prediction == "epsilon" and alpha < MIN_ALPHA:
         raise WadiError(
             f"At timestep {timestep} the teacher's schedule has alpha = {alpha:.1e} (zero terminal SNR), and the network "
-            "predicts noise, which does not determine an image there. Set an earlier student.timestep, such as 800."
+            "predicts noise, which does not determine an image there. Set an earlier student.timesteps, such as [800]."
         )
     return timestep
+
+
+def student_timesteps(backbone: Backbone, timesteps: Sequence[int]) -> tuple[int, ...]:
+    """Return the timesteps at which the student generates: ``timesteps``, or the last of the schedule if there are none.
+
+    Raises:
+        WadiError: if they do not fall, the schedule has no such timestep, there are more than eight, no image can be predicted
+            at the first, or no scheduler of diffusers generates at exactly these (the message has the nearest that one does).
+    """
+    if not timesteps:
+        return (student_timestep(backbone, None),)
+    if list(timesteps) != sorted(set(timesteps), reverse=True) or timesteps[-1] < 1:
+        raise WadiError(f"student.timesteps is {list(timesteps)}. Timesteps must be at least 1, and each below the one before.")
+    if len(timesteps) > MOST_STEPS:
+        raise WadiError(f"student.timesteps has {len(timesteps)} timesteps. Give one to {MOST_STEPS}.")
+    student_timestep(backbone, timesteps[0])
+    student_scheduler(backbone.pipeline.scheduler, timesteps)
+    return tuple(timesteps)
 
 
 def check_steps(backbone: Backbone, steps: int, name: str = "steps") -> None:
@@ -49,10 +68,37 @@ def noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
     return torch.cat([torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
+def noises(backbone: Backbone, seeds: Sequence[int], count: int) -> list[Tensor]:
+    """Return the noise of ``count`` steps of a student, ``(len(seeds), C, H, W)`` each. The first is that of `noise`.
+
+    Each image has its own generator, as with ``pipe(generator=[manual_seed(s) ...])``.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    z = torch.cat([torch.randn((1, *backbone.latent_shape), generator=generator) for generator in generators])
+    return [z, *(torch.cat([backbone.step_noise(generator) for generator in generators]) for _ in range(count - 1))]
+
+
 def one_step(backbone: Backbone, condition: Condition, z: Tensor, timestep: int) -> Tensor:
     """Return ``x0`` ``(B, C, H, W)`` from noise ``z`` by one evaluation; for epsilon-prediction ``(z - sigma eps) / alpha``."""
     t = torch.full((len(z),), timestep, device=z.device)
     return backbone.process.x0(backbone.predict(z, t, condition), z, t)
+
+
+def few_steps(
+    backbone: Backbone, condition: Condition, z: Tensor, timesteps: Sequence[int], later: Sequence[Tensor] = ()
+) -> Tensor:
+    """Return ``x0`` ``(B, C, H, W)`` from noise ``z`` by one evaluation at each of ``timesteps``, the noisiest first.
+
+    Between two of them, the predicted image is noised again. diffusers' `LCMScheduler` does the same.
+
+    Args:
+        later: the noise for each timestep after the first, ``(B, C, H, W)`` each.
+    """
+    x0 = one_step(backbone, condition, z, timesteps[0])
+    for timestep, eps in zip(timesteps[1:], later, strict=True):
+        t = torch.full((len(z),), timestep, device=z.device)
+        x0 = one_step(backbone, condition, backbone.process.add_noise(x0, eps, t), timestep)
+    return x0
 
 
 def predict_guided(

@@ -94,7 +94,7 @@ def test_what_lorad_made_is_found_again(students, name, tmp_path, capsys):
             other = key[:-1] + "B"
             torch.testing.assert_close(found[key] @ found[other], expected[key] @ expected[other], rtol=0, atol=2e-5)
     about = json.loads((out / "wadi.json").read_text())
-    assert about["timestep"] == timestep
+    assert about["timesteps"] == [timestep]
     report = json.loads((out / "extraction.json").read_text())
     assert report["outside"] == []
     again = load.load(adapter=out)
@@ -110,7 +110,7 @@ def test_a_file_of_weights_will_do_and_what_has_no_angles_is_named(students, tmp
     save_file({f"module.{key}": value for key, value in tensors.items()}, tmp_path / "student.safetensors")
     found = extract(str(teacher), str(tmp_path / "student.safetensors"), 2, tmp_path / "out", timestep=800)
     assert found.outside == ["conv_in.bias"]
-    assert found.timestep == 800
+    assert found.timesteps == (800,)
     assert 0.3 < found.kept < 0.999
     assert found.rotation == pytest.approx(1, abs=1e-6)
 
@@ -284,10 +284,10 @@ def test_the_timestep_of_a_flow_student_is_where_its_sigmas_begin(folder_of, tmp
     student = shutil.copytree(teacher, tmp_path / "student")
     config = student / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "sigma_max": sigma}))
-    assert extract(str(teacher), str(student), 2, tmp_path / "out").timestep == timestep
-    assert extract(str(teacher), str(teacher), 2, tmp_path / "plain").timestep == 1000
+    assert extract(str(teacher), str(student), 2, tmp_path / "out").timesteps == (timestep,)
+    assert extract(str(teacher), str(teacher), 2, tmp_path / "plain").timesteps == (1000,)
     file = student / "transformer" / "diffusion_pytorch_model.safetensors"
-    assert extract(str(teacher), str(file), 2, tmp_path / "file").timestep == 1000
+    assert extract(str(teacher), str(file), 2, tmp_path / "file").timesteps == (1000,)
 
 
 @pytest.mark.parametrize("whose", ["teacher", "student"])

@@ -13,6 +13,7 @@ from wadi.backbones import from_pipeline, load_pipeline
 from wadi.cli.main import main
 from wadi.distill.batch import Batch
 from wadi.distill.config import DistillConfig, FakeConfig, StudentConfig
+from wadi.distill.objectives import make_objective
 from wadi.distill.optimizers import initial_state
 from wadi.distill.plan.architecture import read_architecture
 from wadi.distill.plan.memory import LiveBytes, peak_bytes
@@ -38,7 +39,7 @@ def test_a_teachers_configs_tell_what_attaching_does(folder_of, name):
         key: value.shape for key, value in backbone.network.state_dict().items()
     }
     for role in ("student", "fake"):
-        planned_role = plan_role(outlined, role, 1)
+        planned_role = plan_role(outlined, role, getattr(config, role))
         angles = roles.parameters(backbone.network, role)
         assert planned_role.parameters == sum(p.numel() for p in angles.values())
         assert set(planned_role.layers) == {key.rsplit(".lorad_", 1)[0] for key in angles}
@@ -57,7 +58,7 @@ def measured_peak(backbone, config):
 
     def step():
         z = torch.randn(config.batch, *backbone.latent_shape)
-        train_step(backbone, Batch(condition, null, z, z[:0]), 700, config, state)
+        train_step(backbone, Batch(condition, null, z, z[:0]), [700], make_objective(config), config, state)
 
     step()  # after the first one the optimisers hold their moments
     held = [*backbone.network.state_dict().values()]
@@ -99,7 +100,7 @@ def test_the_estimate_is_the_measured_peak(tmp_path, family, checkpointing):
     attach_roles(backbone, config)
     shapes = {key: tuple(value.shape[1:]) for key, value in backbone.encode([""]).tensors.items()}
     measured = measured_peak(backbone, config)
-    estimated = peak_bytes(backbone, config, shapes, 700)
+    estimated = peak_bytes(backbone, config, make_objective(config), shapes, 700)
     assert 0.85 < estimated / measured < 1.15
 
 
@@ -145,14 +146,14 @@ def test_what_settings_change_of_the_memory(folder_of):
             {"accumulate": 3},
             {"optimizer": "adamw8bit"},
             {"shard": True},
-            {"student": StudentConfig(16, ema=0.9)},
+            {"student": StudentConfig(rank=16, ema=0.9)},
         )
     )
     assert accumulated.gradients == plain.gradients
     assert accumulated.activations > plain.activations  # gradients of the batches before lie beside them
     assert eight_bit.optimizer * 4 == plain.optimizer
     assert plain.network / 4 < sharded.network < plain.network
-    assert averaged.angles - plain.angles == plain.gradients  # a copy of the student's angles, as large as their gradients
+    assert averaged.adapters - plain.adapters == plain.gradients  # a copy of the student's angles, as large as their gradients
 
 
 @pytest.mark.slow
@@ -205,7 +206,7 @@ def test_bytes_and_images_are_those_of_the_settings(folder_of):
     trained = wide.student.parameters + wide.fake.parameters
     for planned in (wide, narrow):  # angles are float32 always, and so are their gradients and two moments
         memory = planned.memory["plain"]
-        assert (memory.angles, memory.optimizer, memory.gradients) == (4 * trained, 8 * trained, 4 * wide.student.parameters)
+        assert (memory.adapters, memory.optimizer, memory.gradients) == (4 * trained, 8 * trained, 4 * wide.student.parameters)
 
 
 ABSURD = [

@@ -7,7 +7,7 @@ import torch
 
 from wadi.diffusion.process import Process
 from wadi.diffusion.schedulers import is_flow, make_scheduler
-from wadi.distill.config_files import flatten, from_dict, to_dict
+from wadi.distill.config_files import flat_settings, from_dict, to_dict
 from wadi.distill.plan.architecture import known_architectures, load_architecture
 from wadi.distill.plan.plan import outline_backbone, plan_role
 from wadi.distill.presets import OURS, PAPERS, PRESETS
@@ -36,7 +36,7 @@ def test_every_model_preset_has_an_architecture():
     assert {*PAPERS, *OURS} == set(known_architectures()) == set(SIZES)
     for preset in PRESETS.values():
         assert from_dict(to_dict(preset)) == preset
-        assert "resolution" in flatten(to_dict(preset))
+        assert "resolution" in flat_settings(to_dict(preset))
 
 
 @pytest.mark.parametrize("name", [name for name in SIZES if name != "flux"])
@@ -64,9 +64,9 @@ def test_the_papers_trainable_parameters(outlines, name, rank, layers, parameter
     else:
         changed = replace(preset, gradient_checkpointing=False, student=replace(preset.student, rank=rank))
         backbone = outline_backbone(load_architecture(name), changed)
-    role = plan_role(backbone, "student", rank)
+    role = plan_role(backbone, "student", preset.student)
     assert (len(role.layers), role.parameters) == (layers, parameters)
-    fake = plan_role(backbone, "fake", 32)
+    fake = plan_role(backbone, "fake", preset.fake)
     assert set(fake.layers) < set(role.layers)
 
 
@@ -75,7 +75,7 @@ def test_a_student_generates_where_errors_stay_small(name):
     """At most 15-fold: what the paper had, and never the 157 that PixArt has at 999."""
     scheduler = make_scheduler(load_architecture(name).scheduler)
     process = Process.from_scheduler(scheduler)
-    timestep = torch.tensor([PRESETS[name].student.timestep or process.last_timestep])
+    timestep = torch.tensor([(PRESETS[name].student.timesteps or [process.last_timestep])[0]])
     divided = process.alpha(timestep) if process.prediction == "epsilon" else torch.ones(1)
     assert process.sigma(timestep) / divided < 15
     assert is_flow(scheduler) == (process.prediction == "velocity")
@@ -86,4 +86,4 @@ def test_pixarts_timestep_is_where_its_own_schedule_has_the_authors_constant():
 
     process = Process.from_scheduler(make_scheduler(load_architecture("pixart-alpha-256").scheduler))
     squared = process.alpha(torch.arange(1000)) ** 2
-    assert int((squared < ALPHA_SQUARED).nonzero()[0]) == PRESETS["pixart-alpha-256"].student.timestep
+    assert int((squared < ALPHA_SQUARED).nonzero()[0]) == PRESETS["pixart-alpha-256"].student.timesteps[0]

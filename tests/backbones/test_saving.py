@@ -1,14 +1,17 @@
 """Every export loads with the printed line of Python: for every family and dtype, without this package."""
 
 import json
+import shutil
 
 import pytest
 import small_pipelines
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
+from raising import raises_naming
 from wadi import roles
-from wadi.backbones import from_pipeline, load_pipeline
+from wadi.backbones import check_not_distilled, from_pipeline, load_pipeline
 from wadi.cli.main import main
 from wadi.lorad import LoRaDConfig
 
@@ -57,6 +60,46 @@ def test_the_line_of_an_export_can_be_executed(adapter_of, tmp_path, capsys, fam
     pipeline = executed(printed.out, out)
     models = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     assert {part.dtype for part in models.values()} == {getattr(torch, dtype)}
+
+
+@pytest.mark.parametrize("family", small_pipelines.MAKERS)
+def test_an_export_of_four_steps_makes_the_bytes_of_wadi_generate(adapter_of, tmp_path, family):
+    from diffusers import DiffusionPipeline
+
+    adapter, out = tmp_path / "adapter", tmp_path / "out"
+    shutil.copytree(adapter_of(family), adapter)
+    about = json.loads((adapter / "wadi.json").read_text())
+    del about["timestep"]
+    about["timesteps"] = [1000, 750, 500, 250] if family in ("sd3", "flux", "sana") else [799, 599, 399, 199]
+    (adapter / "wadi.json").write_text(json.dumps(about))
+    assert main(["export", "--adapter", str(adapter), "--out", str(out), "--device", "cpu"]) == 0
+    plain = DiffusionPipeline.from_pretrained(out)
+    plain.set_progress_bar_config(disable=True)
+    for component in ("unet", "transformer"):
+        if hasattr(plain, component):
+            calls = record_timesteps(getattr(plain, component))
+    backbone, generator = from_pipeline(load_pipeline(out)), torch.Generator().manual_seed(5)
+    assert backbone.student_timesteps == tuple(about["timesteps"])
+    if family in ("sd3", "flux"):  # these pipelines draw the later noise from torch's global generator: give it this state
+        own = torch.Generator().manual_seed(5)
+        torch.randn((1, *backbone.latent_shape), generator=own)
+        torch.set_rng_state(own.get_state())
+    exported = plain(prompt="red apple", num_inference_steps=4, generator=generator, **backbone.call).images[0]
+    assert len(calls) == 4
+    for option, source in (("--adapter", adapter), ("--run", out)):
+        file = tmp_path / f"{source.name}.png"
+        argv = ["generate", "red apple", option, str(source), "--seed", "5", "--out", str(file), "--device", "cpu"]
+        assert main(argv) == 0
+        assert Image.open(file).tobytes() == exported.tobytes()
+    with raises_naming(type(plain.scheduler).__name__):
+        check_not_distilled(plain, backbone.network)
+
+
+def record_timesteps(network):
+    """A list that gets an entry for each evaluation of the network."""
+    calls = []
+    network.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

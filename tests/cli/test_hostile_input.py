@@ -171,7 +171,7 @@ def test_a_checkpoint_with_other_tensors_is_named(change, finished_run, sd_folde
     manifest["training.safetensors"] = checkpoints.sha256(folder / "training.safetensors")
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(WadiError, match="step-0000003"):
-        distill(tiny.settings(sd_folder, prompts_path, run, steps=4, student={"timestep": 800, "lr": 0.05}))
+        distill(tiny.settings(sd_folder, prompts_path, run, steps=4, student={"timesteps": [800], "lr": 0.05}))
 
 
 # --- paths -------------------------------------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ def test_the_exit_code_names_the_signal_of_a_stop(sd_folder, prompts_path, tmp_p
         (["distill", "--stdent.rank", "3"], ("stdent",)),
         (["distill", "--steps", "many"], ("--steps", "many", "int")),
         (["distill", "--student.rank", "1.5"], ("--student.rank", "1.5")),
-        (["distill", "--student.timestep", "late"], ("--student.timestep", "late", "int or null")),
+        (["distill", "--student.timesteps", "late"], ("--student.timesteps", "late")),
         (["distill", "--student.rank", "0"], ("student.rank", "0")),
         (["distill", "--fake.rank", "-3"], ("fake.rank", "-3")),
         (["distill", "--t-range", "[0.9, 0.1]"], ("0.9, 0.1",)),

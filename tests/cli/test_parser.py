@@ -49,12 +49,14 @@ def value_for(action):
     if action.nargs == 0:
         return []
     if isinstance(action.default, (tuple, list)):
-        values = list(action.default) or ["x"]
+        values = list(action.default) or ([700] if action.dest == "student.timesteps" else ["x"])
         return [json.dumps(values)] if action.nargs is None else [str(value) for value in values]
     if isinstance(action.default, bool):
         return [str(action.default).lower()]
     if action.default not in (None, ""):
         return [str(action.default)]
+    if action.dest == "fake.weighting":
+        return ["none"]
     if action.dest == "resolution" and action.nargs is None:
         return ["[64, 64]"]
     return ["1"] * (action.nargs if isinstance(action.nargs, int) else 1)

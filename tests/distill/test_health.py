@@ -67,7 +67,7 @@ def test_angle_stats_are_those_of_theta():
     ("stats", "values"),
     [
         ({"diversity_ratio": 0.3}, ("30%", "student.lr", "fake.updates", "warm_start.weight")),
-        ({"contrast_ratio": 0.4}, ("40%", "student.timestep")),
+        ({"contrast_ratio": 0.4}, ("40%", "student.timesteps")),
         ({"contrast_ratio": 2.5}, ("250%", "guidance_scale")),
         ({"student_angle_max": 4.0}, ("4.0 rad", "student.lr")),
     ],

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from wadi.diffusion.process import Prediction, Process, per_sample
 from wadi.distill.objectives.denoise import denoising_loss
 from wadi.distill.objectives.regression import regression_loss
-from wadi.distill.objectives.vsd import vsd_gradient, vsd_loss
+from wadi.distill.objectives.score import dmd_gradient, gradient_loss, vsd_gradient
 
 SHAPE = (4, 3, 2, 2)
 T = torch.tensor([20, 300, 700, 979])
@@ -20,6 +20,10 @@ def process_of(kind):
     if kind == "velocity":
         return Process.from_scheduler(FlowMatchEulerDiscreteScheduler())
     return Process.from_scheduler(DDIMScheduler(beta_schedule="scaled_linear", prediction_type=kind))
+
+
+def gradient_of(objective, x0, *arguments):
+    return vsd_gradient(*arguments) if objective == "vsd" else dmd_gradient(x0, *arguments)
 
 
 def tensors(count, seed=0):
@@ -34,11 +38,11 @@ def process(request):
 
 def test_sigma2_is_its_definition_for_every_prediction_type(process):
     """Two estimates of the noise at one ``x_t``, told in whichever way the network speaks."""
-    x0, x_t, eps_real, eps_fake = tensors(4)
+    x_t, eps_real, eps_fake = tensors(3)
     alpha, sigma = (per_sample(value, x_t).double() for value in (process.alpha(T), process.sigma(T)))
     x0_real, x0_fake = ((x_t - sigma * eps) / alpha for eps in (eps_real, eps_fake))
     real, fake = process.join(x0_real, eps_real, T), process.join(x0_fake, eps_fake, T)
-    g = vsd_gradient(x0, x_t, T, real, fake, process)
+    g = vsd_gradient(x_t, T, real, fake, process)
     assert_close(g, sigma**2 * (eps_real - eps_fake))
     assert_close(g, sigma * alpha * (x0_fake - x0_real))
 
@@ -46,7 +50,7 @@ def test_sigma2_is_its_definition_for_every_prediction_type(process):
 def test_dmd_is_the_distance_of_the_images_over_the_teachers_error(process):
     x0, x_t, real, fake = tensors(4)
     x0_real, x0_fake = process.x0(real, x_t, T), process.x0(fake, x_t, T)
-    g = vsd_gradient(x0, x_t, T, real, fake, process, "dmd")
+    g = dmd_gradient(x0, x_t, T, real, fake, process)
     for row in range(len(x0)):
         error = (x0[row] - x0_real[row]).abs().mean()
         assert_close(g[row], (x0_fake[row] - x0_real[row]) / error)
@@ -56,16 +60,16 @@ def test_dmd_at_an_exact_teacher_is_finite(process):
     (x0,) = tensors(1)
     x_t = process.add_noise(x0, tensors(1, 1)[0], T)
     exact = process.join(x0, (x_t - per_sample(process.alpha(T), x_t) * x0) / per_sample(process.sigma(T), x_t), T)
-    assert vsd_gradient(x0, x_t, T, exact, exact, process, "dmd").isfinite().all()
+    assert dmd_gradient(x0, x_t, T, exact, exact, process).isfinite().all()
 
 
-@pytest.mark.parametrize("weighting", ["sigma2", "dmd"])
-def test_the_gradient_moves_the_image_from_the_fake_models_towards_the_teachers(process, weighting):
+@pytest.mark.parametrize("objective", ["vsd", "dmd"])
+def test_the_gradient_moves_the_image_from_the_fake_models_towards_the_teachers(process, objective):
     x0, noise, x0_real, x0_fake = tensors(4)
     x_t = process.add_noise(x0, noise, T)
     alpha, sigma = (per_sample(value, x_t).double() for value in (process.alpha(T), process.sigma(T)))
     real, fake = (process.join(guess, (x_t - alpha * guess) / sigma, T) for guess in (x0_real, x0_fake))
-    step = -vsd_gradient(x0, x_t, T, real, fake, process, weighting)
+    step = -gradient_of(objective, x0, x_t, T, real, fake, process)
     along = (step * (x0_real - x0_fake)).flatten(1).sum(1)
     assert (along > 0).all()
     assert_close(along**2, step.flatten(1).square().sum(1) * (x0_real - x0_fake).flatten(1).square().sum(1))  # and nowhere else
@@ -74,17 +78,17 @@ def test_the_gradient_moves_the_image_from_the_fake_models_towards_the_teachers(
 def test_the_gradient_carries_no_graph_and_keeps_what_is_not_finite():
     process = process_of("epsilon")
     x0, x_t, real, fake = (tensor.requires_grad_() for tensor in tensors(4))
-    for weighting in ("sigma2", "dmd"):
-        assert not vsd_gradient(x0, x_t, T, real, fake, process, weighting).requires_grad
+    for objective in ("vsd", "dmd"):
+        assert not gradient_of(objective, x0, x_t, T, real, fake, process).requires_grad
     with torch.no_grad():
         real[0, 0] = float("nan")
-    assert vsd_gradient(x0, x_t, T, real, fake, process).isnan().any()  # the loop counts it; it never becomes a number
+    assert vsd_gradient(x_t, T, real, fake, process).isnan().any()  # the loop counts it; it never becomes a number
 
 
 def test_vsd_loss_hands_g_to_x0():
     x0, g = tensors(2)
     x0.requires_grad_()
-    loss = vsd_loss(x0, g)
+    loss = gradient_loss(x0, g)
     (gradient,) = torch.autograd.grad(loss, x0)
     assert_close(gradient, g / g.numel())
     assert_close(loss, 0.5 * g.square().mean())

@@ -13,6 +13,7 @@ from wadi import roles
 from wadi.backbones import from_pipeline, load_pipeline
 from wadi.distill.batch import Batch
 from wadi.distill.loop import distill
+from wadi.distill.objectives import make_objective
 from wadi.distill.optimizers import initial_state
 from wadi.distill.setup import attach_roles
 from wadi.distill.step import train_step
@@ -32,7 +33,7 @@ def test_checkpointed_blocks_are_computed_again_and_nothing_frozen_has_a_gradien
         )
         z = torch.randn(2, *backbone.latent_shape)
         batch = Batch(backbone.encode(["red apple", "blue car"]), backbone.encode([""]), z, z[:0])
-        train_step(backbone, batch, 700, config, state)
+        train_step(backbone, batch, [700], make_objective(config), config, state)
         passes[on] = len(calls)
         own = {id(p) for role in ("student", "fake") for p in roles.parameters(backbone.network, role).values()}
         assert all(p.grad is None and not p.requires_grad for p in backbone.network.parameters() if id(p) not in own)

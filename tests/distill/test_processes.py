@@ -14,6 +14,7 @@ import tiny
 from processes import distilled, finish, free_port, start, stopped_at
 from runs import assert_same_run, state_of, stats_of
 from wadi.distill import checkpoint_folders
+from wadi.distill.random_draws import Random
 from wadi.distill.state import TrainState
 from wadi.parallel.ranks import Ranks
 from wadi.prompts.order import PromptOrder
@@ -129,7 +130,8 @@ def test_each_process_has_its_own_prompts_and_noise_and_all_of_them_the_step_s(s
     def drawn(count, index, batch):
         state = TrainState(None, {}, {}, torch.Generator().manual_seed(7), step=step, ranks=rank(count, index))
         own = draws.draw_batch(Conditions(), PromptOrder(9, 3), None, pairs, dataclasses.replace(config, batch=batch), state)
-        return own, draws.timesteps(0, 1000, own.z, state), draws.gaussian_like(own.z, state), state.prompts_drawn
+        random = Random(state.generator, state.ranks)
+        return own, random.integers(0, 1000, own.z), random.gaussian(own.z), state.prompts_drawn
 
     whole, *shares = drawn(1, 0, 6), drawn(2, 0, 3), drawn(2, 1, 3)
     batches = [share[0] for share in shares]

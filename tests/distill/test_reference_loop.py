@@ -19,6 +19,7 @@ from runs import stats_of
 from wadi import roles
 from wadi.distill import checkpoint_folders, loop
 from wadi.distill.loop import distill
+from wadi.distill.objectives import with_defaults
 
 T = 1000
 SHAPE = (4, 8, 8)
@@ -75,7 +76,7 @@ class Reference:
         return alpha, (1 - alpha**2).sqrt()
 
     def student(self, z, condition):
-        return self.predict("student", z, torch.full((len(z),), self.config.student.timestep), condition)[0]
+        return self.predict("student", z, torch.full((len(z),), self.config.student.timesteps[0]), condition)[0]
 
     # --- what a step draws --------------------------------------------------------------------------------------------------
 
@@ -150,7 +151,7 @@ class Reference:
             x0_real, eps_real = self.guided(None, x_t, t, condition, config.guidance_scale)
             x0_fake, eps_fake = self.guided("fake", x_t, t, condition, config.fake.guidance_scale)
             g = sigma**2 * (eps_real - eps_fake)
-            if config.student.weighting == "dmd":
+            if config.objective == "dmd":
                 g = (x0_fake - x0_real) / (x0 - x0_real).abs().mean((1, 2, 3), keepdim=True)
         loss = 0.5 * (x0 - (x0 - g).detach()).square().mean()
         return loss + config.warm_start.weight * (x0[:paired] - target).square().mean() if paired else loss
@@ -195,14 +196,15 @@ REPORTED = ("loss_student", "student_grad_norm", "loss_fake", "fake_grad_norm")
 
 EVERYTHING = {
     "steps": 4, "batch": 2, "accumulate": 3, "guidance_scale": 2.5, "t_range": (0.35, 0.45), "clip": 0.02,
-    "betas": (0.5, 0.8), "weight_decay": 0.3, "lr_schedule": "cosine", "lr_warmup": 2,
-    "student": {"rank": 3, "lr": 0.02, "timestep": 700, "ema": 0.3, "weighting": "dmd"},
+    "objective": "dmd", "betas": (0.5, 0.8), "weight_decay": 0.3, "lr_schedule": "cosine", "lr_warmup": 2,
+    "student": {"rank": 3, "lr": 0.02, "timesteps": [700], "ema": 0.3},
     "fake": {"rank": 2, "lr": 0.03, "guidance_scale": 1.6, "updates": 2, "weighting": "none", "null_probability": 0.5},
     "warm_start": {"pairs": 5, "sampler_steps": 4, "guidance_scale": 3.5, "steps": 1, "fake_steps": 1, "weight": 0.7},
 }  # fmt: skip
 PAPER = {
     "steps": 3, "batch": 3, "guidance_scale": 1.5, "clip": 1e9,
-    "student": {"rank": 3, "lr": 0.01, "timestep": 999, "ema": 0.999}, "fake": {"rank": 2, "lr": 0.02, "null_probability": 0.4},
+    "student": {"rank": 3, "lr": 0.01, "timesteps": [999], "ema": 0.999},
+    "fake": {"rank": 2, "lr": 0.02, "null_probability": 0.4},
     "warm_start": {"pairs": 3, "sampler_steps": 2, "guidance_scale": 1.0, "steps": 1, "fake_steps": 0, "weight": 0.0},
 }  # fmt: skip
 
@@ -211,14 +213,14 @@ def follow(config, pipeline, monkeypatch):
     """A run of ``config`` and the reference beside it: ``(folder, reference, the reference's statistics)``."""
     start, plain = {}, loop.train_step
 
-    def train_step(backbone, batch, timestep, settings, state):
+    def train_step(backbone, batch, timesteps, objective, settings, state):
         for role in ("student", "fake"):
             start.setdefault(role, {k: v.detach().clone() for k, v in roles.parameters(backbone.network, role).items()})
-        return plain(backbone, batch, timestep, settings, state)
+        return plain(backbone, batch, timesteps, objective, settings, state)
 
     monkeypatch.setattr(loop, "train_step", train_step)
     folder = distill(config)
-    reference = Reference(pipeline, config, ["red apple", "blue car", "green tree", "yellow sun"], start)
+    reference = Reference(pipeline, with_defaults(config), ["red apple", "blue car", "green tree", "yellow sun"], start)
     if config.warm_start.pairs:
         reference.make_pairs()
     return folder, reference, [reference.train_step() for _ in range(config.steps)]

@@ -26,7 +26,7 @@ def test_the_page_contains_its_images_and_the_configuration(run):
     assert len(re.findall(r'src="data:image/png;base64,[A-Za-z0-9+/=]{100,}"', page)) == len(list((run / "samples").iterdir()))
     assert "a &lt;run&gt; &amp; more" in page
     assert "<run>" not in page
-    assert "timestep: 800" in page
+    assert "timesteps:" in page
     titles = [html.escape(plot.title) for plot in PLOTS]
     assert re.findall(r"<figure><b>(.*?)</b><svg", page) == titles
     newest, oldest = page.index("step-0000003"), page.index("step-0000000")

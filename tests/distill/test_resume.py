@@ -28,10 +28,15 @@ from wadi.errors import Interrupted
     [
         ({}, (0, 2, 3)),
         ({"warm_start": WARM, "steps": 6, "batch": 3}, (0, 2, 4)),
-        ({"student": {"ema": 0.9, "weighting": "dmd"}, "lr_schedule": "cosine", "lr_warmup": 2, "sample_every": 2}, (1, 2)),
+        ({"objective": "dmd", "student": {"ema": 0.9}, "lr_schedule": "cosine", "lr_warmup": 2, "sample_every": 2}, (1, 2)),
         ({"dtype": "float16", "fake": {"updates": 2, "weighting": "none"}}, (1, 3)),
+        ({"warm_start": WARM, "student": {"timesteps": [800, 400]}, "steps": 6, "accumulate": 2, "batch": 2}, (1, 3)),
+        ({"objective": "dmd2", "objective_options": {"gan_weight": 0.1}, "warm_start": {"pairs": 4}}, (0, 2)),
+        ({"objective": "sid", "gradient_checkpointing": True}, (1,)),
+        ({"objective": "consistency", "warm_start": {"pairs": 4, "weight": 0.5}, "student": {"ema": 0.9}}, (1,)),
+        ({"student": {"adapter": "lora"}, "fake": {"adapter": "dora"}, "gradient_checkpointing": True}, (1,)),
     ],
-    ids=["plain", "warm start", "average", "half precision"],
+    ids=["plain", "warm start", "average", "half precision", "two steps", "gan", "sid", "consistency", "lora and dora"],
 )
 def test_an_interrupted_run_is_the_uninterrupted_one_to_the_bit(changes, stops, sd_folder, prompts_path, tmp_path, monkeypatch):
     straight, broken = (
@@ -214,10 +219,10 @@ def test_a_full_disk_keeps_the_checkpoint_before(sd_folder, prompts_path, tmp_pa
     config = tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=4, checkpoint_every=2)
     plain = loop.train_step
 
-    def train_step(backbone, batch, timestep, config, state):
+    def train_step(backbone, batch, timesteps, objective, config, state):
         if state.step == 2:
             disk.__enter__()
-        return plain(backbone, batch, timestep, config, state)
+        return plain(backbone, batch, timesteps, objective, config, state)
 
     disk = full_disk(8_000)
     with monkeypatch.context() as patch:

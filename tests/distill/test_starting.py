@@ -12,8 +12,9 @@ import torch
 import tiny
 from processes import finish, start
 from runs import WARM, assert_same_run, at_steps, state_of, terminate
-from wadi.distill import loop, preview, setup, step
+from wadi.distill import loop, preview, setup
 from wadi.distill.loop import distill
+from wadi.distill.objectives import with_defaults
 from wadi.distill.run_folder import Run
 from wadi.distill.setup import attach_roles
 from wadi.errors import Interrupted, WadiError
@@ -166,9 +167,8 @@ def test_skipped_steps_are_counted_across_a_resume_and_bounded(sd_folder, prompt
     from wadi.distill.objectives import vsd
 
     config = tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=9, max_skipped=3)
-    plain = step.vsd_gradient
-    assert plain is vsd.vsd_gradient
-    monkeypatch.setattr(step, "vsd_gradient", lambda *a: plain(*a) * float("nan"))
+    plain = vsd.vsd_gradient
+    monkeypatch.setattr(vsd, "vsd_gradient", lambda *a: plain(*a) * float("nan"))
     with monkeypatch.context() as patch:
         at_steps(patch, [1], terminate)
         with pytest.raises(Interrupted, match="2"):
@@ -178,11 +178,11 @@ def test_skipped_steps_are_counted_across_a_resume_and_bounded(sd_folder, prompt
     with pytest.raises(WadiError, match=r"student.*\b3\b.*\b2\b"):
         distill(config)
     with monkeypatch.context() as patch:
-        patch.setattr(step, "vsd_gradient", plain)
+        patch.setattr(vsd, "vsd_gradient", plain)
         distill(dataclasses.replace(config, steps=3))
     after = state_of(tmp_path / "run")[1]
     assert (after["skipped"], after["skipped_in_a_row"]["student"], after["step"]) == (2, 0, 3)
-    assert [line["skipped"] for line in Run(dataclasses.replace(config, steps=3)).rewind(3)] == [1, 2, 2]
+    assert [line["skipped"] for line in Run(with_defaults(dataclasses.replace(config, steps=3))).rewind(3)] == [1, 2, 2]
 
 
 def test_stats_lines_have_steps_times_and_speeds(sd_folder, prompts_path, tmp_path):
@@ -211,7 +211,7 @@ def test_more_sampler_steps_than_the_schedule_has_are_named_before_the_folder_ex
     shutil.copytree(sd_folder, teacher)
     path = teacher / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_train_timesteps": 20}))
-    config = tiny.settings(teacher, prompts_path, tmp_path / "run", student={"timestep": 15}, **change)
+    config = tiny.settings(teacher, prompts_path, tmp_path / "run", student={"timesteps": [15]}, **change)
     with pytest.raises(WadiError, match=named):
         distill(config)
     assert not (tmp_path / "run").exists()

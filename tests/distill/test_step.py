@@ -14,9 +14,10 @@ from raising import raises_naming
 from runs import state_of, stats_of
 from wadi import roles
 from wadi.backbones import load_pipeline
-from wadi.distill import checkpoint_folders, loop, setup, step
+from wadi.distill import checkpoint_folders, loop, setup
 from wadi.distill.config_files import load_config
 from wadi.distill.loop import distill
+from wadi.distill.objectives import make_objective, vsd
 from wadi.errors import WadiError
 from wadi.lorad.angles import layer_angles
 
@@ -81,17 +82,17 @@ def test_the_student_is_asked_at_its_own_timestep(sd_folder, prompts_path, tmp_p
     seen, plain = [], loop.train_step
 
     @torch.no_grad()
-    def train_step(backbone, batch, timestep, config, state):
+    def train_step(backbone, batch, timesteps, objective, config, state):
         with roles.active(backbone.network, None):
             prediction = backbone.predict(batch.z, torch.tensor([800] * 2), batch.condition)
         seen.append(backbone.process.x0(prediction, batch.z, torch.tensor([800] * 2)))
         with torch.enable_grad():
-            return plain(backbone, batch, timestep, config, state)
+            return plain(backbone, batch, timesteps, objective, config, state)
 
-    gradient = step.vsd_gradient
+    loss = vsd.gradient_loss
     monkeypatch.setattr(loop, "train_step", train_step)
-    monkeypatch.setattr(step, "vsd_gradient", lambda x0, *rest: seen.append(x0.detach()) or gradient(x0, *rest))
-    distill(tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=1, student={"timestep": 800}))
+    monkeypatch.setattr(vsd, "gradient_loss", lambda x0, gradient: seen.append(x0.detach()) or loss(x0, gradient))
+    distill(tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=1, student={"timesteps": [800]}))
     assert_close(seen[1], seen[0])
 
 
@@ -120,9 +121,9 @@ def test_what_a_run_leaves_behind(finished_run, sd_folder):
         *(f"checkpoints/step-0000003/{file}" for file in ("training.safetensors", "state.json", "manifest.json")),
     }  # fmt: skip
     about = json.loads((finished_run / "student" / "wadi.json").read_text())
-    assert (about["timestep"], about["teacher"], about["step"]) == (800, str(sd_folder), 3)
+    assert (about["timesteps"], about["teacher"], about["step"]) == ([800], str(sd_folder), 3)
     assert [line["step"] for line in stats_of(finished_run)] == [1, 2, 3]
-    assert load_config(finished_run / "config.yaml").student.timestep == 800
+    assert load_config(finished_run / "config.yaml").student.timesteps == (800,)
     last = stats_of(finished_run)[-1]
     assert {"diversity_ratio", "contrast_ratio", "student_angle_rms", "fake_grad_norm", "skipped"} <= last.keys()
 
@@ -150,13 +151,13 @@ def test_a_finished_run_is_left_as_it_is(finished_run, monkeypatch):
 
 def nan_gradient(monkeypatch, steps):
     """The student's gradient is not a number at ``steps``; the fake model never notices."""
-    plain, calls = step.vsd_gradient, []
+    plain, calls = vsd.vsd_gradient, []
 
     def vsd_gradient(*arguments):
         calls.append(None)
         return plain(*arguments) * (float("nan") if len(calls) - 1 in steps else 1)
 
-    monkeypatch.setattr(step, "vsd_gradient", vsd_gradient)
+    monkeypatch.setattr(vsd, "vsd_gradient", vsd_gradient)
 
 
 def test_a_step_that_is_not_finite_is_left_out_and_counted(sd_folder, prompts_path, tmp_path, monkeypatch):
@@ -209,7 +210,7 @@ def test_a_mistyped_run_leaves_no_folder_that_refuses_the_right_one(sd_folder, p
     wrong = tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=1)
     for change in (
         {"teacher": str(tmp_path / "nowhere")}, {"prompts": str(tmp_path / "nowhere")}, {"device": "cuda:99"},
-        {"tracker": "nonsense"}, {"student": dataclasses.replace(wrong.student, timestep=1000)},
+        {"tracker": "nonsense"}, {"student": dataclasses.replace(wrong.student, timesteps=(1000,))},
         {"student": dataclasses.replace(wrong.student, target_modules="nothing")}, {"resolution": (17, 16)},
     ):  # fmt: skip
         with pytest.raises(WadiError):
@@ -245,7 +246,7 @@ def test_learning_rates(sd_folder, prompts_path):
     rates = []
     for n in range(11):
         groups = {role: SimpleNamespace(param_groups=[{}]) for role in ("student", "fake")}
-        set_learning_rates(SimpleNamespace(step=n, optimizers=groups), config)
+        set_learning_rates(SimpleNamespace(step=n, optimizers=groups), config, make_objective(config))
         rates.append([groups[role].param_groups[0]["lr"] for role in ("student", "fake")])
     assert all(fake == pytest.approx(10 * student) for student, fake in rates)
     cosine = [0.1 + 0.45 * (1 + math.cos(math.pi * n / 10)) for n in range(11)]

@@ -49,10 +49,10 @@ def straight(sd_folder, prompts_path, tmp_path_factory):
 MOMENTS = {
     "pairs": (warm_start, "many_steps", 1, 0, 1),
     "the teacher's grid": (preview, "many_steps", 1, 0, 1),
-    "the teacher's images in one step": (preview, "one_step", 1, 0, 1),
-    "the student's first grid": (preview, "generate_one_step", 2, 0, 2),
-    "a grid on the way": (preview, "generate_one_step", 3, 2, 3),
-    "the last grid": (preview, "generate_one_step", 4, 4, 4),
+    "the teacher's images in one step": (preview, "few_steps", 1, 0, 1),
+    "the student's first grid": (preview, "generate_few_steps", 2, 0, 2),
+    "a grid on the way": (preview, "generate_few_steps", 3, 2, 3),
+    "the last grid": (preview, "generate_few_steps", 4, 4, 4),
 }
 
 

@@ -183,9 +183,16 @@ def test_a_folder_of_images_is_not_a_source(tmp_path):
     assert find(str(tmp_path)) is None
 
 
-def test_a_student_takes_one_step(finished_run):
+def test_a_student_takes_the_steps_that_it_was_trained_for(finished_run, tmp_path):
     with raises_naming("--steps is 4", finished_run):
         find(str(finished_run)).plain(steps=4)
+    folder = shutil.copytree(finished_run / "student", tmp_path / "student")
+    about = json.loads((folder / "wadi.json").read_text())
+    (folder / "wadi.json").write_text(json.dumps(about | {"timesteps": [799, 399]}))
+    student = find(str(folder)).plain()
+    assert (student.steps, student.about["timestep"]) == (2, [799, 399])
+    with raises_naming("--steps is 1", [799, 399]):
+        find(str(folder)).plain(steps=1)
 
 
 def test_a_pipeline_does_not_know_its_teacher(sd_folder):

@@ -8,8 +8,9 @@ from PIL import Image
 
 from raising import raises_naming
 from wadi.backbones import from_pipeline
+from wadi.diffusion.schedulers import student_scheduler
 from wadi.extras.image_to_image import image_tensor, read_init, start_from
-from wadi.extras.steps import schedule
+from wadi.extras.steps import schedule, student_schedule
 from wadi.pipelines.generate import Sampling, generate_images
 from wadi.pipelines.load import load
 
@@ -61,6 +62,26 @@ def test_the_network_gets_the_image_with_noise_of_its_share_of_the_time(student_
     if name == "flux":
         x_t = pipeline._pack_latents(x_t, *x_t.shape)
     assert torch.allclose(calls[0][1], x_t, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("strength", "rest"), [(1.0, 0), (0.8, 1), (0.5, 2), (0.1, 3)])
+def test_a_student_of_several_steps_begins_at_the_nearest_of_its_own_timesteps(student_of, name, strength, rest):
+    """The timesteps are those of the student, also where they are not evenly spaced."""
+    pipeline = student_of(name)
+    backbone = from_pipeline(pipeline)
+    flow = backbone.process.alphas is None
+    trained = (810, 540, 360, 240) if flow else (799, 607, 399, 207)
+    scheduler = student_scheduler(pipeline.scheduler, trained)
+    new = student_schedule(scheduler, trained, None, strength)
+    pipeline.scheduler = new.scheduler
+    picture = stripes(*reversed(backbone.resolution))
+    begin = start_from(backbone, image_tensor(picture, backbone.resolution), new)
+    with network_calls(pipeline) as calls:
+        generate_images(pipeline, ["red"], [5], Sampling(call=new.call, start=begin))
+    assert [t for t, _ in calls] == pytest.approx(trained[rest:], abs=0.01)
+    t = torch.tensor([trained[rest]])
+    assert (new.alpha, new.sigma) == pytest.approx((float(backbone.process.alpha(t)), float(backbone.process.sigma(t))))
 
 
 def test_a_lower_strength_changes_less(student_of):

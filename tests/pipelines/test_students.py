@@ -168,7 +168,14 @@ def test_a_source_that_does_not_fit_is_named(finished_run, sd_folder, tmp_path):
             call()
 
 
-@pytest.mark.parametrize("about", [None, "{", "[]", "{}", '{"timestep": "800"}', '{"timestep": 5000}', '{"timestep": -3}'])
+@pytest.mark.parametrize(
+    "about",
+    [
+        None, "{", "[]", "{}", '{"timestep": "800"}', '{"timestep": 5000}', '{"timestep": -3}', '{"timesteps": []}',
+        '{"timesteps": [399, 799]}', '{"timesteps": [799, 799]}', '{"timesteps": [799, 0]}', '{"timesteps": [true]}',
+        '{"timesteps": [900, 800, 700, 600, 500, 400, 300, 200, 100]}', '{"timesteps": [800, 3]}',
+    ],
+)  # fmt: skip
 def test_an_adapter_without_a_valid_timestep_is_not_loaded(about, finished_run, sd_folder, tmp_path):
     """A guessed timestep would silently give a wrong image."""
     folder = shutil.copytree(finished_run / "student", tmp_path / "student")
@@ -180,5 +187,5 @@ def test_an_adapter_without_a_valid_timestep_is_not_loaded(about, finished_run, 
 
 
 def test_the_timestep_travels_with_the_adapter(finished_run):
-    assert json.loads((finished_run / "student" / "wadi.json").read_text())["timestep"] == 800
+    assert json.loads((finished_run / "student" / "wadi.json").read_text())["timesteps"] == [800]
     assert load(finished_run).scheduler.config.num_train_timesteps == 801

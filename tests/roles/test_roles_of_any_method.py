@@ -9,6 +9,7 @@ from wadi import roles
 from wadi.backbones import from_pipeline, load_pipeline
 from wadi.distill.batch import Batch
 from wadi.distill.checkpoints import load, save
+from wadi.distill.objectives import make_objective
 from wadi.distill.optimizers import initial_state
 from wadi.distill.setup import attach_roles
 from wadi.distill.step import as_numbers, train_step
@@ -142,7 +143,7 @@ def test_a_step_trains_and_a_checkpoint_restores_roles_of_another_method(
 
     def ready():
         backbone = from_pipeline(load_pipeline(sd_folder))
-        monkeypatch.setattr("wadi.lorad.LoRaDConfig", lambda **_: configs()[method]())
+        monkeypatch.setattr("wadi.roles.methods.adapter_config", lambda *_, **__: configs()[method]())
         attach_roles(backbone, config)
         return backbone, initial_state(backbone.network, config, torch.device("cpu"))
 
@@ -151,7 +152,9 @@ def test_a_step_trains_and_a_checkpoint_restores_roles_of_another_method(
     condition, null = backbone.encode(["red apple"] * config.batch), backbone.encode([""])
     z = torch.randn(config.batch, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
     for _ in range(2):  # at the first step teacher and fake model agree, so the student stays
-        numbers = as_numbers(train_step(backbone, Batch(condition, null, z, z[:0]), 700, config, state), state.network)
+        numbers = as_numbers(
+            train_step(backbone, Batch(condition, null, z, z[:0]), [700], make_objective(config), config, state), state.network
+        )
         state.step += 1
     assert {"loss_student", "loss_fake"} <= numbers.keys()
     assert not any("angle" in name for name in numbers)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from wadi.backbones import features
 from wadi.backbones.condition import Condition
 from wadi.backbones.truncation_notice import print_truncation_once
 from wadi.diffusion import autoencoder, schedulers
@@ -22,6 +24,17 @@ from wadi.diffusion.process import Process
 from wadi.errors import WadiError
 
 RESOLUTION = "_wadi_resolution"  # key in a pipeline's config: the size of a student, if it is not the model's own
+TIMESTEPS = "_wadi_timesteps"  # key in a pipeline's config: the timesteps of a student of several steps
+
+
+def stored_timesteps(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the timesteps of a student of several steps from its pipeline's config; empty if the config has none.
+
+    Raises:
+        WadiError: if they are something else than falling timesteps.
+    """
+    stored = config.get(TIMESTEPS)
+    return () if stored is None else schedulers.check_timesteps(stored, "model_index.json")
 
 
 class Backbone(ABC):
@@ -119,6 +132,21 @@ class Backbone(ABC):
         if self.resolution != self.native_resolution(self.network.config, self.scale):
             self.pipeline.register_to_config(**{RESOLUTION: list(self.resolution)})
 
+    def remember_timesteps(self, timesteps: Sequence[int]) -> None:
+        """Give the pipeline the scheduler of a student with these timesteps, and write several into the pipeline's config."""
+        self.pipeline.scheduler = schedulers.student_scheduler(self.pipeline.scheduler, timesteps)
+        if len(timesteps) > 1 or self.pipeline.config.get(TIMESTEPS):
+            self.pipeline.register_to_config(**{TIMESTEPS: list(timesteps) if len(timesteps) > 1 else None})
+
+    @property
+    def student_timesteps(self) -> tuple[int, ...]:
+        """Timesteps of the student in this pipeline; that of its scheduler for a pipeline that does not say.
+
+        Raises:
+            WadiError: if the pipeline's config says something else than a list of timesteps.
+        """
+        return stored_timesteps(self.pipeline.config) or (schedulers.timestep_of(self.pipeline.scheduler),)
+
     # --- prompts, predictions, images ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -159,6 +187,27 @@ class Backbone(ABC):
             f"{type(self).__name__} has no method condition_shapes(), so the memory of a step cannot be estimated. Add the "
             "method to the backbone."
         )
+
+    @contextmanager
+    def captured_features(self) -> Iterator[list[Tensor]]:
+        """Within the block, collect the features of the network's middle block at each call of `predict`.
+
+        Features are float32, ``(B, tokens, feature_width)``, with their graph. See `wadi.backbones.features`.
+
+        Raises:
+            WadiError: if the network has no such block.
+        """
+        with features.captured(self.network) as collected:
+            yield collected
+
+    @property
+    def feature_width(self) -> int:
+        """Number of channels of the features.
+
+        Raises:
+            WadiError: if the network has no middle block.
+        """
+        return features.width(self.network)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -207,6 +256,13 @@ class Backbone(ABC):
     def call_latents(self, latents: Tensor) -> Tensor:
         """Return latents ``(B, C, H, W)`` in the shape and dtype that a call of the pipeline takes as ``latents``."""
         return latents.to(self.network.dtype)
+
+    def step_noise(self, generator: torch.Generator) -> Tensor:
+        """Draw the noise ``(1, C, H, W)`` that a scheduler adds between two steps of a call, float32.
+
+        A family whose pipeline gives latents of another shape to its scheduler overrides this.
+        """
+        return torch.randn((1, *self.latent_shape), generator=generator)
 
     @property
     def device(self) -> torch.device:

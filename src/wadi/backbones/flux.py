@@ -65,6 +65,13 @@ class Flux(Backbone):
         packed: Tensor = self.pipeline._pack_latents(latents, *latents.shape)
         return super().call_latents(packed)
 
+    def step_noise(self, generator: torch.Generator) -> Tensor:
+        """See `Backbone.step_noise`. The scheduler draws it for packed latents."""
+        channels, height, width = self.latent_shape
+        packed = torch.randn((1, height * width // PATCH**2, channels * PATCH**2), generator=generator)
+        unpacked: Tensor = self.pipeline._unpack_latents(packed, height * self.scale, width * self.scale, self.scale)
+        return unpacked
+
     def encode_with_gradient(self, prompts: Sequence[str]) -> Condition:
         """Return ``prompt_embeds`` ``(B, tokens, width)`` of T5 and ``pooled`` ``(B, width)`` of CLIP."""
         device = self.pipeline.text_encoder.device

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wadi.backbones.base import RESOLUTION
+from wadi.backbones.base import RESOLUTION, TIMESTEPS
 from wadi.backbones.clip_pooling import pool_pipeline_at_end_token
 from wadi.backbones.configs import check_config, pipeline_index, read_config
 from wadi.backbones.hub import pipeline_folder
@@ -57,8 +57,9 @@ def load_pipeline(
         check_tokenizers(pipeline, folder)
     if not exists(path):
         pipeline.register_to_config(_name_or_path=str(path))
-    if RESOLUTION in index:
-        pipeline.register_to_config(**{RESOLUTION: index[RESOLUTION]})
+    for key in (RESOLUTION, TIMESTEPS):
+        if key in index:
+            pipeline.register_to_config(**{key: index[key]})
     pool_pipeline_at_end_token(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.wadi_source = (folder, variant)

@@ -43,9 +43,10 @@ def load_in_float32(config: Path) -> None:
 
 
 def loading_line(pipeline: Any, out: Path) -> str:
-    """Return Python code that loads the pipeline from ``out`` in its dtype and generates ``prompt`` in one step."""
+    """Return Python code that loads the pipeline from ``out`` in its dtype and generates ``prompt`` in the student's steps."""
     backbone = from_pipeline(pipeline)
     dtype = backbone.network.dtype
     dtype_argument = "" if dtype == torch.float32 else f", torch_dtype={dtype}"
+    steps = len(backbone.student_timesteps)
     call = ", ".join(f"{name}={value}" for name, value in backbone.call.items())
-    return f"DiffusionPipeline.from_pretrained({str(out)!r}{dtype_argument})(prompt, num_inference_steps=1, {call})"
+    return f"DiffusionPipeline.from_pretrained({str(out)!r}{dtype_argument})(prompt, num_inference_steps={steps}, {call})"

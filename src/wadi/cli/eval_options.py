@@ -47,8 +47,9 @@ def _add_protocol(parser: ArgumentParser) -> None:
 def _add_generators(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("generating").add_argument
     add("--teacher", type=str, default=None, help="pipeline to use in place of the one that an adapter names")
-    add("--steps", type=STEPS, default=1, help="steps of a pipeline, with its own scheduler")
-    guidance = "guidance of these steps; default: none in one step, else 3, for FLUX 1 (none)"
+    steps = "steps of a pipeline, with its own scheduler; default: those that a student was trained for, else 1"
+    add("--steps", type=STEPS, default=None, help=steps)
+    guidance = "guidance of a pipeline's steps; default: none for a student and in one step, else 3, for FLUX 1 (none)"
     add("--guidance-scale", type=GUIDANCE, default=None, help=guidance)
     add("--beside-teacher", action="store_true", help="evaluate the teacher too: in many steps, and undistilled in one")
     add("--teacher-steps", type=STEPS, default=25, help="steps of the teacher")

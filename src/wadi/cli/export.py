@@ -59,12 +59,13 @@ def _export_lora(options: Any, out: Path) -> int:
     """Write LoRA files, and print where the lines are that load them."""
     from wadi.backbones import from_pipeline, load_pipeline
     from wadi.convert.lora_files import read_loras, write_lora_files
-    from wadi.diffusion.schedulers import one_step_scheduler
+    from wadi.diffusion.schedulers import student_scheduler
     from wadi.pipelines.load import locate_adapter, read_student
 
     folder, base = locate_adapter(options.run, options.adapter, options.teacher)
     loras, about = read_loras(folder), read_student(folder)
     backbone = from_pipeline(load_pipeline(base), about.resolution)
-    write_lora_files(backbone, loras, one_step_scheduler(backbone.pipeline.scheduler, about.timestep), 1, out)
+    scheduler = student_scheduler(backbone.pipeline.scheduler, about.timesteps)
+    write_lora_files(backbone, loras, scheduler, len(about.timesteps), out)
     print(f"{out}: LoRA of {len(loras)} layers; {out / 'README.md'} has the lines that load it")
     return 0

@@ -37,7 +37,7 @@ def check_conflicts(options: Any) -> None:
         for option in ("init", "size", "control"):
             if getattr(options, option) is not None:
                 raise WadiError(f"--compare and --{option} were given. Give one of them: the teacher here has no such option.")
-    check_steps_and_strength(options.steps, strength_from(options))
+    check_steps_and_strength(options.steps or 1, strength_from(options))
 
 
 def _check_companions(options: Any) -> None:

@@ -38,7 +38,9 @@ def add_options(parser: ArgumentParser) -> None:
     add("--dtype", type=str, default="float32", help="type of the weights: float32, bfloat16 or float16")
     add("--device", type=str, default=None, help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     add = parser.add_argument_group("steps and start image").add_argument
-    add("--steps", type=STEPS, default=1, help="steps of the student; after each, noise is added again (docs/steps.md)")
+    add(
+        "--steps", type=STEPS, default=None, help="steps of the student; default: those that it was trained for (docs/steps.md)"
+    )
     add("--init", type=str, default=None, help="image to start from")
     strength = f"how far to leave --init, above 0 (not at all) up to 1; default: {STRENGTH}"
     add("--strength", type=Number(0, 1, above=True), default=None, help=strength)

@@ -23,6 +23,7 @@ NOT_SETTINGS = {  # options that images do not depend on, or that are in the man
 def image_settings(options: Any) -> dict[str, Any]:
     """Return everything apart from prompt and seed that the images depend on, as JSON values."""
     settings = {name: value for name, value in vars(options).items() if name not in NOT_SETTINGS and value not in (None, False)}
+    settings.setdefault("steps", 1)  # of a student of several steps, its timesteps tell
     if options.init is not None:
         settings["strength"] = strength_from(options)
     return {"student": _student_settings(options), **{name: content_of(value) for name, value in settings.items()}}
@@ -31,6 +32,7 @@ def image_settings(options: Any) -> dict[str, Any]:
 def _student_settings(options: Any) -> dict[str, Any]:
     """Return digests of the student's weights, its timestep and its resolution."""
     from wadi.backbones.digest import teacher_digest
+    from wadi.evaluate.generators import one_or_list
     from wadi.pipelines.load import is_export, locate_adapter, read_student
 
     if is_export(options.run):
@@ -39,7 +41,7 @@ def _student_settings(options: Any) -> dict[str, Any]:
     about = read_student(folder)
     return {
         "adapter": sha256(folder / "adapter_model.safetensors"), "adapter_config": sha256(folder / "adapter_config.json"),
-        "teacher": teacher_digest(base), "timestep": about.timestep, "resolution": about.resolution,
+        "teacher": teacher_digest(base), "timestep": one_or_list(about.timesteps), "resolution": about.resolution,
     }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 GROUPS = {
     "teacher, prompts and output": ("teacher", "prompts", "prompts_field", "out", "seed"),
     "length and size": ("steps", "batch", "accumulate", "resolution"),
-    "loss": ("guidance_scale", "t_range"),
+    "loss": ("objective", "objective_options", "guidance_scale", "t_range"),
     "optimizer": ("optimizer", "lr_schedule", "lr_warmup", "betas", "weight_decay", "clip", "max_skipped"),
     "memory and speed": ("device", "dtype", "gradient_checkpointing", "recompute", "shard", "compile", "tf32"),
     "preview": ("sample_every", "sample_prompts", "sample_seeds", "teacher_steps", "teacher_guidance_scale"),
@@ -75,20 +75,19 @@ def apply_files(parser: ArgumentParser, words: list[str]) -> list[str]:
         WadiError: if there is no such preset, or a file cannot be read.
     """
     from wadi.distill.config import DistillConfig
-    from wadi.distill.config_files import merge_settings, read_settings, to_dict
+    from wadi.distill.config_files import flat_settings, merge_settings, read_settings, to_dict
     from wadi.distill.presets import preset
-    from wadi.io.records import flatten
 
     presets = values_of("--preset", words)
     settings = to_dict(preset(presets[-1]) if presets else DistillConfig())
     for file in values_of("--config", words):
         settings = merge_settings(settings, read_settings(Path(os.path.expanduser(file))))
-    for group in [name for name, value in settings.items() if isinstance(value, dict)]:
+    for group in NESTED:
         for value in values_of(flag(group), words):
             if os.path.lexists(file := os.path.expanduser(value)):
                 settings = merge_settings(settings, read_settings(Path(file), group))
                 words = without(flag(group), value, words)
-    parser.set_defaults(flatten(settings))
+    parser.set_defaults(flat_settings(settings))
     return words
 
 

@@ -15,10 +15,11 @@ from torch import nn
 
 from wadi import roles
 from wadi.backbones import family
+from wadi.backbones.base import TIMESTEPS, stored_timesteps
 from wadi.backbones.configs import build_network, pipeline_index, read_config
 from wadi.backbones.lazy_tensors import LazyTensors, check_same_tensors, network_weights
 from wadi.convert.angles_between import LayerChange, angles_between, factors, measure_change
-from wadi.diffusion.schedulers import make_scheduler, stored_timestep, timestep_of
+from wadi.diffusion.schedulers import DISTILLED, make_scheduler, stored_timestep, timestep_of
 from wadi.errors import WadiError
 from wadi.io.files import whole_folder
 from wadi.io.outputs import check_out
@@ -34,11 +35,12 @@ class Extraction:
     """The result of `extract`.
 
     Attributes:
+        timesteps: at which the student generates.
         outside: names of tensors that changed and have no angles. The adapter leaves them as they are.
     """
 
     rank: int
-    timestep: int
+    timesteps: tuple[int, ...]
     layers: list[LayerChange]
     outside: list[str]
 
@@ -72,7 +74,7 @@ def extract(
         teacher: pipeline folder or Hub id, or 'zoo'.
         student: the same, or a safetensors file of the network alone.
         target_modules: regular expression over module names; None = the family's default for students.
-        timestep: at which the student generates; None = that of the student's scheduler, or the last one of the teacher's.
+        timestep: at which the student generates; None = those of the student's pipeline, or the last one of the teacher's.
     Raises:
         WadiError: if the two have different architectures, one cannot be read, or ``out`` exists.
     """
@@ -84,8 +86,9 @@ def extract(
     check_same_tensors(shapes, before, f"Teacher {teacher!r}", "its own config")
     check_same_tensors(shapes, after, f"Student {student!r}", f"teacher {teacher!r}")
     names = _attach(network, target_modules or targets, rank)
-    extraction = Extraction(rank, timestep or _timestep(source, student), *_set_angles(network, names, before, after, rank))
-    about = {"timestep": extraction.timestep, "teacher": teacher, "extracted_from": student}
+    timesteps = (timestep,) if timestep else _timesteps(source, student)
+    extraction = Extraction(rank, timesteps, *_set_angles(network, names, before, after, rank))
+    about = {"timesteps": list(timesteps), "teacher": teacher, "extracted_from": student}
     with whole_folder(out) as folder:
         roles.write(network, NAME, folder)
         (folder / "wadi.json").write_text(json.dumps(about, indent=2) + "\n")
@@ -127,14 +130,23 @@ def _set_angles(
     return changes, sorted(outside)
 
 
-def _timestep(teacher: str, student: str) -> int:
-    """Return the timestep that the student's scheduler holds if `wadi export` wrote it, otherwise the teacher's last."""
+def _timesteps(teacher: str, student: str) -> tuple[int, ...]:
+    """Return the timesteps that a pipeline written by `wadi export` holds; for another student, the teacher's last one."""
     if not Path(student).is_file():
-        stored = stored_timestep(read_config(resolve_teacher(student), "scheduler"))
+        path = resolve_teacher(student)
+        if several := stored_timesteps(pipeline_index(path)):
+            return several
+        config = read_config(path, "scheduler")
+        if config.get("_class_name") in DISTILLED:
+            raise WadiError(
+                f"{student!r} has a {config['_class_name']}, and its {TIMESTEPS!r} does not say at which timesteps it "
+                "generates. Give --timestep to use its weights for a student of one step."
+            )
+        stored = stored_timestep(config)
         if stored is not None:
-            return stored
+            return (stored,)
     if not Path(teacher).is_file():
-        return timestep_of(make_scheduler(read_config(resolve_teacher(teacher), "scheduler")))
+        return (timestep_of(make_scheduler(read_config(resolve_teacher(teacher), "scheduler"))),)
     raise WadiError(f"Neither {student!r} nor {teacher!r} has a scheduler. Give --timestep.")
 
 
@@ -155,5 +167,5 @@ def describe(extraction: Extraction, layers: int = 10) -> str:
             f"{len(extraction.outside)} tensors without angles changed (first: {extraction.outside[0]}). The adapter leaves "
             "them as they are in the teacher."
         )
-    lines.append(f"Student's timestep: {extraction.timestep}.")
+    lines.append(f"Student's timesteps: {', '.join(map(str, extraction.timesteps))}.")
     return "\n".join(lines)

@@ -1,20 +1,30 @@
-"""Build diffusers schedulers for the teacher's many steps and the student's one, from the scheduler that came with the model.
+"""Build diffusers schedulers for the teacher's many steps and the student's few, from the scheduler that came with the model.
 
 With the student's scheduler, a plain pipeline call with ``num_inference_steps=1`` computes the student's step ``x0 = (x_t -
 sigma eps) / alpha`` at ``t*``, without this package. For a variance-preserving schedule this is DDIM whose betas end at ``t*``.
 For a rectified flow, ``x0 = x_t - sigma v``, it is an Euler step from ``sigma = t* / T`` to 0.
+
+A student of ``N`` steps predicts ``x0``, adds noise for the next timestep, and predicts again. `LCMScheduler` and
+`FlowMatchLCMScheduler` do this in a plain call with ``num_inference_steps=N``. They choose the timesteps by their own rule, so
+a student can only have timesteps that follow it: evenly spaced ones.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import torch
 
 from wadi.diffusion.process import Process, is_flow_config
 from wadi.errors import WadiError, short_repr
 
+# LCM mixes the input into the output with the weight c_skip = s^2 / ((k t)^2 + s^2), s = 1/2. This k makes it vanish.
+TIMESTEP_SCALING = 1e6
 LONGEST = 100_000  # timesteps; models have 1000
+MOST_STEPS = 8  # of a student
 # Schedulers of models that were distilled to a few steps. Such a model has no score at other timesteps.
 DISTILLED = ("LCMScheduler", "TCDScheduler", "SCMScheduler", "FlowMatchLCMScheduler", "CMStochasticIterativeScheduler")
 
@@ -90,6 +100,113 @@ def one_step_scheduler(scheduler: Any, timestep: int) -> Any:
             "the student was trained on."
         )
     return _flow_step(scheduler.config, timestep) if is_flow(scheduler) else _ddim_step(scheduler, timestep)
+
+
+def student_scheduler(scheduler: Any, timesteps: Sequence[int]) -> Any:
+    """Return the scheduler of a student that generates at ``timesteps``, built from its teacher's ``scheduler``.
+
+    Raises:
+        WadiError: if the teacher's schedule has no such timestep, or no scheduler of diffusers generates at exactly these. The
+            message has the nearest timesteps that one generates at.
+    """
+    first, count = timesteps[0], len(timesteps)
+    found = one_step_scheduler(scheduler, first)
+    if count == 1:
+        return found
+    candidates = _flow_candidates(scheduler, timesteps) if is_flow(scheduler) else _lcm_candidates(scheduler, timesteps)
+    for candidate in candidates:
+        if _is_at(candidate, timesteps):
+            return candidate
+    last = Process.from_scheduler(scheduler).last_timestep if is_flow(scheduler) else first
+    length = last if is_flow(scheduler) else last + 1
+    near = [last - i * length // count for i in range(count)]
+    raise WadiError(
+        f"student.timesteps is {list(timesteps)}. No scheduler of diffusers generates at these in a plain call: they must be "
+        f"evenly spaced. The nearest are {near}."
+    )
+
+
+def check_timesteps(timesteps: Any, source: str) -> tuple[int, ...]:
+    """Return the ``timesteps`` of a student that a file holds; ``source`` names the file in the message.
+
+    Raises:
+        WadiError: if they are something else than one to eight falling whole numbers.
+    """
+    whole = isinstance(timesteps, (list, tuple)) and all(type(t) is int and 1 <= t <= LONGEST for t in timesteps)
+    if not whole or not 1 <= len(timesteps) <= MOST_STEPS or any(a <= b for a, b in itertools.pairwise(timesteps)):
+        raise WadiError(
+            f"{source} has the timesteps {short_repr(timesteps)}. They must be a list of one to {MOST_STEPS} whole numbers, "
+            "each below the one before. Restore the file as it was written."
+        )
+    return tuple(timesteps)
+
+
+def _lcm_candidates(scheduler: Any, timesteps: Sequence[int]) -> Iterator[Any]:
+    """Yield `LCMScheduler` objects whose first timestep is the first of ``timesteps``.
+
+    With ``n`` original steps of ``k`` timesteps each, ``n k = t_0 + 1``, step ``i`` of ``N`` is at ``(n - i n // N) k - 1``.
+    """
+    from diffusers import LCMScheduler
+
+    length, count = timesteps[0] + 1, len(timesteps)
+    for k in (divisor for divisor in range(1, length // count + 1) if length % divisor == 0):
+        n = length // k
+        if [(n - i * n // count) * k - 1 for i in range(count)] == list(timesteps):
+            yield LCMScheduler(
+                num_train_timesteps=length,
+                trained_betas=torch.as_tensor(scheduler.betas)[:length].tolist(),
+                original_inference_steps=n,
+                prediction_type=scheduler.config.get("prediction_type", "epsilon"),
+                timestep_scaling=TIMESTEP_SCALING,
+            )
+
+
+def _flow_candidates(scheduler: Any, timesteps: Sequence[int]) -> Iterator[Any]:
+    """Yield `FlowMatchLCMScheduler` objects: from ``T`` down in even steps, or in a constant ratio from any timestep.
+
+    ``shift_terminal`` stretches the sigmas so that the last is as given, whether the pipeline passes sigmas or not.
+    """
+    from diffusers import FlowMatchLCMScheduler
+
+    total = int(scheduler.config.num_train_timesteps)
+    first, last = timesteps[0] / total, timesteps[-1] / total
+    if first == 1:
+        yield FlowMatchLCMScheduler(num_train_timesteps=total, shift_terminal=last)
+    geometric: Any = FlowMatchLCMScheduler(num_train_timesteps=total, use_exponential_sigmas=True)
+    geometric.register_to_config(sigma_min=last, sigma_max=first)
+    yield geometric
+
+
+def _is_at(scheduler: Any, timesteps: Sequence[int]) -> bool:
+    """Return whether ``scheduler`` generates at ``timesteps`` in any pipeline's call. The scheduler's steps are set."""
+    count = len(timesteps)
+    calls: list[dict[str, Any]] = [{"num_inference_steps": count}]
+    if is_flow(scheduler):  # the call of some pipelines passes these sigmas
+        calls.insert(0, {"sigmas": [1 - i * (1 - 1 / count) / (count - 1) for i in range(count)]})
+    for call in calls:
+        scheduler.set_timesteps(**call)
+        if any(abs(float(t) - timestep) >= 0.01 for t, timestep in zip(scheduler.timesteps, timesteps, strict=True)):
+            return False
+    return True
+
+
+def is_few_step(scheduler: Any) -> bool:
+    """Return whether ``scheduler`` is that of a student of several steps."""
+    return type(scheduler).__name__ in ("LCMScheduler", "FlowMatchLCMScheduler")
+
+
+def only_timestep_of(scheduler: Any, purpose: str) -> int:
+    """Return ``t*`` of a student of one step; see `timestep_of`.
+
+    Raises:
+        WadiError: if it is a student of several steps. ``purpose`` says what needs one step, such as ``DreamBooth``.
+    """
+    if is_few_step(scheduler):
+        raise WadiError(
+            f"The student generates in several steps (its scheduler is {type(scheduler).__name__}). {purpose} supports "
+            "students of one step: give one of those, or the teacher."
+        )
+    return timestep_of(scheduler)
 
 
 def timestep_of(scheduler: Any) -> int:

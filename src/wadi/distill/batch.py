@@ -1,14 +1,13 @@
-"""The random draws of one step: prompts, noise, timesteps and warm-start pairs.
+"""The inputs of one step: prompts, noise, and the teacher's samples.
 
-All of it comes from the state's one generator and its position in the prompts, in a fixed order, for the whole step. Each
-process draws everything and keeps its own rows. So neither the number of processes nor that of micro-batches changes what is
-drawn, and a checkpoint fits any number of processes.
+All of it comes from the state's one generator and its position in the prompts, in a fixed order, for the whole step
+(`random_draws.py`), so a checkpoint fits any number of processes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +15,8 @@ from torch import Tensor
 from wadi.backbones import Condition
 from wadi.distill.conditions import Conditions
 from wadi.distill.config import DistillConfig
+from wadi.distill.random_draws import Random
+from wadi.distill.samples import Samples
 from wadi.distill.state import TrainState
 from wadi.distill.warm_start import Pairs
 from wadi.prompts.order import PromptOrder
@@ -31,6 +32,8 @@ class Batch:
         z: noise, ``(B, C, H, W)``.
         target: the teacher's samples for the first ``len(target)`` rows, whose noise and prompts come from warm-start pairs.
         paired: number of rows from pairs in the whole step, on all processes.
+        samples: images of the teacher for objectives that need some, ``(B, C, H, W)``; None for others.
+        sample_condition: their prompts.
     """
 
     condition: Condition
@@ -38,13 +41,21 @@ class Batch:
     z: Tensor
     target: Tensor
     paired: int = 0
+    samples: Tensor | None = None
+    sample_condition: Condition | None = None
+
+    def __getitem__(self, rows: slice) -> Batch:
+        """Return a part of the batch."""
+        samples = None if self.samples is None else self.samples[rows]
+        prompts = None if self.sample_condition is None else self.sample_condition[rows]
+        return Batch(self.condition[rows], self.null, self.z[rows], self.target[rows], self.paired, samples, prompts)
 
     def split(self, parts: int) -> Iterator[tuple[slice, Batch]]:
         """Yield ``parts`` equal micro-batches, each with the slice of this batch that it holds."""
         size = len(self.z) // parts
         for start in range(0, size * parts, size):
             rows = slice(start, start + size)
-            yield rows, Batch(self.condition[rows], self.null, self.z[rows], self.target[rows], self.paired)
+            yield rows, self[rows]
 
 
 def images_per_step(config: DistillConfig, process_count: int) -> int:
@@ -53,12 +64,21 @@ def images_per_step(config: DistillConfig, process_count: int) -> int:
 
 
 def draw_batch(
-    conditions: Conditions, order: PromptOrder, null: Condition, pairs: Pairs | None, config: DistillConfig, state: TrainState
+    conditions: Conditions,
+    order: PromptOrder,
+    null: Condition,
+    pairs: Pairs | None,
+    config: DistillConfig,
+    state: TrainState,
+    samples: Samples | None = None,
 ) -> Batch:
     """Draw the next prompts and their noise.
 
     With warm-start pairs, the first rows are pairs: all rows during the warm start, half of them afterwards if
     ``warm_start.weight`` is above 0.
+
+    Args:
+        samples: of the objective; None if it needs none.
     """
     warm, size, device = config.warm_start, images_per_step(config, state.ranks.count), conditions.backbone.device
     count = 0
@@ -75,25 +95,11 @@ def draw_batch(
         target = pairs.x0[state.ranks.own(torch.nn.functional.pad(chosen, (0, size - count)))[state.ranks.own(from_pairs)]]
     own_rows = state.ranks.own(rows).split(config.batch)
     condition = Condition.cat([conditions(part) for part in own_rows])
-    return Batch(condition, null, state.ranks.own(z).to(device), target.to(device), count)
-
-
-def timesteps(low: int, high: int, like: Tensor, state: TrainState) -> Tensor:
-    """Draw a timestep from ``{low .. high - 1}`` for each row of ``like``; ``(B,)``."""
-    drawn = torch.randint(low, max(high, low + 1), (len(like) * state.ranks.count,), generator=state.generator)
-    return state.ranks.own(drawn).to(like.device)
-
-
-def gaussian_like(x: Tensor, state: TrainState) -> Tensor:
-    """Draw standard normal noise of the shape of ``x``. It is drawn on the CPU, so it is the same on any device."""
-    drawn = torch.randn((len(x) * state.ranks.count, *x.shape[1:]), generator=state.generator)
-    return state.ranks.own(drawn).to(x.device)
-
-
-def chance(probability: float, like: Tensor, state: TrainState) -> Tensor:
-    """Draw True with ``probability`` for each row of ``like``; ``(B,)``."""
-    drawn = torch.rand(len(like) * state.ranks.count, generator=state.generator) < probability
-    return state.ranks.own(drawn).to(like.device)
+    batch = Batch(condition, null, state.ranks.own(z).to(device), target.to(device), count)
+    if samples is None:
+        return batch
+    drawn = Random(state.generator, state.ranks).integers(0, len(samples.x0), batch.z).cpu()
+    return replace(batch, samples=samples.x0[drawn].to(device), sample_condition=samples.conditions(drawn))
 
 
 def replace_rows(condition: Condition, rows: Tensor, null: Condition) -> Condition:

@@ -24,6 +24,7 @@ COUNTERS = {
     "step": "step", "drawn": "prompts_drawn", "skipped": "skipped", "skipped_in_a_row": "skipped_in_a_row",
     "seconds": "seconds",
 }  # fmt: skip
+MODULES = "objective."  # before the names of the tensors of an objective's modules
 
 
 def save(folder: Path, state: TrainState, teacher: str, keep: int, keep_every: int = 0) -> Path:
@@ -45,7 +46,7 @@ def save(folder: Path, state: TrainState, teacher: str, keep: int, keep_every: i
         raise _not_saved(state, name)
     target = place(folder, state.step)
     with whole_folder(target) as temporary:
-        for role in state.optimizers:
+        for role in roles.attached(state.network):
             (temporary / role).mkdir()
             roles.write(state.network, role, temporary / role)
         save_file(tensors, temporary / "training.safetensors")
@@ -64,7 +65,7 @@ def save(folder: Path, state: TrainState, teacher: str, keep: int, keep_every: i
 
 def refuse_not_finite(state: TrainState) -> None:
     """Raise `WadiError` if an adapter has a NaN or infinite value. No run could continue from it, no image be generated."""
-    for role in state.optimizers:
+    for role in roles.attached(state.network):
         values = {name: value.detach() for name, value in roles.parameters(state.network, role).items()}
         if name := first_not_finite(values.items()):
             raise _not_saved(state, f"{role}'s {name}")
@@ -91,9 +92,10 @@ def load(path: Path, state: TrainState, teacher: str) -> None:
     saved: Saved = read_json(path / "state.json", Saved, "Checkpoint state")
     _check_same_run(path, saved, state, teacher)
     tensors = load_file(require_file(path / "training.safetensors"))
-    for role, optimizer in state.optimizers.items():
+    for role in roles.attached(state.network):
         _, adapter = roles.read(path / role)
         roles.restore(state.network, role, adapter, repr(str(path)))
+    for role, optimizer in state.optimizers.items():
         try:
             _check_moments(optimizer, role, tensors)
             restore_moments(optimizer, tensors, f"{role}.")
@@ -101,11 +103,14 @@ def load(path: Path, state: TrainState, teacher: str) -> None:
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise _misfit(path, f"the state of {role}'s optimiser", error) from error
     try:
+        state.modules.load_state_dict(
+            {key.removeprefix(MODULES): value for key, value in tensors.items() if key.startswith(MODULES)}
+        )
         for key, value in state.ema.items():
             value.copy_(tensors[f"ema.{key}"])
         state.generator.set_state(tensors["generator"])
     except (KeyError, TypeError, RuntimeError) as error:
-        raise _misfit(path, "the moving average or the generator", error) from error
+        raise _misfit(path, "the objective's modules, the moving average or the generator", error) from error
     for name, attribute in COUNTERS.items():
         setattr(state, attribute, getattr(saved, name))
 
@@ -150,6 +155,7 @@ def _training_tensors(state: TrainState) -> dict[str, Tensor]:
     tensors = {"generator": state.generator.get_state()}
     for role, optimizer in state.optimizers.items():
         tensors |= moments_of(optimizer, f"{role}.")
+    tensors |= {MODULES + key: value for key, value in state.modules.state_dict().items()}
     tensors.update({f"ema.{key}": value for key, value in state.ema.items()})
     return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
 

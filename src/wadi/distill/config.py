@@ -8,33 +8,39 @@ Each entry under ``Args`` is also the help text of the option of that name. `con
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from wadi.errors import WadiError
 from wadi.io.bounds import BATCH, COUNT, GUIDANCE, RANK, RATE, SHARE, SIDE, STEPS, TIMESTEP, UPDATES, Number, Whole  # fmt: skip
 
+Adapter = Literal["lorad", "lora", "dora", "dora-frozen", "oft", "boft", "hra", "road", "full"]
+
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """The student: an adapter of large rank that generates an image in one step.
+    """The student: an adapter of large rank that generates an image in one step, or in a few.
 
     Args:
-        rank: rank of the student's angles ``A @ B``.
+        adapter: method of the student's adapter; 'lorad' rotates the directions of weights, 'full' trains all weights of the
+            target layers, the others are PEFT's.
+        adapter_options: further options of the adapter's PEFT config, such as '{"lora_alpha": 16}'.
+        rank: rank of the student's adapter; null = the default of the method; methods without a rank ignore it.
         target_modules: regular expression for the names of the layers that the student adapts; null = the default of the
             model family.
-        timestep: timestep ``t*`` at which the student generates; null = the last of the teacher's schedule.
+        timesteps: timesteps at which the student generates, the noisiest first, one for each of its one to eight steps; empty =
+            one step at the last timestep of the teacher's schedule.
         lr: learning rate of the student.
-        weighting: weighting of the distillation gradient; 'sigma2' is the paper's ``sigma_t^2 (eps_real - eps_fake)``, 'dmd'
-            divides the difference of the two predicted images by the teacher's mean absolute error (DMD, eq. 8).
-        ema: decay of the moving average of the student's angles; the run then saves the average; 0 = no average.
+        ema: decay of the moving average of the student's adapter; the run then saves the average; 0 = no average.
     """
 
-    rank: int = 256
+    adapter: Adapter = "lorad"
+    adapter_options: Mapping[str, Any] = field(default_factory=dict)
+    rank: int | None = None
     target_modules: str | None = None
-    timestep: int | None = None
+    timesteps: tuple[int, ...] = ()
     lr: float = 1e-4
-    weighting: Literal["sigma2", "dmd"] = "sigma2"
     ema: float = 0.0
 
 
@@ -43,23 +49,29 @@ class FakeConfig:
     """The fake model: an adapter of small rank that learns to denoise the student's images.
 
     Args:
-        rank: rank of the fake model's angles ``A @ B``.
+        adapter: method of the fake model's adapter, as for the student.
+        adapter_options: further options of the adapter's PEFT config.
+        rank: rank of the fake model's adapter; null = the default of the method; methods without a rank ignore it.
         target_modules: regular expression for the names of the layers that the fake model adapts; null = the default of the
             model family.
         lr: learning rate of the fake model.
-        guidance_scale: guidance scale of the fake model in the distillation gradient; 1 = no guidance, which is faster.
-        updates: updates of the fake model per step; each uses the step's images with new noise and timesteps.
+        guidance_scale: guidance scale of the fake model in the student's loss; 1 = no guidance, which is faster; null = the
+            default of the objective.
+        updates: updates of the fake model per step; each uses the step's images with new noise and timesteps; null = the
+            default of the objective.
         weighting: weighting of the denoising loss; 'alpha2' is the paper's ``(alpha_t eps_fake - alpha_t noise)^2``, 'none' is
-            the plain squared error of the network's own prediction.
+            the plain squared error of the network's own prediction; null = the default of the objective.
         null_probability: share of the prompts that the fake model sees as the empty prompt, from 0 to 1.
     """
 
-    rank: int = 32
+    adapter: Adapter = "lorad"
+    adapter_options: Mapping[str, Any] = field(default_factory=dict)
+    rank: int | None = None
     target_modules: str | None = None
     lr: float = 1e-2
-    guidance_scale: float = 1.5
-    updates: int = 1
-    weighting: Literal["alpha2", "none"] = "alpha2"
+    guidance_scale: float | None = None
+    updates: int | None = None
+    weighting: Literal["alpha2", "none"] | None = None
     null_probability: float = 0.1
 
 
@@ -102,17 +114,19 @@ class DistillConfig:
         batch: images that each process evaluates at once.
         accumulate: batches per step on each process; a step uses ``batch * accumulate * processes`` images, and only this
             product affects the result.
-        seed: seed of the initial angles, the order of the prompts, the noise and the timesteps.
+        seed: seed of the initial adapters, the order of the prompts, the noise and the timesteps.
         resolution: height and width of the images in pixels; null = the model's own size.
-        dtype: dtype of the frozen weights; angles, optimizer states and the schedule are always float32.
+        dtype: dtype of the frozen weights; adapters, optimizer states and the schedule are always float32.
         device: device to train on, such as 'cpu', 'cuda', 'cuda:1' or 'mps'; null = a GPU if there is one, else the CPU.
-        guidance_scale: guidance scale of the teacher in the distillation gradient.
-        t_range: range of timesteps in the distillation gradient, as fractions of the schedule.
+        objective: loss of the student; 'vsd' is the paper's, the others are 'dmd', 'dmd2', 'sid' and 'consistency'.
+        objective_options: options of the objective, such as '{"gan_weight": 0.01}'.
+        guidance_scale: guidance scale of the teacher in the student's loss.
+        t_range: range of timesteps in the student's loss, as fractions of the schedule.
         lr_schedule: schedule of both learning rates; 'cosine' falls to a tenth at the end of the run.
         lr_warmup: steps in which both learning rates rise linearly at the start.
         betas: betas of AdamW.
         weight_decay: weight decay of AdamW.
-        clip: largest gradient norm of all angles of one role; longer gradients are scaled down to it.
+        clip: largest gradient norm of the adapter of one role; longer gradients are scaled down to it.
         max_skipped: number of steps in a row with a non-finite gradient after which the run stops.
         gradient_checkpointing: recompute activations in the backward pass; takes less memory and about a third more time.
         recompute: recompute the rotated weights in the backward pass instead of keeping them; takes less memory and more time.
@@ -146,6 +160,8 @@ class DistillConfig:
     student: StudentConfig = field(default_factory=StudentConfig)
     fake: FakeConfig = field(default_factory=FakeConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    objective: str = "vsd"
+    objective_options: Mapping[str, Any] = field(default_factory=dict)
     guidance_scale: float = 1.5
     t_range: tuple[float, float] = (0.02, 0.98)
     lr_schedule: Literal["constant", "cosine"] = "constant"
@@ -176,7 +192,7 @@ class DistillConfig:
 
 WEIGHT = Number(0, 1e6)
 BOUNDS: dict[str, Whole | Number] = {
-    "student.rank": RANK, "student.timestep": Whole(1, TIMESTEP.high), "student.lr": RATE, "student.ema": Number(0, 1),
+    "student.rank": RANK, "student.lr": RATE, "student.ema": Number(0, 1),
     "fake.rank": RANK, "fake.lr": RATE, "fake.guidance_scale": GUIDANCE, "fake.updates": Whole(1, 10_000),
     "fake.null_probability": SHARE, "warm_start.pairs": Whole(0, COUNT.high), "warm_start.sampler_steps": STEPS,
     "warm_start.guidance_scale": GUIDANCE, "warm_start.steps": Whole(0, UPDATES.high),
@@ -201,6 +217,8 @@ def check_bounds(config: DistillConfig) -> None:
             bounds.check(name, value)
     for side in config.resolution or ():
         SIDE.check("resolution", side)
+    for timestep in config.student.timesteps:
+        Whole(1, TIMESTEP.high).check("student.timesteps", timestep)
     warm = config.warm_start
     rules = (
         ("student.ema", config.student.ema, config.student.ema < 1, "below 1"),

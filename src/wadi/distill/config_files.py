@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from wadi.distill.config import DistillConfig
 from wadi.errors import WadiError, short_repr
-from wadi.io.records import flatten
 from wadi.io.yaml_files import read_yaml
 
 # Settings that do not affect the result; they may change when a run is resumed. ``recompute`` is not one of them: its backward
@@ -64,9 +63,27 @@ def read_settings(path: Path, group: str | None = None) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise WadiError(f"Config {str(path)!r} is a {type(values).__name__}. It must be a mapping of settings to values.")
     try:
-        return typed_settings(values if group is None else {group: values})
+        return typed_settings(_renamed(values if group is None else {group: values}))
     except WadiError as error:
         raise WadiError(f"Config {str(path)!r}: {error}") from error
+
+
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a file that an earlier version wrote under today's names.
+
+    ``student.timestep`` was one number, and the weighting of the gradient was a setting of the student.
+    """
+    student = values.get("student")
+    if not isinstance(student, Mapping):
+        return values
+    student = dict(student)
+    if "timestep" in student:
+        timestep = student.pop("timestep")
+        student.setdefault("timesteps", [] if timestep is None else [timestep])
+    if "weighting" in student:
+        weighting = student.pop("weighting")
+        values = {"objective": {"sigma2": "vsd"}.get(weighting, weighting), **values}
+    return {**values, "student": student}
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -76,8 +93,17 @@ def to_dict(config: Any) -> dict[str, Any]:
         value = getattr(config, entry.name)
         if dataclasses.is_dataclass(value):
             value = to_dict(value)
-        plain[entry.name] = list(value) if isinstance(value, tuple) else value
+        plain[entry.name] = list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
     return plain
+
+
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings of a run as one dictionary with dotted names; a setting that is itself a mapping stays whole."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        group = not prefix and dataclasses.is_dataclass(get_type_hints(DistillConfig).get(name))
+        flat |= flat_settings(value, f"{name}.") if group else {prefix + name: value}
+    return flat
 
 
 def from_dict(values: Mapping[str, Any], cls: Any = DistillConfig, prefix: str = "") -> Any:
@@ -128,6 +154,8 @@ def _converted(value: Any, hint: Any, name: str) -> Any:
         inner = [options[0]] * len(value) if options[-1] is Ellipsis else list(options)
         if len(inner) == len(value):
             return tuple(_converted(v, h, f"{name}[{i}]") for i, (v, h) in enumerate(zip(value, inner, strict=True)))
+    elif get_origin(hint) is Mapping and isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return dict(value)
     elif type(None) in options:  # X | None
         return None if value is None else _converted(value, options[0], name)
     elif hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
@@ -157,7 +185,7 @@ def changed_settings(old: DistillConfig, new: DistillConfig, sources: bool = Tru
         sources: whether to compare the names of teacher and prompts. Use False where their contents are compared, since a
             folder may have moved.
     """
-    before, after = flatten(to_dict(old)), flatten(to_dict(new))
+    before, after = flat_settings(to_dict(old)), flat_settings(to_dict(new))
     free = BOOKKEEPING | ({"steps"} if old.lr_schedule == new.lr_schedule == "constant" else set())
     free |= set() if sources else SOURCES
     return [

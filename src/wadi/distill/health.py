@@ -124,7 +124,7 @@ def _wrong_contrast(stats: Stats, history: Sequence[Stats]) -> str | None:
     if ratio < LOW_CONTRAST:
         return (
             f"Images are washed out: their contrast is {ratio:.0%} of the teacher's. "
-            "Try a lower fake.lr or student.lr, and check student.timestep."
+            "Try a lower fake.lr or student.lr, and check student.timesteps."
         )
     if ratio > 1 / LOW_CONTRAST:
         return f"Images are over-saturated: their contrast is {ratio:.0%} of the teacher's. Try a lower guidance_scale."
@@ -145,7 +145,7 @@ def _skipped_steps(stats: Stats, history: Sequence[Stats]) -> str | None:
         return None
     return (
         f"{skipped:.0f} updates of the last {WINDOW} steps were skipped, because a gradient was not finite. "
-        "Try dtype bfloat16 or float32, a lower student.lr or fake.lr, or an earlier student.timestep."
+        "Try dtype bfloat16 or float32, a lower student.lr or fake.lr, or an earlier student.timesteps."
     )
 
 

@@ -18,6 +18,7 @@ from wadi.distill.batch import draw_batch
 from wadi.distill.conditions import free_encoders
 from wadi.distill.config import DistillConfig
 from wadi.distill.optimizers import averaged
+from wadi.distill.samples import Samples, samples_of_pairs
 from wadi.distill.setup import Training, prepare
 from wadi.distill.step import as_numbers, train_step
 from wadi.distill.warm_start import Pairs, pairs_of_run
@@ -91,6 +92,7 @@ class Loop:
         training, state, config = self.training, self.training.state, self.training.config
         training.accelerator.init_trackers(training.run.folder.name)
         pairs = pairs_of_run(training.conditions, config, training.run, training.order, self.stop)
+        samples = samples_of_pairs(pairs, training.conditions) if pairs and training.objective.needs_samples else None
         self.preview = Preview(training, self.stop)
         if isinstance(training.conditions.prompts, Embeddings):
             free_encoders(training.backbone)
@@ -98,15 +100,15 @@ class Loop:
             training.run.amend(self.history, self.preview.save_grid())
         with progress("distilling", config.steps, state.step) as bar:
             while state.step < config.steps and not self.stop.synchronise():
-                stats = self.step(pairs)
+                stats = self.step(pairs, samples)
                 bar.advance({name.replace("_", " "): stats[name] for name in SHOWN if name in stats})
 
-    def step(self, pairs: Pairs | None) -> dict[str, float]:
+    def step(self, pairs: Pairs | None, samples: Samples | None = None) -> dict[str, float]:
         """Train one step. Report and save if that is due. Return its statistics. Communicates."""
         training, state, config = self.training, self.training.state, self.training.config
         start = time.perf_counter()
-        batch = draw_batch(training.conditions, training.order, training.null, pairs, config, state)
-        measured = train_step(training.backbone, batch, training.timestep, config, state)
+        batch = draw_batch(training.conditions, training.order, training.null, pairs, config, state, samples)
+        measured = train_step(training.backbone, batch, training.timesteps, training.objective, config, state)
         stats = as_numbers(measured, state.network)
         state.step += 1
         elapsed = time.perf_counter() - start
@@ -145,7 +147,7 @@ def save(training: Training) -> None:
     run, state, config = training.run, training.state, training.config
     checkpoints.refuse_not_finite(state)
     about = {
-        "timestep": training.timestep,
+        "timesteps": list(training.timesteps),
         "resolution": list(training.backbone.resolution),
         "teacher": config.teacher,
         "fingerprint": training.fingerprint,
@@ -153,7 +155,7 @@ def save(training: Training) -> None:
         "step": state.step,
     }
     with averaged(state):
-        for role in state.optimizers:
+        for role in roles.attached(state.network):
             roles.save(state.network, role, run.folder / role, extra=about)
     checkpoints.save(run.checkpoints, state, training.fingerprint, config.keep_checkpoints, config.keep_every)
 
@@ -212,7 +214,7 @@ class Preview:
             config.sample_seeds,
             config.teacher_steps,
             config.teacher_guidance_scale,
-            training.timestep,
+            training.timesteps,
             between=stop.raise_if_requested,
         )
 
@@ -221,7 +223,7 @@ class Preview:
         training, run = self.training, self.training.run
         with averaged(training.state):
             stats, grid = preview.validate_student(
-                training.backbone, self.reference, training.timestep, self.stop.raise_if_requested
+                training.backbone, self.reference, training.timesteps, self.stop.raise_if_requested
             )
         run.ranks.on_first(lambda: save_png(grid, run.grid_file(training.state.step)))
         return stats

@@ -11,31 +11,40 @@ from torch import Tensor, nn
 
 from wadi import roles
 from wadi.distill.config import DistillConfig
+from wadi.distill.objectives.base import Objective
 from wadi.distill.schedules import average_weight, cosine_to_a_tenth, rise
 from wadi.distill.state import TrainState
 from wadi.errors import WadiError
 from wadi.parallel.ranks import Ranks
 
 
-def initial_state(network: nn.Module, config: DistillConfig, device: torch.device, ranks: Ranks | None = None) -> TrainState:
+def initial_state(
+    network: nn.Module,
+    config: DistillConfig,
+    device: torch.device,
+    ranks: Ranks | None = None,
+    objective: Objective | None = None,
+) -> TrainState:
     """Return the state at step 0: optimisers, scalers, random generator and moving average.
 
     Args:
         ranks: the processes of the run; None = this one alone.
+        objective: of the run, with its modules; None = one without modules.
     Raises:
         WadiError: if the config wants 8-bit moments and bitsandbytes is not installed.
     """
     optimizer_class = _adamw8bit() if config.optimizer == "adamw8bit" else torch.optim.AdamW
-
-    def optimizer_of(role: str, lr: float) -> Any:
-        trainable = list(roles.parameters(network, role).values())
-        return optimizer_class(trainable, lr=lr, betas=config.betas, weight_decay=config.weight_decay)
-
-    optimizers = {"student": optimizer_of("student", config.student.lr), "fake": optimizer_of("fake", config.fake.lr)}
-    scalers = {role: torch.amp.GradScaler(device.type, enabled=config.dtype == "float16") for role in optimizers}
+    modules = nn.ModuleDict() if objective is None else objective.modules
     ema = {k: v.clone() for k, v in roles.state_dict(network, "student").items()} if config.student.ema else {}
     generator = torch.Generator().manual_seed(config.seed)
-    return TrainState(network, dict(optimizers), scalers, generator, ema, ranks or Ranks())
+    state = TrainState(network, {}, {}, generator, modules, ema, ranks or Ranks())
+    for role in ("student", "fake"):
+        if groups := state.trainable(role):
+            settings = [{"params": parameters} for parameters in groups]
+            lr = getattr(config, role).lr
+            state.optimizers[role] = optimizer_class(settings, lr=lr, betas=config.betas, weight_decay=config.weight_decay)
+            state.scalers[role] = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+    return state
 
 
 def _adamw8bit() -> Any:
@@ -57,19 +66,20 @@ def backward(state: TrainState, role: str, loss: Tensor) -> None:
 def update(state: TrainState, role: str, config: DistillConfig) -> Tensor:
     """Make one update of a role: average its gradient over processes, clip it, step, and clear it. Communicates.
 
-    A step with a non-finite gradient is counted and left out.
+    The gradients of the adapter and of the objective's modules are clipped apart. A step with a non-finite gradient is counted
+    and left out.
 
     Returns:
-        Norm of the gradient before clipping.
+        Norm of the adapter's gradient before clipping.
     Raises:
         WadiError: after ``config.max_skipped`` steps in a row with a non-finite gradient.
     """
     optimizer, scaler = state.optimizers[role], state.scalers[role]
-    trainable = optimizer.param_groups[0]["params"]
-    state.ranks.average([parameter.grad for parameter in trainable if parameter.grad is not None])
+    groups = [group["params"] for group in optimizer.param_groups]
+    state.ranks.average([parameter.grad for group in groups for parameter in group if parameter.grad is not None])
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(trainable, config.clip)
-    if norm.isfinite():
+    norm, *others = [nn.utils.clip_grad_norm_(parameters, config.clip) for parameters in groups]
+    if norm.isfinite() and all(other.isfinite() for other in others):
         scaler.step(optimizer)
         in_a_row = 0
     else:
@@ -81,7 +91,7 @@ def update(state: TrainState, role: str, config: DistillConfig) -> Tensor:
     if in_a_row >= config.max_skipped:
         raise WadiError(
             f"The {role}'s gradient was not finite {in_a_row} times in a row at step {state.step}. The last checkpoint is "
-            "untouched. Try dtype bfloat16 or float32, a lower student.lr or fake.lr, or an earlier student.timestep."
+            "untouched. Try dtype bfloat16 or float32, a lower student.lr or fake.lr, or an earlier student.timesteps."
         )
     return norm
 
@@ -110,11 +120,24 @@ def update_average(state: TrainState, decay: float) -> None:
             state.ema[key].lerp_(value, weight)
 
 
-def set_learning_rates(state: TrainState, config: DistillConfig) -> None:
-    """Set both learning rates for the state's step: a linear rise, then constant or a cosine down to a tenth."""
+def set_learning_rates(state: TrainState, config: DistillConfig, objective: Objective) -> None:
+    """Set all learning rates for the state's step: a linear rise, then constant or a cosine down to a tenth."""
     warmup = rise(state.step + 1, config.lr_warmup + 1)
     fall = cosine_to_a_tenth(state.step, config.steps) if config.lr_schedule == "cosine" else 1.0
-    rates = {"student": config.student.lr, "fake": config.fake.lr}
+    rates = {"student": (config.student.lr,), "fake": (config.fake.lr, objective.module_lr)}
     for role, optimizer in state.optimizers.items():
-        for group in optimizer.param_groups:
-            group["lr"] = rates[role] * warmup * fall
+        for group, rate in zip(optimizer.param_groups, rates[role], strict=False):
+            group["lr"] = rate * warmup * fall
+
+
+@contextmanager
+def frozen(state: TrainState, role: str) -> Iterator[None]:
+    """Within the block nothing that a role trains gets a gradient. Gradients may still flow through it."""
+    parameters = [parameter for group in state.trainable(role) for parameter in group if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)

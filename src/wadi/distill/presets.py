@@ -24,15 +24,15 @@ UNET_LINEAR_AND_CONV = (
 
 # The paper's settings (its section on experiments): AdamW, constant schedule, guidance 1.5 for teacher and fake model,
 # sigma_t^2 weighting, t* = T - 1. The batch is per process: the paper's 128 images are 16 on each of 8 GPUs. 21 875 steps are
-# two epochs of its 1.4 M prompts.
+# two epochs of its 1.4 M prompts. The objective 'vsd' sets guidance 1.5, one update and alpha weighting for the fake model.
 PAPER = DistillConfig(
     steps=21_875,
     batch=16,
     dtype="bfloat16",
     guidance_scale=1.5,
     gradient_checkpointing=True,
-    student=StudentConfig(rank=256, lr=1e-4, weighting="sigma2"),
-    fake=FakeConfig(rank=32, lr=1e-2, guidance_scale=1.5, updates=1, weighting="alpha2"),
+    student=StudentConfig(rank=256, lr=1e-4),
+    fake=FakeConfig(rank=32, lr=1e-2),
 )
 
 # The embedded teacher in minutes on two cores. Differences from the paper: convolutions get angles too (they hold most of this
@@ -43,11 +43,12 @@ DEMO = DistillConfig(
     prompts="zoo",
     steps=225,
     batch=16,
+    objective="dmd",
     guidance_scale=2.5,
     lr_schedule="cosine",
     lr_warmup=10,
-    student=StudentConfig(rank=64, target_modules=UNET_LINEAR_AND_CONV, lr=5e-3, weighting="dmd", timestep=800),
-    fake=FakeConfig(rank=16, lr=3e-3, guidance_scale=1.0, updates=2, weighting="none"),
+    student=StudentConfig(rank=64, target_modules=UNET_LINEAR_AND_CONV, lr=5e-3, timesteps=(800,)),
+    fake=FakeConfig(rank=16, lr=3e-3, updates=2),
     warm_start=WarmStartConfig(pairs=320, sampler_steps=10, guidance_scale=2.5, steps=130, fake_steps=20, weight=0.5),
     sample_every=75,
     sample_prompts=ZOO_PROMPTS,
@@ -67,8 +68,8 @@ PAPERS = {
     "sd21": replace(PAPER, dtype="float16", fake=replace(PAPER.fake, weighting="none")),
     # t* = 727. At 999 the linear schedule multiplies errors by 157. At 727 its own alpha^2 is 0.0047, the constant that the
     # authors use at 999. So the student's step equals theirs, and alpha comes from the schedule.
-    "pixart-alpha-256": replace(PAPER, student=replace(PAPER.student, rank=128, timestep=727)),
-    "pixart-alpha-512": replace(PAPER, student=replace(PAPER.student, rank=128, timestep=727)),
+    "pixart-alpha-256": replace(PAPER, student=replace(PAPER.student, rank=128, timesteps=(727,))),
+    "pixart-alpha-512": replace(PAPER, student=replace(PAPER.student, rank=128, timesteps=(727,))),
 }
 
 # Models that the paper does not cover. These settings are reasoned, not run at full size. One-step distillations of the larger
@@ -77,8 +78,8 @@ PAPERS = {
 _OURS = replace(
     PAPER,
     batch=8,
-    student=replace(PAPER.student, weighting="dmd"),
-    fake=replace(PAPER.fake, lr=1e-3, guidance_scale=1.0, updates=5, weighting="none"),
+    objective="dmd",
+    fake=replace(PAPER.fake, lr=1e-3, updates=5),
 )
 OURS = {
     # t* = 399 (an error is multiplied by 1.2), as for DMD2's SDXL student: one step of SDXL at 999 leaves noise in the image.
@@ -87,7 +88,7 @@ OURS = {
         _OURS,
         guidance_scale=5.0,
         teacher_guidance_scale=5.0,
-        student=replace(_OURS.student, timestep=399),
+        student=replace(_OURS.student, timesteps=(399,)),
         warm_start=WarmStartConfig(pairs=10_000, sampler_steps=20, guidance_scale=5.0, steps=1000, fake_steps=200),
     ),
     # t* = 727, as for PixArt-alpha, which has the same schedule.
@@ -95,7 +96,7 @@ OURS = {
         _OURS,
         guidance_scale=3.0,
         teacher_guidance_scale=4.5,
-        student=replace(_OURS.student, rank=128, timestep=727),
+        student=replace(_OURS.student, rank=128, timesteps=(727,)),
     ),
     # t* = 1000, the start of the flow (sigma = 1, an error is multiplied by 1). An earlier timestep has no advantage: at 1000
     # the model expects pure noise, which is the student's input.

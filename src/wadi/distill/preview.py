@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from wadi.backbones import Backbone, Condition
 from wadi.distill import health
 from wadi.io import grids
 from wadi.io.progress import progress
-from wadi.sampling import decode_in_batches, many_steps, noise, one_step
+from wadi.sampling import decode_in_batches, few_steps, many_steps, noises
 
 SHOWN_SEEDS = 2  # images per prompt in the grid; the diversity metric uses all
 BATCH = 16
@@ -26,6 +26,7 @@ class Validation:
 
     Attributes:
         condition, z: one row per image; all images of one prompt are consecutive.
+        noises: for the later steps of a student of several steps, one tensor like ``z`` for each.
         teacher, undistilled: the teacher's images in many steps and in one step, ``(prompts, seeds, 3, h, w)`` in [0, 1].
         teacher_ms: milliseconds per image of the teacher in many steps, decoding included.
     """
@@ -33,6 +34,7 @@ class Validation:
     prompts: tuple[str, ...]
     condition: Condition
     z: Tensor
+    noises: list[Tensor]
     teacher: Tensor
     undistilled: Tensor
     teacher_ms: float
@@ -45,7 +47,7 @@ def generate_teacher_images(
     seeds: int,
     steps: int,
     guidance_scale: float,
-    timestep: int,
+    timesteps: Sequence[int],
     quiet: bool = False,
     between: Callable[[], None] | None = None,
 ) -> Validation:
@@ -53,11 +55,11 @@ def generate_teacher_images(
 
     Args:
         steps, guidance_scale: of the teacher's sampler.
-        timestep: where the student generates; the teacher also generates there in one step, for comparison.
+        timesteps: where the student generates; the teacher also generates in one step from the first, for comparison.
         between: called before each step of the sampler and each batch; it may raise an exception to stop early.
     """
     device = next(backbone.network.parameters()).device
-    z = noise(backbone.latent_shape, list(range(seeds)) * len(prompts)).to(device)
+    z, *later = (noise.to(device) for noise in noises(backbone, list(range(seeds)) * len(prompts), len(timesteps)))
     encoded, null = backbone.encode(prompts), backbone.encode([""])
     rows = torch.arange(len(prompts), device=device).repeat_interleave(seeds)
     condition = encoded[rows]
@@ -69,11 +71,12 @@ def generate_teacher_images(
             bar.advance(by=len(part))
     elapsed = time.perf_counter() - start
     shape = (len(prompts), seeds)
-    undistilled = generate_one_step(backbone, None, condition, z, timestep, between)[0]
+    undistilled = generate_few_steps(backbone, None, condition, [z], timesteps[:1], between)[0]
     return Validation(
         prompts=prompts,
         condition=condition,
         z=z,
+        noises=later,
         teacher=torch.cat(images).unflatten(0, shape),
         undistilled=undistilled.unflatten(0, shape),
         teacher_ms=1000 * elapsed / len(z),
@@ -82,31 +85,33 @@ def generate_teacher_images(
 
 
 @torch.no_grad()
-def generate_one_step(
+def generate_few_steps(
     backbone: Backbone,
     role: str | None,
     condition: Condition,
-    z: Tensor,
-    timestep: int,
+    noises: Sequence[Tensor],
+    timesteps: Sequence[int],
     between: Callable[[], None] | None = None,
 ) -> tuple[Tensor, float]:
-    """Return one-step images ``(rows, 3, h, w)`` of ``role``, and milliseconds per image, decoding included.
+    """Return images ``(rows, 3, h, w)`` that ``role`` generates at ``timesteps``, and milliseconds per image with decoding.
 
     Args:
         role: None = the teacher.
+        noises: one for each timestep, ``(rows, C, H, W)``; the first is where generation starts.
         between: called before each batch; it may raise an exception to stop early.
     """
     start, images = time.perf_counter(), []
     with roles.active(backbone.network, role):
-        for part in torch.arange(len(z), device=z.device).split(BATCH):
+        for part in torch.arange(len(condition), device=noises[0].device).split(BATCH):
             if between is not None:
                 between()
-            images.append(decode_in_batches(backbone, one_step(backbone, condition[part], z[part], timestep)))
-    return torch.cat(images), 1000 * (time.perf_counter() - start) / len(z)
+            z, *later = (noise[part] for noise in noises)
+            images.append(decode_in_batches(backbone, few_steps(backbone, condition[part], z, timesteps, later)))
+    return torch.cat(images), 1000 * (time.perf_counter() - start) / len(condition)
 
 
 def validate_student(
-    backbone: Backbone, validation: Validation, timestep: int, between: Callable[[], None] | None = None
+    backbone: Backbone, validation: Validation, timesteps: Sequence[int], between: Callable[[], None] | None = None
 ) -> tuple[dict[str, float], grids.Image.Image]:
     """Generate the student's images; return their statistics and the sample grid.
 
@@ -115,7 +120,8 @@ def validate_student(
     Args:
         between: called before each batch; it may raise an exception to stop early.
     """
-    images, student_ms = generate_one_step(backbone, "student", validation.condition, validation.z, timestep, between)
+    drawn = [validation.z, *validation.noises]
+    images, student_ms = generate_few_steps(backbone, "student", validation.condition, drawn, timesteps, between)
     student = images.unflatten(0, validation.teacher.shape[:2])
     stats = {
         "diversity": health.pixel_diversity(student),
@@ -126,7 +132,7 @@ def validate_student(
     }
     stats["diversity_ratio"] = _ratio(stats["diversity"], stats["diversity_teacher"])
     defined = {name: value for name, value in stats.items() if value == value}  # one image per prompt has no diversity
-    return defined, sample_grid(validation, student)
+    return defined, sample_grid(validation, student, len(timesteps))
 
 
 def _ratio(student: float, teacher: float) -> float:
@@ -134,13 +140,13 @@ def _ratio(student: float, teacher: float) -> float:
     return student / teacher if teacher else float("nan")
 
 
-def sample_grid(validation: Validation, student: Tensor) -> grids.Image.Image:
-    """Return the grid: rows of the teacher in many steps, the teacher in one, the student in one; a column per prompt."""
+def sample_grid(validation: Validation, student: Tensor, steps: int = 1) -> grids.Image.Image:
+    """Return the grid: rows of the teacher in many steps, the teacher in one, the student; a column per prompt."""
     shown = min(SHOWN_SEEDS, student.shape[1])
     blocks = (
         (f"teacher\n{validation.teacher_steps} steps", validation.teacher),
         ("teacher\n1 step", validation.undistilled),
-        ("student\n1 step", student),
+        (f"student\n{steps} step{'' if steps == 1 else 's'}", student),
     )
     rows = [[grids.to_pil(column[seed]) for column in block] for _, block in blocks for seed in range(shown)]
     labels = [label for label, _ in blocks for _ in range(shown)]

@@ -15,6 +15,8 @@ from wadi.backbones.digest import loaded_digest
 from wadi.distill.batch import images_per_step
 from wadi.distill.conditions import Conditions, conditions_of, open_prompts_or_cache
 from wadi.distill.config import DistillConfig, FakeConfig, StudentConfig
+from wadi.distill.objectives import make_objective, objective_class, with_defaults
+from wadi.distill.objectives.base import Objective
 from wadi.distill.optimizers import initial_state
 from wadi.distill.run_folder import Run
 from wadi.distill.state import TrainState, fingerprint
@@ -24,7 +26,8 @@ from wadi.lorad.angles import largest_rank
 from wadi.parallel.device import dtype_of, find_device, keep_freed_memory, refuse_larger
 from wadi.parallel.ranks import Ranks, make_accelerator, shard_frozen
 from wadi.prompts.order import PromptOrder
-from wadi.sampling import check_steps, student_timestep
+from wadi.roles import methods
+from wadi.sampling import check_steps, student_timesteps
 from wadi.zoo.paths import absolute_source, resolve_teacher
 
 
@@ -34,7 +37,8 @@ class Training:
 
     Attributes:
         config: with the teacher named by its absolute path.
-        timestep: ``t*``, at which the student generates.
+        timesteps: at which the student generates, the noisiest first.
+        objective: the losses, with their modules on the device.
         fingerprint: of the frozen weights.
         conditions: encodes prompts by their index, or reads their cache.
         null: condition of the null prompt, one row.
@@ -47,7 +51,8 @@ class Training:
     device: torch.device
     accelerator: Any
     backbone: Backbone
-    timestep: int
+    timesteps: tuple[int, ...]
+    objective: Objective
     state: TrainState
     fingerprint: str
     conditions: Conditions
@@ -63,7 +68,9 @@ def prepare(config: DistillConfig) -> Training:
     """
     from accelerate.utils import set_seed
 
-    config = replace(config, teacher=absolute_source(config.teacher))
+    config = with_defaults(replace(config, teacher=absolute_source(config.teacher)))
+    objective = make_objective(config)
+    check_samples(objective, config)
     device = find_device(config.device)
     accelerator = make_accelerator(device, config.tracker, Path(config.out))
     ranks = Ranks.of_process_group()
@@ -81,13 +88,15 @@ def prepare(config: DistillConfig) -> Training:
     backbone = from_pipeline(pipeline, config.resolution)
     network = backbone.network
     check_not_distilled(pipeline, network)
-    timestep = student_timestep(backbone, config.student.timestep)
+    timesteps = student_timesteps(backbone, config.student.timesteps)
     check_sizes(backbone, config)
     check_steps(backbone, config.teacher_steps, "teacher_steps")
     if config.warm_start.pairs:
         check_steps(backbone, config.warm_start.sampler_steps, "warm_start.sampler_steps")
     attach_roles(backbone, config)
-    state = initial_state(network, config, device, ranks)
+    objective.build(backbone)
+    objective.modules.to(device)
+    state = initial_state(network, config, device, ranks, objective)
     state.prompts_digest, state.images_per_step = prompts.digest, images_per_step(config, ranks.count)
     weights = fingerprint(network)
     ranks.on_first(lambda: bool(loaded_digest(pipeline)))  # the other processes then find it in the cache
@@ -95,39 +104,58 @@ def prepare(config: DistillConfig) -> Training:
     conditions, null = conditions_of(backbone, prompts), backbone.encode([""])
     order = PromptOrder(len(prompts), config.seed)
     if config.shard:
-        shard_frozen(network, [p for role in state.optimizers for p in roles.parameters(network, role).values()])
+        shard_frozen(network, [p for role in roles.attached(network) for p in roles.parameters(network, role).values()])
     if config.compile:
         network.compile()
-    return Training(config, run, ranks, device, accelerator, backbone, timestep, state, weights, conditions, null, order)
+    return Training(
+        config, run, ranks, device, accelerator, backbone, timesteps, objective, state, weights, conditions, null, order
+    )
 
 
 def attach_roles(backbone: Backbone, config: DistillConfig) -> None:
     """Attach the adapters of student and fake model. They start from zero, so all three roles still agree.
 
+    An objective without a fake model has only the student.
+
     Raises:
         WadiError: if the network already has an adapter, no layer matches, a rank is too large, or the network does not support
             gradient checkpointing.
     """
-    from wadi.lorad import LoRaDConfig
-
     network = backbone.network
     roles.refuse_adapted(network)
     settings_of: dict[str, tuple[StudentConfig | FakeConfig, str]] = {
         "student": (config.student, config.student.target_modules or backbone.student_targets),
         "fake": (config.fake, config.fake.target_modules or backbone.fake_targets),
     }
-    for role, (settings, targets) in settings_of.items():  # before anything of that rank is allocated
-        largest = largest_rank(network, targets)
-        if largest is not None and settings.rank > largest:
+    if objective_class(config.objective).fake_defaults is None:
+        del settings_of["fake"]
+    configs = {
+        role: methods.adapter_config(
+            settings.adapter, role, settings.rank, settings.adapter_options, targets, recompute=config.recompute
+        )
+        for role, (settings, targets) in settings_of.items()
+    }
+    for role, adapter_config in configs.items():  # before anything of that rank is allocated
+        rank, largest = getattr(adapter_config, "r", 0), largest_rank(network, adapter_config.target_modules)
+        if largest is not None and rank > largest:
             raise WadiError(
-                f"{role}.rank is {settings.rank}. The angles of its largest layer have rank {largest} at most: set "
+                f"{role}.rank is {rank}. The angles of its largest layer have rank {largest} at most: set "
                 f"--{role}.rank to that or less."
             )
-    for role, (settings, targets) in settings_of.items():
-        roles.attach(network, role, LoRaDConfig(r=settings.rank, target_modules=targets, recompute=config.recompute))
+    for role, adapter_config in configs.items():
+        roles.attach(network, role, adapter_config)
     network.eval()
     if config.gradient_checkpointing:
         roles.enable_checkpointing(network)
+
+
+def check_samples(objective: Objective, config: DistillConfig) -> None:
+    """Raise `WadiError` if the objective needs samples of the teacher and the config makes none."""
+    if objective.needs_samples and not config.warm_start.pairs:
+        raise WadiError(
+            f"The objective {config.objective!r} with these options learns from samples of the teacher, and warm_start.pairs "
+            "is 0. Set --warm-start.pairs, for example to 2048."
+        )
 
 
 def check_sizes(backbone: Backbone, config: DistillConfig) -> None:

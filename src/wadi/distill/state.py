@@ -20,7 +20,8 @@ class TrainState:
 
     Attributes:
         network: the frozen network with both adapters.
-        optimizers, scalers: AdamW and ``torch.amp.GradScaler`` by role.
+        optimizers, scalers: AdamW and ``torch.amp.GradScaler`` by role. The optimiser of the fake model also has ``modules``.
+        modules: of the objective, such as the head of a GAN; usually empty.
         generator: source of every random number of a step.
         ema: moving average of the student's adapter, under the names of `roles.state_dict`; empty if there is none.
         ranks: the processes of the run.
@@ -38,6 +39,7 @@ class TrainState:
     optimizers: dict[str, Optimizer]
     scalers: dict[str, Any]
     generator: torch.Generator
+    modules: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     ema: dict[str, Tensor] = field(default_factory=dict)
     ranks: Ranks = field(default_factory=Ranks)
     step: int = 0
@@ -48,6 +50,12 @@ class TrainState:
     prompts_digest: str = ""
     images_per_step: int = 0
     teacher_digest: str | None = None
+
+    def trainable(self, role: str) -> list[list[nn.Parameter]]:
+        """Return the parameters that the update of a role trains: those of its adapter, and for the fake model ``modules``."""
+        adapter = list(roles.parameters(self.network, role).values())
+        modules = list(self.modules.parameters()) if role == "fake" else []
+        return [group for group in (adapter, modules) if group]
 
 
 def fingerprint(network: nn.Module) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 
 from wadi import roles
 from wadi.backbones import Backbone, family, from_pipeline, load_pipeline
-from wadi.backbones.base import RESOLUTION
+from wadi.backbones.base import RESOLUTION, stored_timesteps
 from wadi.backbones.configs import pipeline_index, read_config
 from wadi.backbones.digest import teacher_digest
 from wadi.backbones.weight_files import split_variant
@@ -78,12 +78,19 @@ class Source:
     def _student(self) -> dict[str, Any]:
         return {"run": self.run, "adapter": self.adapter, "teacher": self.teacher}
 
-    def plain(self, steps: int = 1, guidance_scale: float | None = None) -> Generator:
-        """Return the student in one step, or a pipeline with its own scheduler in ``steps`` steps.
+    def own_steps(self) -> int:
+        """Return the number of steps that a student was trained for; 1 for a pipeline that does not say."""
+        if self.pipeline:
+            return len(stored_timesteps(pipeline_index(self.name)) or (1,))
+        return len(load.read_student(load.locate_adapter(self.run, self.adapter, self.teacher)[0]).timesteps)
+
+    def plain(self, steps: int | None = None, guidance_scale: float | None = None) -> Generator:
+        """Return the student in its own steps, or a pipeline with its own scheduler in ``steps`` steps; None = `own_steps`.
 
         Raises:
-            WadiError: if a student is to take several steps.
+            WadiError: if a student is to take another number of steps than it was trained for.
         """
+        steps = self.own_steps() if steps is None else steps
         if self.pipeline:
             about = {"kind": "pipeline", "weights": teacher_digest(self.name), **self._call(self.name, steps, guidance_scale)}
             return Generator(
@@ -93,17 +100,21 @@ class Source:
                 steps,
                 guidance_scale,
             )
-        if steps != 1:
-            raise WadiError(f"--steps is {steps}, but {self.name!r} is a one-step student. Use 1, or give a pipeline.")
         folder, base = load.locate_adapter(self.run, self.adapter, self.teacher)
+        timesteps = load.read_student(folder).timesteps
+        if steps != len(timesteps):
+            raise WadiError(
+                f"--steps is {steps}, but {self.name!r} is a student of {_steps(len(timesteps))} "
+                f"(timesteps {list(timesteps)}). Leave out --steps, or give a pipeline."
+            )
         about = {
             "kind": "student", "adapter": sha256(folder / "adapter_model.safetensors"), "teacher": teacher_digest(base),
-            "adapter_config": config_digest(folder), "timestep": load.read_student(folder).timestep,
-            **self._resolution(), **self._call(base, 1, guidance_scale),
+            "adapter_config": config_digest(folder), "timestep": one_or_list(timesteps),
+            **self._resolution(), **self._call(base, len(timesteps), guidance_scale),
         }  # fmt: skip
         return Generator(
-            f"{'shipped student' if self.name == NAME else _short(self.name)}, one step", about,
-            lambda: load.load(**self._student, **self._place), 1, guidance_scale,
+            f"{'shipped student' if self.name == NAME else _short(self.name)}, {_steps(len(timesteps))}", about,
+            lambda: load.load(**self._student, **self._place), len(timesteps), guidance_scale,
         )  # fmt: skip
 
     def many_steps(self, steps: int, guidance_scale: float) -> Generator:
@@ -126,10 +137,10 @@ class Source:
         return Generator(f"teacher forced to one step, t = {timestep}", about, forced)
 
     def timestep(self) -> int | None:
-        """Return the timestep at which the student generates; None for a pipeline, whose scheduler has it."""
+        """Return the student's first timestep; None for a pipeline, whose scheduler has it."""
         if self.pipeline:
             return None
-        return load.read_student(load.locate_adapter(self.run, self.adapter, self.teacher)[0]).timestep
+        return load.read_student(load.locate_adapter(self.run, self.adapter, self.teacher)[0]).timesteps[0]
 
     def last_timestep(self) -> int:
         """Return the noisiest timestep of the teacher's schedule, by its config: ``T - 1``, or ``T`` for a flow."""
@@ -175,6 +186,11 @@ class Source:
         arguments = None if guidance_scale is None else backbone_class.guidance_arguments(guidance_scale)
         # Only if the scale is not passed as it is, so that results of the other families keep their keys.
         return call if arguments in (None, {"guidance_scale": guidance_scale}) else call | {"arguments": arguments}
+
+
+def one_or_list(timesteps: Sequence[int]) -> int | list[int]:
+    """Return a single timestep as a number, as results of one-step students have it, and several as a list."""
+    return timesteps[0] if len(timesteps) == 1 else list(timesteps)
 
 
 def native_resolution(path: str) -> tuple[int, int] | None:

@@ -77,7 +77,7 @@ class Composition:
         redilate_blocks: with ``size``, blocks to re-dilate; None = the deepest.
         disperse: with ``size``, use dispersed kernels, made for a factor of two.
         tiled_vae: decode in tiles also below a megapixel.
-        steps: steps of the student.
+        steps: steps of the student; None = those that it was trained for.
         init: file of the image to start from.
         strength: with ``init``, how far to leave it, above 0 (not at all) up to 1.
     """
@@ -91,7 +91,7 @@ class Composition:
     redilate_blocks: Blocks = None
     disperse: bool = False
     tiled_vae: bool = False
-    steps: int = 1
+    steps: int | None = None
     init: str | Path | None = None
     strength: float = 0.8
 
@@ -158,10 +158,9 @@ def compose(pipeline: Any, composition: Composition) -> Composed:
     if composition.controls:
         pipeline, call = add_controls(pipeline, composition.controls, size, composition.image_encoder)
     strength = 1.0 if init is None else composition.strength
-    schedule = steps.schedule(pipeline.scheduler, composition.steps, strength)
-    if composition.steps > 1 or init is not None:
-        pipeline.scheduler = schedule.scheduler
-        call |= schedule.call
+    schedule = steps.student_schedule(pipeline.scheduler, backbone.student_timesteps, composition.steps, strength)
+    pipeline.scheduler = schedule.scheduler
+    call |= schedule.call
     start = None
     if init is not None:
         with resize.tiled_decoding(pipeline.vae, composition.tiled_vae or resize.is_large(size)):

@@ -9,7 +9,6 @@ import torch
 
 from wadi import roles
 from wadi.backbones import Backbone, from_pipeline, load_pipeline
-from wadi.diffusion.schedulers import one_step_scheduler
 from wadi.distill import config_files
 from wadi.errors import WadiError
 from wadi.zoo.paths import embedded_path, resolve_teacher
@@ -24,6 +23,8 @@ def load(
     device: str | torch.device = "cpu",
 ) -> Any:
     """Return a diffusers pipeline that generates in one step: ``pipe(prompt, num_inference_steps=1, guidance_scale=0.0)``.
+
+    A student of ``N`` steps needs ``num_inference_steps=N``.
 
     The rotation is merged into the weights, and the scheduler starts at the student's timestep. Neither the pipeline nor a
     folder written by its ``save_pretrained`` needs this package. FLUX.1 dev takes the guidance scale as an input: pass
@@ -45,7 +46,7 @@ def load(
     roles.refuse_adapted(backbone.network)
     roles.load(backbone.network, folder, "student")
     roles.fuse(backbone.network, "student")
-    backbone.pipeline.scheduler = one_step_scheduler(backbone.pipeline.scheduler, about.timestep)
+    backbone.remember_timesteps(about.timesteps)
     return backbone.pipeline
 
 

@@ -6,17 +6,20 @@ A student's folder also has ``wadi.json``: the timestep and the resolution of th
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from wadi.diffusion.schedulers import check_timesteps
 from wadi.errors import WadiError, first_line
 from wadi.io.files import whole_folder
-from wadi.io.records import Count, Record, Side, read_json
+from wadi.io.records import Record, Side, read_json
 from wadi.io.tensors import open_tensors
 from wadi.io.weight_checks import check_finite, check_floats, shapes, tensor_differences
 from wadi.lorad.stored import PEFT_PREFIX
+from wadi.roles import methods
 from wadi.roles.layers import attach, state_dict
 
 WEIGHTS = "adapter_model.safetensors"
@@ -103,12 +106,14 @@ class About(Record):
     """``wadi.json`` of a student's adapter.
 
     Attributes:
-        timestep: at which the student generates.
+        timesteps: at which the student generates, the noisiest first.
+        timestep: the same, in files of earlier versions.
         resolution: ``(height, width)`` that it was trained at; None in adapters that do not say: the model's own.
         teacher: pipeline folder, Hub id or ``zoo``.
     """
 
-    timestep: Count
+    timesteps: tuple[int, ...] = ()
+    timestep: int | None = None
     resolution: tuple[Side, Side] | None = None
     teacher: str = "zoo"
 
@@ -117,9 +122,13 @@ def read_about(folder: Path) -> About:
     """Read ``wadi.json`` of a student's adapter folder.
 
     Raises:
-        WadiError: if the file is missing, damaged, or has no timestep.
+        WadiError: if the file is missing or damaged, or has no timesteps or impossible ones.
     """
-    return read_json(folder / "wadi.json", About, "The record of the student's timestep")
+    about: About = read_json(folder / "wadi.json", About, "The record of the student's timestep")
+    if not about.timesteps and about.timestep is None:
+        raise WadiError(f"{str(folder / 'wadi.json')!r} has no 'timesteps'. Restore the file as it was written.")
+    about.timesteps = check_timesteps(about.timesteps or (about.timestep,), repr(str(folder / "wadi.json")))
+    return about
 
 
 def restore(model: nn.Module, name: str, tensors: dict[str, Tensor], source: object = "the checkpoint") -> None:
@@ -139,24 +148,32 @@ def restore(model: nn.Module, name: str, tensors: dict[str, Tensor], source: obj
 
 
 def load(model: nn.Module, folder: Path, name: str) -> None:
-    """Attach the LoRaD adapter of ``folder`` to ``model`` as ``name``.
+    """Attach the adapter of ``folder`` to ``model`` as ``name``: LoRaD, or another one of `wadi.roles.methods`.
 
     Raises:
-        WadiError: if the folder is damaged, or the adapter is of another method or for another architecture (which keys).
+        WadiError: if the folder is damaged, or the adapter is of an unknown method or for another architecture (which keys).
     """
-    from peft import PeftConfig
-
     stored, tensors = read(folder)
-    check_lorad(folder, stored)
-    layers = {key.removeprefix(PEFT_PREFIX).rpartition(".")[0] for key in tensors}
+    config = _config(folder, stored)
+    layers = {re.split(r"\.[a-z]+_[^.]*(?:$|\.weight$)", key.removeprefix(PEFT_PREFIX))[0] for key in tensors}
     if missing_layers := sorted(layers - {layer for layer, _ in model.named_modules()}):
         more = f" and {len(missing_layers) - 1} more" if len(missing_layers) > 1 else ""
         raise WadiError(
             f"Adapter {str(folder)!r} is for another architecture: this model has no layer {missing_layers[0]!r}{more}. Use "
             "the teacher that the adapter was trained on."
         )
+    attach(model, name, config)
+    restore(model, name, tensors, repr(str(folder)))
+
+
+def _config(folder: Path, stored: dict[str, Any]) -> Any:
+    """Return the PEFT config of an adapter folder."""
+    from peft import PeftConfig
+
+    if stored.get("peft_type") != "LORAD":
+        return methods.stored_config(stored, repr(str(folder)))
     try:
-        config: Any = PeftConfig.from_pretrained(str(folder))
+        return PeftConfig.from_pretrained(str(folder))
     except (TypeError, ValueError) as error:
         if isinstance(error, WadiError):
             raise WadiError(f"Adapter {str(folder)!r}: {error}") from error
@@ -164,5 +181,3 @@ def load(model: nn.Module, folder: Path, name: str) -> None:
             f"Adapter {str(folder)!r} has a {CONFIG} that PEFT cannot read: {first_line(error)}. "
             "Restore the file as it was written."
         ) from error
-    attach(model, name, config)
-    restore(model, name, tensors, repr(str(folder)))

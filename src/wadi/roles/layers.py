@@ -140,6 +140,11 @@ def state_dict(model: nn.Module, name: str) -> dict[str, Tensor]:
     return {PEFT_PREFIX + key: value.detach() for key, value in parameters(model, name).items()}
 
 
+def attached(model: nn.Module) -> list[str]:
+    """Return the names of the attached adapters, in the order in which they were attached."""
+    return list(getattr(model, "peft_config", {}))
+
+
 def adapted_layers(model: nn.Module, name: str) -> list[str]:
     """Return the names of the layers that adapter ``name`` adapts, in the model's order."""
     return [plain_name(layer_name) for layer_name, layer in adapter_layers(model) if any(_parameters_of(layer, name))]

@@ -1,48 +1,44 @@
-"""Variational Score Distillation: the gradient that moves the student's image towards the teacher's distribution.
+"""Variational Score Distillation, the objective of the paper (WaDi, arXiv 2603.08258).
 
-    g = sigma_t^2 (eps_real - eps_fake)                                     'sigma2', the paper's
-    g = (x0_fake - x0_real) / mean |x0 - x0_real|                           'dmd', DMD's normalised gradient (eq. 8 there)
-
-``eps_real`` and ``x0_real`` come from the frozen teacher, ``eps_fake`` and ``x0_fake`` from the fake model, all at the same
-noised ``x_t`` of the student's ``x0``. Both formulas have the same direction: ``eps = (x_t - alpha_t x0) / sigma_t``,
-so ``sigma_t^2 (eps_real - eps_fake) = sigma_t alpha_t (x0_fake - x0_real)``.
-Shapes: ``x0``, ``x_t``, predictions ``(B, ...)``; ``t`` ``(B,)``. Everything float32.
+x_t = alpha_t x0 + sigma_t eps,  t ~ U[0.02 T, 0.98 T]
+g = sigma_t^2 (eps_teacher(x_t, t, c) - eps_fake(x_t, t, c))            both guided
+student:     1/2 mean (x0 - stopgrad(x0 - g))^2
+fake model:  mean (alpha_t eps_fake - alpha_t noise)^2                  at a fresh t ~ U[0, T)
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from wadi.diffusion.process import Process, per_sample
+from wadi.distill import health
+from wadi.distill.objectives.base import FakeDefaults, Loss, Networks, Objective, Rows
+from wadi.distill.objectives.score import gradient_loss, vsd_gradient
 
 
-def vsd_gradient(
-    x0: Tensor,
-    x_t: Tensor,
-    t: Tensor,
-    real: Tensor,
-    fake: Tensor,
-    process: Process,
-    weighting: Literal["sigma2", "dmd"] = "sigma2",
-) -> Tensor:
-    """Return ``g``, the gradient at each entry of ``x0``; ``(B, ...)``, float32, without graph.
+class VSD(Objective):
+    """The paper's losses: both scores guided by the same scale, one update of the fake model per step."""
 
-    Args:
-        real, fake: guided predictions of teacher and fake model at ``x_t``, in the network's own prediction type.
-    """
-    with torch.no_grad():
-        if weighting == "sigma2":
-            sigma = per_sample(process.sigma(t), x_t)
-            return sigma**2 * (process.eps(real, x_t, t) - process.eps(fake, x_t, t))
-        x0_real = process.x0(real, x_t, t)
-        scale = (x0.detach() - x0_real).abs().flatten(1).mean(1)
-        # Where the teacher predicts exactly x0, there is no distance to divide by and no gradient to scale.
-        return (process.x0(fake, x_t, t) - x0_real) / per_sample(scale.clamp_min(1e-6), x_t)
+    fake_defaults = FakeDefaults(guidance_scale=None, updates=1, weighting="alpha2")
 
+    def student_loss(self, networks: Networks, rows: Rows) -> Loss:
+        """Return the loss whose gradient at ``x0`` is ``g``."""
+        process, t = networks.process, rows.draws["t"]
+        with torch.no_grad():
+            x_t = process.add_noise(rows.x0.detach(), rows.draws["eps"], t)
+            real, fake = self.predictions(networks, x_t, t, rows)
+            distances = health.distance_sums(process.x0(real, x_t, t), process.x0(fake, x_t, t), t, process.num_timesteps)
+        return Loss(gradient_loss(rows.x0, self.gradient(rows.x0, x_t, t, real, fake, networks)), distances)
 
-def vsd_loss(x0: Tensor, gradient: Tensor) -> Tensor:
-    """Return ``1/2 mean (x0 - stopgrad(x0 - g))^2``. Its gradient at ``x0`` is ``g / numel``. It does not measure quality."""
-    return 0.5 * (x0 - (x0 - gradient).detach()).square().mean()
+    def predictions(self, networks: Networks, x_t: Tensor, t: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Return the guided predictions of teacher and fake model."""
+        scale = self.config.fake.guidance_scale
+        assert scale is not None
+        return (
+            networks.teacher(x_t, t, rows.condition, self.config.guidance_scale),
+            networks.fake(x_t, t, rows.condition, scale),
+        )
+
+    def gradient(self, x0: Tensor, x_t: Tensor, t: Tensor, real: Tensor, fake: Tensor, networks: Networks) -> Tensor:
+        """Return ``g`` ``(B, C, H, W)``, without graph."""
+        return vsd_gradient(x_t, t, real, fake, networks.process)

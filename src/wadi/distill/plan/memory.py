@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from wadi import roles
 from wadi.backbones import Backbone, Condition
 from wadi.distill.batch import Batch
 from wadi.distill.config import DistillConfig, WarmStartConfig
+from wadi.distill.objectives.base import Objective
 from wadi.distill.state import TrainState
 from wadi.distill.step import train_step
 
@@ -57,16 +57,20 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-def peak_bytes(backbone: Backbone, config: DistillConfig, shapes: dict[str, tuple[int, ...]], timestep: int) -> int:
+def peak_bytes(
+    backbone: Backbone, config: DistillConfig, objective: Objective, shapes: dict[str, tuple[int, ...]], timestep: int
+) -> int:
     """Return the largest number of bytes alive in a step of ``config``: network, adapters, moments, gradients, activations.
 
     Args:
         backbone: with both roles attached. Its network's parameters are replaced by fake ones for good.
+        objective: its modules are built here.
         shapes: of one row of each tensor of a condition.
+        timestep: the student's first. The later ones are evaluated without gradient and need less.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    ema = bool(config.student.ema)
+    ema, objective.modules = bool(config.student.ema), nn.ModuleDict()
     # One update of each kind has the memory of all; more than two micro-batches have that of two.
     config = replace(
         config,
@@ -81,9 +85,11 @@ def peak_bytes(backbone: Backbone, config: DistillConfig, shapes: dict[str, tupl
         for tensor in backbone.network.state_dict().values():
             live.show(tensor)
         with live:
-            held = _optimizer_memory(backbone.network, averaged=ema)
-            batch = _batch(backbone, shapes, config)
-            train_step(backbone, batch, timestep, config, _state(backbone.network), update=_drop_gradient)
+            objective.build(backbone)
+            state = _state(backbone.network, objective)
+            held = _optimizer_memory(state, averaged=ema)
+            batch = _batch(backbone, shapes, config, objective)
+            train_step(backbone, batch, (timestep,), objective, config, state, update=_drop_gradient)
             del held
         return live.peak
 
@@ -100,32 +106,36 @@ def replace_by_fakes(network: nn.Module) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def _optimizer_memory(network: nn.Module, averaged: bool) -> list[Tensor]:
-    """Return tensors as large as AdamW's two moments of both roles, and the student's moving average if there is one."""
+def _optimizer_memory(state: TrainState, averaged: bool) -> list[Tensor]:
+    """Return tensors as large as AdamW's two moments of everything trained, and the student's average if there is one."""
     copies = [("student", 2), ("fake", 2), ("student", 1 if averaged else 0)]
     return [
         parameter.new_empty(parameter.shape)
         for role, count in copies
         for _ in range(count)
-        for parameter in roles.parameters(network, role).values()
+        for group in state.trainable(role)
+        for parameter in group
     ]
 
 
-def _batch(backbone: Backbone, shapes: dict[str, tuple[int, ...]], config: DistillConfig) -> Batch:
+def _batch(backbone: Backbone, shapes: dict[str, tuple[int, ...]], config: DistillConfig, objective: Objective) -> Batch:
     size = config.batch * config.accumulate
     condition = Condition({name: torch.zeros(size, *shape) for name, shape in shapes.items()})
     z = torch.randn(size, *backbone.latent_shape)
+    if objective.needs_samples:
+        return Batch(condition, condition[:1], z, z[:0], samples=torch.zeros_like(z), sample_condition=condition)
     return Batch(condition, condition[:1], z, z[:0])
 
 
-def _state(network: nn.Module) -> TrainState:
+def _state(network: nn.Module, objective: Objective) -> TrainState:
     """Return a state without optimisers: their updates need numbers."""
     scalers = {role: torch.amp.GradScaler("cpu", enabled=False) for role in ("student", "fake")}
-    return TrainState(network, {}, scalers, torch.Generator().manual_seed(0))
+    return TrainState(network, {}, scalers, torch.Generator().manual_seed(0), objective.modules)
 
 
 def _drop_gradient(state: TrainState, role: str, config: DistillConfig) -> Tensor:
     """Stand in for `wadi.distill.optimizers.update`: free the gradient as the update does, without changing a parameter."""
-    for parameter in roles.parameters(state.network, role).values():
-        parameter.grad = None
+    for group in state.trainable(role):
+        for parameter in group:
+            parameter.grad = None
     return torch.zeros(())

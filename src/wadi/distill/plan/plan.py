@@ -17,14 +17,15 @@ from wadi.backbones.configs import build_network
 from wadi.backbones.load_errors import explain_run_errors
 from wadi.backbones.outline import Outline
 from wadi.diffusion.schedulers import make_scheduler
-from wadi.distill.config import DistillConfig
+from wadi.distill.config import DistillConfig, FakeConfig, StudentConfig
+from wadi.distill.objectives import make_objective, with_defaults
 from wadi.distill.plan.architecture import Architecture
 from wadi.distill.plan.memory import peak_bytes
 from wadi.distill.setup import attach_roles
 from wadi.errors import WadiError
 from wadi.io.quiet import errors_only
 from wadi.parallel.device import dtype_of
-from wadi.sampling import student_timestep
+from wadi.sampling import student_timesteps
 
 FLOAT32 = 4  # bytes
 MOMENTS = 2  # AdamW keeps two numbers per parameter
@@ -33,9 +34,10 @@ MOMENT_BYTES = {"adamw": FLOAT32, "adamw8bit": 1}
 
 @dataclass(frozen=True)
 class RolePlan:
-    """Names of the ``layers`` that a role adapts at ``rank``, and its trained parameters: ``sum of r (out + fan_in // 2)``."""
+    """Names of the ``layers`` that a role adapts, the method and rank of its adapter, and its number of trained parameters."""
 
-    rank: int
+    adapter: str
+    rank: int | None
     parameters: int
     layers: list[str]
 
@@ -46,7 +48,7 @@ class Memory:
 
     network: int
     encoders: int
-    angles: int
+    adapters: int
     optimizer: int
     gradients: int
     activations: int
@@ -63,8 +65,9 @@ class Plan:
 
     Attributes:
         parameters: number of the network's parameters without adapters.
-        timestep: timestep ``t*`` at which the student generates.
-        amplification: factor by which an error of the network's prediction at ``t*`` is multiplied in the student's image.
+        timesteps: at which the student generates.
+        amplification: factor by which an error of the network's prediction at the first of them is multiplied in the
+            student's image.
         batch, images: images that a process evaluates at once; images per step on all processes.
         memory: with gradient checkpointing (``"checkpointed"``) and without (``"plain"``).
     """
@@ -72,7 +75,7 @@ class Plan:
     model: str
     parameters: int
     resolution: tuple[int, int]
-    timestep: int
+    timesteps: tuple[int, ...]
     amplification: float
     batch: int
     images: int
@@ -80,7 +83,7 @@ class Plan:
     dtype: str
     gradient_checkpointing: bool
     student: RolePlan
-    fake: RolePlan
+    fake: RolePlan | None
     memory: dict[str, Memory]
 
 
@@ -92,22 +95,23 @@ def plan_run(config: DistillConfig, architecture: Architecture, processes: int =
     """
     if processes < 1:
         raise WadiError(f"processes is {processes}. It must be at least 1.")
+    config = with_defaults(config)
     memory = {}
     for name, checkpointing in (("checkpointed", True), ("plain", False)):
         backbone = outline_backbone(architecture, replace(config, gradient_checkpointing=checkpointing))
-        timestep = student_timestep(backbone, config.student.timestep)
-        student = plan_role(backbone, "student", config.student.rank)
-        fake = plan_role(backbone, "fake", config.fake.rank)
-        trained = student.parameters + fake.parameters
+        timesteps = student_timesteps(backbone, config.student.timesteps)
+        student = plan_role(backbone, "student", config.student)
+        fake = plan_role(backbone, "fake", config.fake) if "fake" in roles.attached(backbone.network) else None
+        trained = student.parameters + (0 if fake is None else fake.parameters)
         parameters = sum(parameter.numel() for parameter in backbone.network.parameters()) - trained
-        memory[name] = measure_memory(backbone, config, timestep, architecture, processes)
-    at = torch.tensor([timestep])
+        memory[name] = measure_memory(backbone, config, timesteps[0], architecture, processes)
+    at = torch.tensor(timesteps[:1])
     amplification = float(backbone.process.sigma(at) / backbone.process.alpha(at).clamp_min(1e-12))
     return Plan(
         model=architecture.model,
         parameters=parameters,
         resolution=backbone.resolution,
-        timestep=timestep,
+        timesteps=timesteps,
         amplification=amplification if backbone.process.prediction == "epsilon" else float(backbone.process.sigma(at)),
         batch=config.batch,
         images=config.batch * config.accumulate * processes,
@@ -137,15 +141,18 @@ def outline_backbone(architecture: Architecture, config: DistillConfig) -> Backb
         **{backbone_class.component: network},
     )
     backbone = backbone_class(stand_in, config.resolution)
-    with torch.device("meta"):
+    # BOFT computes with its first values, which tensors without contents do not allow
+    boft = "boft" in (config.student.adapter, config.fake.adapter)
+    with torch.device("cpu" if boft else "meta"):
         attach_roles(backbone, config)
     return backbone
 
 
-def plan_role(backbone: Backbone, role: str, rank: int) -> RolePlan:
+def plan_role(backbone: Backbone, role: str, settings: StudentConfig | FakeConfig) -> RolePlan:
     """Return the layers and the number of parameters of an attached role."""
     parameters = roles.parameters(backbone.network, role).values()
-    return RolePlan(rank, sum(parameter.numel() for parameter in parameters), roles.adapted_layers(backbone.network, role))
+    count = sum(parameter.numel() for parameter in parameters)
+    return RolePlan(settings.adapter, settings.rank, count, roles.adapted_layers(backbone.network, role))
 
 
 def measure_memory(
@@ -153,21 +160,24 @@ def measure_memory(
 ) -> Memory:
     """Return the memory of a step on one process. The backbone's parameters lose their contents."""
     width = torch.empty(0, dtype=dtype_of(config.dtype)).element_size()
-    angles = {role: list(roles.parameters(backbone.network, role).values()) for role in ("student", "fake")}
-    counts = {role: sum(parameter.numel() for parameter in parameters) for role, parameters in angles.items()}
+    objective = make_objective(config)
+    counts = {
+        role: sum(parameter.numel() for parameter in roles.parameters(backbone.network, role).values())
+        for role in ("student", "fake")
+    }
     both = FLOAT32 * sum(counts.values())
     average = FLOAT32 * counts["student"] if config.student.ema else 0
     network = _count_bytes(backbone.network)
     gradients = FLOAT32 * counts["student"]
     with explain_run_errors(f"No step of {architecture.model!r} can be computed"):
-        peak = peak_bytes(backbone, config, backbone.condition_shapes(), timestep)
+        peak = peak_bytes(backbone, config, objective, backbone.condition_shapes(), timestep)
     rest = peak - network - both - average - MOMENTS * both - gradients
     if config.shard:  # each process keeps its share, and gathers one block at a time
         network = network // processes + max((_count_bytes(block) for block in _blocks(backbone.network)), default=network)
     return Memory(
         network=network,
         encoders=width * sum(architecture.other_parameters.values()),
-        angles=both + average,
+        adapters=both + average,
         optimizer=MOMENTS * MOMENT_BYTES[config.optimizer] * sum(counts.values()),
         gradients=gradients,
         activations=rest,
@@ -175,7 +185,7 @@ def measure_memory(
 
 
 def _count_bytes(module: nn.Module) -> int:
-    """Return the bytes of parameters and buffers without the angles."""
+    """Return the bytes of parameters and buffers without the adapters."""
     return sum(tensor.numel() * tensor.element_size() for tensor in roles.base_tensors(module).values())
 
 

@@ -13,12 +13,17 @@ def describe_plan(plan: Plan) -> str:
     height, width = plan.resolution
     lines = [
         f"{plan.model}: {plan.parameters / 1e6:,.2f} M parameters, images of {height} x {width} pixels",
-        f"student generates at t = {plan.timestep}, where an error of the network is multiplied by {plan.amplification:.1f}",
+        f"student generates at t = {', '.join(map(str, plan.timesteps))}; at {plan.timesteps[0]} an error of the network is "
+        f"multiplied by {plan.amplification:.1f}",
         "",
     ]
     for name, role in (("student", plan.student), ("fake model", plan.fake)):
+        if role is None:
+            continue
         share = role.parameters / plan.parameters
-        lines.append(f"{name}: rank {role.rank}, {len(role.layers)} layers, {role.parameters:,} trainable ({share:.1%})")
+        rank = "" if role.rank is None else f" of rank {role.rank}"
+        trained = f"{role.parameters:,} trainable ({share:.1%})"
+        lines.append(f"{name}: {role.adapter}{rank}, {len(role.layers)} layers, {trained}")
         lines += [f"  {count:4d} x {kind}" for kind, count in count_kinds(role.layers).items()]
     processes = f"{plan.processes} process{'' if plan.processes == 1 else 'es'}"
     settings = f"batch {plan.batch}, {plan.dtype}, {processes}, {plan.images} images per step"

@@ -18,7 +18,7 @@ from torch import nn
 
 from wadi.backbones import Backbone, from_pipeline
 from wadi.backbones.digest import loaded_digest, tensors_digest
-from wadi.diffusion.schedulers import timestep_of
+from wadi.diffusion.schedulers import only_timestep_of
 from wadi.distill.state import fingerprint
 from wadi.errors import WadiError
 from wadi.extras.control.config import ControlConfig
@@ -65,7 +65,7 @@ def train_control(config: ControlConfig, teacher: Any, prompts: Sequence[str], s
         raise _foreign_result(result)
     controlnet = start if start is not None else _new_controlnet(config, backbone)
     check_control_fits(teacher if student is None else student, controlnet)
-    timestep = None if student is None else timestep_of(student.scheduler)
+    timestep = None if student is None else only_timestep_of(student.scheduler, "Training a ControlNet")
     note = dataclasses.asdict(config) | {"out": "", "save_every": 0, "network": fingerprint(backbone.network)}
     note |= {
         "teacher": loaded_digest(teacher),

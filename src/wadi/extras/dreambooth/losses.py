@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from wadi.backbones import Backbone, Condition
-from wadi.diffusion.schedulers import timestep_of
+from wadi.diffusion.schedulers import only_timestep_of
 from wadi.extras.balanced import balanced_indices
 from wadi.extras.dreambooth.config import DreamboothConfig
 from wadi.extras.dreambooth.prior import Prior
@@ -71,7 +71,7 @@ def _diffusion_loss(backbone: Backbone, x0: Tensor, noise: Tensor, condition: Co
 
 def _one_step_loss(backbone: Backbone, x0: Tensor, z: Tensor, condition: Condition, batch: int) -> Tensor:
     """Return ``|G(z, c) - x0|^2`` ``(B,)``. The first ``batch`` rows are paired by `pair_nearest`, the others as they are."""
-    generated = one_step(backbone, condition, z, timestep_of(backbone.pipeline.scheduler))
+    generated = one_step(backbone, condition, z, only_timestep_of(backbone.pipeline.scheduler, "DreamBooth"))
     targets = torch.cat([x0[:batch][pair_nearest(generated[:batch].detach(), x0[:batch])], x0[batch:]])
     return (generated - targets).square().flatten(1).mean(1)
 

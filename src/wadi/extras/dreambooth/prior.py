@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wadi.backbones import Backbone, Condition
-from wadi.diffusion.schedulers import timestep_of
+from wadi.diffusion.schedulers import only_timestep_of
 from wadi.sampling import many_steps, noise, one_step
 
 
@@ -40,5 +40,7 @@ def generate_prior(
         if steps:
             latents.append(many_steps(backbone, condition[rows], null, z[rows], steps, guidance_scale))
         else:
-            latents.append(one_step(backbone, condition[rows], z[rows], timestep_of(backbone.pipeline.scheduler)))
+            latents.append(
+                one_step(backbone, condition[rows], z[rows], only_timestep_of(backbone.pipeline.scheduler, "DreamBooth"))
+            )
     return Prior(z, torch.cat(latents), condition)
