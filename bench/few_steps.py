@@ -1,0 +1,180 @@
+"""Train students of one, two and four steps of the embedded teacher for the same time, and compare them.
+
+    python bench/few_steps.py --minutes 5 --out runs/few-steps --table docs/steps.md --json bench/results/few-steps.json
+
+The objective is `dmd2`, with and without the GAN head. The first part of the time is the warm start. The number of steps of each
+part follows from the time of a step, which is measured before anything is trained and kept in ``OUT/pace.json``. All runs share
+the warm-start pairs of ``OUT/pairs``: making them is not part of the time. An interrupted command continues where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import machine
+from wadi.cli.main import main as wadi
+from wadi.distill.config import DistillConfig
+from wadi.distill.loop import distill
+from wadi.distill.presets import preset
+from wadi.distill.run_folder import WARM_START, read_stats
+from wadi.io import markdown
+
+TIMESTEPS = {1: (800,), 2: (799, 399), 4: (799, 599, 399, 199)}
+PAIRS = 1024
+WARM_SHARE = 0.4  # of the training time
+FAKE_SHARE = 0.04  # of the training time, for the fake model alone
+METRICS = {
+    "fd efficientnet-lite0": "Frechet distance, EfficientNet-Lite0",
+    "fd-zoo": "Frechet distance, zoo's classifier",
+    "top1": "concept named (top-1)",
+    "diversity": "same-prompt diversity",
+}
+BEGIN, END = "<!-- few steps -->", "<!-- /few steps -->"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table: a student of ``steps`` steps, with or without the GAN head."""
+
+    steps: int
+    gan: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.steps}-step{'-gan' if self.gan else ''}"
+
+    def config(self, out: Path, seed: int, pace: dict[str, float] | None, seconds: float) -> DistillConfig:
+        """Return the settings of a run of ``seconds``; without a pace those of a short run that measures it."""
+        base = preset("zoo")
+        warm, fake_only, rest = (4, 0, 6)
+        if pace is not None:
+            warm = round(WARM_SHARE * seconds / pace["warm"])
+            fake_only = round(FAKE_SHARE * seconds / pace["fake"])
+            rest = round((1 - WARM_SHARE - FAKE_SHARE) * seconds / pace["both"])
+        return replace(
+            base,
+            out=str(out),
+            seed=seed,
+            steps=warm + fake_only + rest,
+            objective="dmd2",
+            objective_options={"gan_weight": GAN_WEIGHT} if self.gan else {},
+            student=replace(base.student, timesteps=TIMESTEPS[self.steps]),
+            warm_start=replace(base.warm_start, pairs=PAIRS, steps=warm, fake_steps=fake_only),
+            sample_every=0,
+            sample_prompts=base.sample_prompts[:4],
+            sample_seeds=2,
+            checkpoint_every=50,
+        )
+
+
+GAN_WEIGHT = 0.03
+
+
+def measured_pace(variant: Variant, out: Path) -> dict[str, float]:
+    """Return the seconds of a step of the warm start, of the fake model alone, and of both updates, by a short run."""
+    folder = out / "pace" / variant.name
+    start_from_pairs(out, folder)
+    config = variant.config(folder, 0, None, 0)
+    distill(replace(config, warm_start=replace(config.warm_start, fake_steps=4), steps=config.steps + 4))
+    times = [line["seconds"] for line in read_stats(folder / "stats.jsonl")]
+    gaps = [later - earlier for earlier, later in zip([0.0, *times], times, strict=False)]
+    return {
+        "warm": statistics.median(gaps[1:4]),
+        "fake": statistics.median(gaps[5:8]),
+        "both": statistics.median(gaps[9:]),
+    }
+
+
+def start_from_pairs(out: Path, folder: Path) -> None:
+    """Give a run the common pairs, which a run of one step has made in ``out/pairs``."""
+    made = out / "pairs"
+    if not (made / WARM_START).exists():
+        distill(replace(Variant(1, False).config(made, 0, None, 0), steps=1))
+    if not (folder / WARM_START).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(made / WARM_START, folder / WARM_START)
+
+
+def result_of(source: str, out: Path, count: int) -> list[dict[str, Any]]:
+    """Return the rows of `wadi eval` for a run, or for the teacher and the shipped student of ``zoo``; stored in ``out``."""
+    file = out / f"{'shipped' if source == 'zoo' else Path(source).name}.json"
+    if not file.exists():
+        line = ["eval", source, "--protocol", "zoo", "--count", str(count), "--metrics", "fd,fd-zoo,top1,diversity"]
+        if wadi([*line, "--speed", "10", "--device", "cpu", "--pictures", str(out / "images"), "--out", str(file)]):
+            raise SystemExit(1)
+    rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"]
+    return rows
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Return mean and standard deviation over training runs of each metric and of the time per image."""
+    values = {name: [row["metrics"][name]["value"] for row in rows] for name in METRICS}
+    values["ms"] = [row["speed"]["latency_p50_ms"] for row in rows]
+    return {name: (statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else 0.0) for name, v in values.items()}
+
+
+def table(measured: dict[str, dict[str, tuple[float, float]]], updates: dict[str, str]) -> str:
+    """Return the Markdown table, a row for each name in ``measured``."""
+    header = ["", "training steps (warm start)", *METRICS.values(), "ms per image"]
+    digits = {"top1": 3, "ms": 0}
+    rows = [
+        [name, updates.get(name, ""),
+         *(f"{mean:.{digits.get(m, 2)}f} ± {std:.{digits.get(m, 2)}f}" if std else f"{mean:.{digits.get(m, 2)}f}"
+           for m, (mean, std) in values.items())]
+        for name, values in measured.items()
+    ]  # fmt: skip
+    return markdown.table(header, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=5, help="training time of each run")
+    parser.add_argument("--steps", type=int, nargs="*", default=[1, 2, 4], choices=list(TIMESTEPS))
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--count", type=int, default=512, help="images of each student")
+    parser.add_argument("--out", type=Path, default=Path("runs/few-steps"))
+    parser.add_argument("--table", type=Path, default=None, help=f"page in which to replace what is between {BEGIN} and {END}")
+    parser.add_argument("--json", type=Path, default=None)
+    args = parser.parse_args()
+    variants = [Variant(steps, gan) for gan in (False, True) for steps in args.steps]
+    pace_file = args.out / "pace.json"
+    pace = json.loads(pace_file.read_text()) if pace_file.exists() else {}
+    for variant in variants:
+        if variant.name not in pace:
+            pace[variant.name] = measured_pace(variant, args.out)
+            pace_file.write_text(json.dumps(pace, indent=1))
+    rows: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
+    updates = {}
+    for seed in args.seeds:  # all variants of a seed first, so that an early stop leaves complete comparisons
+        for variant in variants:
+            folder = args.out / f"{variant.name}-seed-{seed}"
+            start_from_pairs(args.out, folder)
+            config = variant.config(folder, seed, pace[variant.name], 60 * args.minutes)
+            updates[variant.name] = f"{config.steps} ({config.warm_start.steps})"
+            distill(config)
+            rows[variant.name] += result_of(str(folder), args.out, args.count)
+    shipped = result_of("zoo", args.out, args.count)
+    named = {"teacher, 25 steps": shipped[:1], "shipped student, one step": shipped[-1:], **rows}
+    text = table({name: summary(found) for name, found in named.items()}, updates)
+    where = (
+        f"{args.minutes:g} minutes of training each. ± is the standard deviation over {len(args.seeds)} training seeds; "
+        f"{args.count} images. {machine()}."
+    )
+    print(text, where, sep="\n\n")
+    if args.table:
+        markdown.write_between_markers(args.table, BEGIN, END, f"{text}\n\n{where}")
+    if args.json:
+        args.json.write_text(json.dumps({"minutes": args.minutes, "machine": machine(), "pace": pace, "rows": named}, indent=1))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
