@@ -1,14 +1,18 @@
 """Objectives, adapters and several steps in whole runs: what is trained, what is saved, and which settings are refused."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
+from PIL import Image
 
 import tiny
 from raising import raises_naming
+from runs import assert_same_run, at_steps, terminate
 from wadi import roles
 from wadi.backbones import from_pipeline, load_pipeline
+from wadi.cli.main import main
 from wadi.distill import setup
 from wadi.distill.batch import Batch
 from wadi.distill.loop import distill
@@ -17,6 +21,8 @@ from wadi.distill.optimizers import initial_state
 from wadi.distill.plan.architecture import read_architecture
 from wadi.distill.plan.plan import plan_run
 from wadi.distill.step import train_step
+from wadi.errors import Interrupted
+from wadi.io.image_folders import read_fitted, to_tensor
 from wadi.roles.methods import METHODS
 
 PAIRS = {"pairs": 4, "sampler_steps": 2}
@@ -149,7 +155,6 @@ def test_a_student_of_two_steps_is_exported_as_a_plain_call(sd_folder, prompts_p
     import numpy as np
     from diffusers import DiffusionPipeline
 
-    from wadi.cli.main import main
     from wadi.pipelines.load import load
     from wadi.sampling import few_steps, noises
 
@@ -162,8 +167,6 @@ def test_a_student_of_two_steps_is_exported_as_a_plain_call(sd_folder, prompts_p
     image = pipeline("red apple", generator=torch.Generator().manual_seed(7), **call).images[0]
     assert main(["generate", "red apple", "--run", str(folder), "--seed", "7", "--out", str(tmp_path / "a.png")]) == 0
     assert main(["generate", "red apple", "--run", str(tmp_path / "out"), "--seed", "7", "--out", str(tmp_path / "b.png")]) == 0
-    from PIL import Image
-
     assert Image.open(tmp_path / "a.png").tobytes() == Image.open(tmp_path / "b.png").tobytes() == image.tobytes()
     backbone = from_pipeline(load(folder))
     z, later = noises(backbone, [7], 2)
@@ -181,6 +184,7 @@ def test_a_student_of_two_steps_is_exported_as_a_plain_call(sd_folder, prompts_p
         ({"objective": "sid", "objective_options": {"alpha": 1000.0}}, ("objective_options.alpha", "1000")),
         ({"objective": "dmd2", "objective_options": {"gan_weight": 0.1}}, ("dmd2", "warm_start.pairs")),
         ({"objective": "consistency"}, ("consistency", "warm_start.pairs")),
+        ({"objective": "dmd2", "objective_options": {"real_images": "/photos"}}, ("real_images", "/photos", "gan_weight")),
         ({"student": {"timesteps": [400, 800]}}, ("[400, 800]",)),
         ({"student": {"timesteps": [800, 800]}}, ("[800, 800]",)),
         ({"student": {"timesteps": [1000, 500]}}, ("1000", "999")),
@@ -206,3 +210,64 @@ def test_a_resumed_run_keeps_its_timesteps(sd_folder, prompts_path, tmp_path):
     distill(tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=1, student={"timesteps": [800]}))
     with raises_naming("student.timesteps", "[800]", "[800, 400]"):
         distill(tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=2, student={"timesteps": [800, 400]}))
+
+
+def real_images(folder, count=3):
+    folder.mkdir()
+    for i in range(count):
+        Image.new("RGB", (20, 30), (40 * i, 200, 90)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"thing {i}\n")
+    return folder
+
+
+def test_a_gan_on_real_images_continues_without_their_folder(sd_folder, prompts_path, tmp_path, monkeypatch):
+    folder = real_images(tmp_path / "real")
+    options = {"gan_weight": 0.1, "real_images": str(folder)}
+    config = tiny.settings(
+        sd_folder, prompts_path, tmp_path / "run", objective="dmd2", objective_options=options, steps=2, checkpoint_every=1
+    )
+    seen = []
+    with monkeypatch.context() as patch:
+        plain = make_objective(config).__class__.fake_loss
+        patch.setattr(f"{plain.__module__}.DMD2.fake_loss", lambda self, n, rows: (seen.append(rows), plain(self, n, rows))[1])
+        straight = distill(config)
+    backbone = from_pipeline(load_pipeline(str(sd_folder)))
+    pixels = torch.stack([to_tensor(read_fitted(folder / f"{i}.png", backbone.resolution)) for i in range(3)])
+    latents, prompts = backbone.encode_images(pixels), backbone.encode([f"thing {i}" for i in range(3)])
+    for rows in seen:
+        for x0, prompt in zip(rows.samples, rows.sample_condition.tensors["prompt_embeds"], strict=True):
+            (which,) = [i for i in range(3) if torch.allclose(x0, latents[i], atol=1e-5)]
+            torch.testing.assert_close(prompt, prompts.tensors["prompt_embeds"][which])
+    again = dataclasses.replace(config, out=str(tmp_path / "again"))
+    with monkeypatch.context() as patch:
+        at_steps(patch, [1], terminate)
+        with pytest.raises(Interrupted):
+            distill(again)
+    (folder / "3.png").write_bytes((folder / "0.png").read_bytes())  # a new image is not part of the run
+    (folder / "3.txt").write_text("another thing")
+    distill(again)
+    assert_same_run(straight, tmp_path / "again")
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "no prompt", "empty prompt", "not an image", "cache"])
+def test_real_images_that_cannot_be_used(damage, sd_folder, prompts_path, tmp_path):
+    folder, prompts = tmp_path / "real", str(prompts_path)
+    if damage == "empty":
+        folder.mkdir()
+    elif damage != "missing":
+        real_images(folder)
+    named = folder / "1.png"
+    if damage == "no prompt":
+        (folder / "1.txt").unlink()
+    elif damage == "empty prompt":
+        (folder / "1.txt").write_text(" \n")
+    elif damage == "not an image":
+        named.write_bytes(b"nothing")
+    elif damage == "cache":
+        prompts = str(tmp_path / "cache")
+        assert main(["embed", "--teacher", str(sd_folder), "--prompts", str(prompts_path), "--out", prompts]) == 0
+    if damage in ("missing", "empty", "cache"):
+        named = folder
+    options = {"gan_weight": 0.1, "real_images": str(folder)}
+    with raises_naming(named):
+        distill(tiny.settings(sd_folder, prompts, tmp_path / "run", objective="dmd2", objective_options=options))

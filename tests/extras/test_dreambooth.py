@@ -16,9 +16,10 @@ from wadi.extras.dreambooth.config import DreamboothConfig
 from wadi.extras.dreambooth.losses import dreambooth_loss, pair_nearest
 from wadi.extras.dreambooth.prior import generate_prior
 from wadi.extras.dreambooth.saving import save_subject
-from wadi.extras.dreambooth.subject import image_paths, read_subject
+from wadi.extras.dreambooth.subject import read_subject
 from wadi.extras.dreambooth.training import train_subject
 from wadi.extras.lora.apply import apply_lora
+from wadi.io.image_folders import image_paths
 from wadi.pipelines.load import load
 
 TARGETS = r"(down_blocks|mid_block|up_blocks)\..*(to_q|to_k|to_v|to_out\.0|ff\.net\.2|conv1|conv2)"
@@ -282,7 +283,7 @@ def test_folders_without_images_and_files_that_are_not_images(tmp_path):
         with raises_naming(name):
             read_subject(tmp_path, (16, 16))
         (tmp_path / name).unlink()
-    assert len(image_paths(tmp_path)) == 1
+    assert len(image_paths(tmp_path, "The folder")) == 1
 
 
 def test_targets_that_match_nothing_and_gradients_that_are_not_finite(sd_v_folder, subject_folder):

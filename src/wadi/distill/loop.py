@@ -18,7 +18,7 @@ from wadi.distill.batch import draw_batch
 from wadi.distill.conditions import free_encoders
 from wadi.distill.config import DistillConfig
 from wadi.distill.optimizers import averaged
-from wadi.distill.samples import Samples, samples_of_pairs
+from wadi.distill.samples import Samples, samples_of_folder, samples_of_pairs
 from wadi.distill.setup import Training, prepare
 from wadi.distill.step import as_numbers, train_step
 from wadi.distill.warm_start import Pairs, pairs_of_run
@@ -92,7 +92,7 @@ class Loop:
         training, state, config = self.training, self.training.state, self.training.config
         training.accelerator.init_trackers(training.run.folder.name)
         pairs = pairs_of_run(training.conditions, config, training.run, training.order, self.stop)
-        samples = samples_of_pairs(pairs, training.conditions) if pairs and training.objective.needs_samples else None
+        samples = self.samples(pairs)
         self.preview = Preview(training, self.stop)
         if isinstance(training.conditions.prompts, Embeddings):
             free_encoders(training.backbone)
@@ -102,6 +102,16 @@ class Loop:
             while state.step < config.steps and not self.stop.synchronise():
                 stats = self.step(pairs, samples)
                 bar.advance({name.replace("_", " "): stats[name] for name in SHOWN if name in stats})
+
+    def samples(self, pairs: Pairs | None) -> Samples | None:
+        """Return the images that the objective needs; None if it needs none. Communicates."""
+        objective, conditions = self.training.objective, self.training.conditions
+        if not objective.needs_samples:
+            return None
+        if objective.sample_folder is not None:
+            return samples_of_folder(Path(objective.sample_folder), conditions, self.training.run)
+        assert pairs is not None  # `check_samples`
+        return samples_of_pairs(pairs, conditions)
 
     def step(self, pairs: Pairs | None, samples: Samples | None = None) -> dict[str, float]:
         """Train one step. Report and save if that is due. Return its statistics. Communicates."""

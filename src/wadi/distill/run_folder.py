@@ -30,6 +30,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what some network f
 ROLES = ("student", "fake")  # the adapter folders of a run
 STEP_0 = "step-0000000"  # its checkpoint holds no training yet
 WARM_START = "warm_start.safetensors"
+REAL_IMAGES = "real_images.safetensors"
 _FIRST_FILES = rf"{re.escape(LOCK)}|\.config\.yaml\..*tmp"
 
 
@@ -101,7 +102,12 @@ class Run:
                 soft_wrap=True,
             )
             try:
-                for path in (self.folder / WARM_START, self.stats_file, *self.samples.glob("step-*.png")):
+                for path in (
+                    self.folder / WARM_START,
+                    self.folder / REAL_IMAGES,
+                    self.stats_file,
+                    *self.samples.glob("step-*.png"),
+                ):
                     path.unlink(missing_ok=True)
                 if (self.checkpoints / STEP_0).exists():
                     remove_folder(self.checkpoints / STEP_0)

@@ -19,13 +19,16 @@ from wadi.distill.objectives import make_objective, objective_class, with_defaul
 from wadi.distill.objectives.base import Objective
 from wadi.distill.optimizers import initial_state
 from wadi.distill.run_folder import Run
+from wadi.distill.samples import captioned_images
 from wadi.distill.state import TrainState, fingerprint
 from wadi.errors import WadiError
 from wadi.io.progress import console
 from wadi.lorad.angles import largest_rank
 from wadi.parallel.device import dtype_of, find_device, keep_freed_memory, refuse_larger
 from wadi.parallel.ranks import Ranks, make_accelerator, shard_frozen
+from wadi.prompts.cache import Embeddings
 from wadi.prompts.order import PromptOrder
+from wadi.prompts.reading import Prompts
 from wadi.roles import methods
 from wadi.sampling import check_steps, student_timesteps
 from wadi.zoo.paths import absolute_source, resolve_teacher
@@ -70,13 +73,13 @@ def prepare(config: DistillConfig) -> Training:
 
     config = with_defaults(replace(config, teacher=absolute_source(config.teacher)))
     objective = make_objective(config)
-    check_samples(objective, config)
     device = find_device(config.device)
     accelerator = make_accelerator(device, config.tracker, Path(config.out))
     ranks = Ranks.of_process_group()
     run = Run(config, ranks)
     console.quiet = ranks.index > 0
     prompts = open_prompts_or_cache(config.prompts, config.prompts_field)
+    check_samples(objective, config, prompts)
     if ranks.count > 1:
         device = accelerator.device
     if device.type == "cpu":
@@ -149,13 +152,23 @@ def attach_roles(backbone: Backbone, config: DistillConfig) -> None:
         roles.enable_checkpointing(network)
 
 
-def check_samples(objective: Objective, config: DistillConfig) -> None:
-    """Raise `WadiError` if the objective needs samples of the teacher and the config makes none."""
-    if objective.needs_samples and not config.warm_start.pairs:
+def check_samples(objective: Objective, config: DistillConfig, prompts: Prompts | Embeddings) -> None:
+    """Raise `WadiError` if the objective needs images and the config makes none, or names a folder that cannot be used."""
+    if not objective.needs_samples:
+        return
+    if objective.sample_folder is None:
+        if not config.warm_start.pairs:
+            raise WadiError(
+                f"The objective {config.objective!r} with these options learns from samples of the teacher, and "
+                "warm_start.pairs is 0. Set --warm-start.pairs, for example to 2048."
+            )
+        return
+    if isinstance(prompts, Embeddings):
         raise WadiError(
-            f"The objective {config.objective!r} with these options learns from samples of the teacher, and warm_start.pairs "
-            "is 0. Set --warm-start.pairs, for example to 2048."
+            f"The prompts of the images in {objective.sample_folder!r} need the text encoder, but --prompts is the embedding "
+            f"cache {config.prompts!r}. Give --prompts as text."
         )
+    captioned_images(Path(objective.sample_folder))
 
 
 def check_sizes(backbone: Backbone, config: DistillConfig) -> None:

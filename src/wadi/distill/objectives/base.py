@@ -58,7 +58,7 @@ class Rows:
         x0: the student's images, ``(B, C, H, W)``; with their graph in `Objective.student_loss`, without in
             `Objective.fake_loss`.
         condition: their prompts. In `Objective.fake_loss` some of them are the null prompt.
-        samples: images of the teacher, ``(B, C, H, W)``; None unless `Objective.needs_samples`.
+        samples: images of the teacher, or real ones, ``(B, C, H, W)``; None unless `Objective.needs_samples`.
         sample_condition: their prompts.
         draws: the rows of what the objective drew.
     """
@@ -128,6 +128,11 @@ class Objective(ABC):
     def needs_samples(self) -> bool:
         """Whether the losses use ``rows.samples``."""
         return False
+
+    @property
+    def sample_folder(self) -> str | None:
+        """Folder of the images in ``rows.samples``; None = they are the teacher's, from the warm-start pairs."""
+        return None
 
     @property
     def module_lr(self) -> float:

@@ -4,9 +4,9 @@
     fake model:  denoising loss + gan_fake_weight * (softplus(-D(h_fake(y_t))) + softplus(D(h_fake(x_t))))
 
 ``h_fake`` are the features of the fake model's middle block, and ``D`` is a small head on each of its tokens. ``y`` are the
-teacher's own samples (``warm_start.pairs``), so training still needs prompts only. With ``gan_weight`` 0 there is no head, and
-no sample is needed. Students of several steps are trained on their own earlier images, which is DMD2's backward simulation;
-`wadi.distill.step` does this for every objective.
+teacher's own samples (``warm_start.pairs``), so training still needs prompts only; a folder of images can replace them. With
+``gan_weight`` 0 there is no head, and no sample is needed. Students of several steps are trained on their own earlier images,
+which is DMD2's backward simulation; `wadi.distill.step` does this for every objective.
 """
 
 from __future__ import annotations
@@ -34,17 +34,22 @@ class DMD2Options:
         gan_weight: weight of the GAN loss of the student; 0 = no GAN.
         gan_fake_weight: weight of the GAN loss of the fake model and the head.
         gan_lr: learning rate of the head; null = that of the fake model.
+        real_images: folder of images that the head learns to tell from the student's; the prompt of ``cat.png`` is in
+            ``cat.txt``; null = the teacher's own samples.
     """
 
     gan_weight: float = 0.0
     gan_fake_weight: float = 0.01
     gan_lr: float | None = None
+    real_images: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("gan_weight", "gan_fake_weight"):
             value = getattr(self, name)
             require(0 <= value <= 1e6, name, value, "from 0 to 1,000,000")
         require(self.gan_lr is None or 0 < self.gan_lr <= 1e6, "gan_lr", self.gan_lr, "above 0")
+        unused = self.real_images is not None and self.gan_weight == 0
+        require(not unused, "real_images", self.real_images, "null where gan_weight is 0: only the GAN uses images")
 
 
 class Head(nn.Module):
@@ -73,6 +78,11 @@ class DMD2(DMD):
     def needs_samples(self) -> bool:
         """Whether there is a GAN."""
         return self.options.gan_weight > 0
+
+    @property
+    def sample_folder(self) -> str | None:
+        """The folder of real images, if the user gives one."""
+        return self.options.real_images
 
     @property
     def module_lr(self) -> float:
