@@ -24,6 +24,7 @@ from wadi.diffusion.process import Prediction
 from wadi.diffusion.schedulers import one_step_scheduler, student_scheduler
 from wadi.distill.batch import Batch
 from wadi.distill.config import DistillConfig, FakeConfig, StudentConfig
+from wadi.distill.networks import RoleNetworks
 from wadi.distill.objectives import make_objective
 from wadi.distill.optimizers import initial_state
 from wadi.distill.setup import attach_roles
@@ -46,6 +47,7 @@ class Family:
         resolution: to test at; None = the model's own.
         adapted: whether the student's adapter belongs on a layer, by name and module; ``fake`` likewise.
         last: its last timestep, at which ``sigma`` is 1 in a flow.
+        features: whether the network has a middle block that `wadi.backbones.features` knows; a GAN is refused without one.
         idle: names of layers whose output the network throws away, so that no gradient reaches their angles.
     """
 
@@ -54,6 +56,7 @@ class Family:
     fake: Callable[[str, nn.Module], bool]
     resolution: tuple[int, int] | None = None
     last: int = 999
+    features: bool = True
     idle: tuple[str, ...] = ()
 
     def backbone(self, dtype: torch.dtype = torch.float32):
@@ -413,6 +416,28 @@ class Conformance:
         gradients = student_gradients(backbone)
         dead = {name for name, gradient in gradients.items() if gradient is None or not gradient.any()}
         assert dead == {name for name in gradients if name.rsplit(".lorad_", 1)[0] in family.idle}
+
+    def test_features_are_those_of_the_middle_block_with_and_without_checkpointing(self, family):
+        """One row of channels for each token; the loss of a head on them has the same gradients if they are recomputed."""
+        gradients = []
+        for checkpointing in (False, True):
+            backbone = family.backbone()
+            with_roles(backbone, gradient_checkpointing=checkpointing)
+            if not family.features:
+                with pytest.raises(WadiError, match=type(backbone.network).__name__):
+                    _ = backbone.feature_width
+                return
+            width = backbone.feature_width
+            x_t, t, condition = network_inputs(backbone)
+            networks = RoleNetworks(backbone, condition[:1])
+            prediction, features = networks.fake_with_features(x_t, t, condition)
+            assert (features.dtype, len(features), features.shape[2]) == (torch.float32, len(x_t), width)
+            assert features.std(1).max() > 0  # tokens differ
+            torch.testing.assert_close(prediction, networks.fake(x_t, t, condition))
+            (features.square().mean() + prediction.square().mean()).backward()
+            gradients.append([p.grad for p in roles.parameters(backbone.network, "fake").values()])
+        for plain, recomputed in zip(*gradients, strict=True):
+            torch.testing.assert_close(plain, recomputed)
 
     def test_gradient_checkpointing_changes_no_gradient(self, family):
         plain, checkpointed = family.backbone(), family.backbone()

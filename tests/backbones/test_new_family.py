@@ -46,6 +46,7 @@ def family(tmp_path_factory):
         make(tmp_path_factory.mktemp("aura")),
         adapted=adapted,
         last=1000,
+        features=False,  # its blocks have other names
         fake=lambda name, module: adapted(name, module) and "_transformer_blocks." in name,
     )
 

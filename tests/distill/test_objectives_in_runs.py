@@ -185,6 +185,7 @@ def test_a_student_of_two_steps_is_exported_as_a_plain_call(sd_folder, prompts_p
         ({"objective": "dmd2", "objective_options": {"gan_weight": 0.1}}, ("dmd2", "warm_start.pairs")),
         ({"objective": "consistency"}, ("consistency", "warm_start.pairs")),
         ({"objective": "dmd2", "objective_options": {"real_images": "/photos"}}, ("real_images", "/photos", "gan_weight")),
+        ({"objective": "dmd2", "objective_options": {"gan_weight": 0.1}, "compile": True}, ("compile", "dmd2")),
         ({"student": {"timesteps": [400, 800]}}, ("[400, 800]",)),
         ({"student": {"timesteps": [800, 800]}}, ("[800, 800]",)),
         ({"student": {"timesteps": [1000, 500]}}, ("1000", "999")),

@@ -73,6 +73,11 @@ def prepare(config: DistillConfig) -> Training:
 
     config = with_defaults(replace(config, teacher=absolute_source(config.teacher)))
     objective = make_objective(config)
+    if config.compile and objective.needs_features:
+        raise WadiError(
+            f"compile is true, and the objective {config.objective!r} with these options uses features of the network, which "
+            "compiled code does not give. Set --compile false, or choose an objective without a GAN."
+        )
     device = find_device(config.device)
     accelerator = make_accelerator(device, config.tracker, Path(config.out))
     ranks = Ranks.of_process_group()

@@ -130,6 +130,11 @@ class Objective(ABC):
         return False
 
     @property
+    def needs_features(self) -> bool:
+        """Whether the losses use ``networks.fake_with_features``."""
+        return False
+
+    @property
     def sample_folder(self) -> str | None:
         """Folder of the images in ``rows.samples``; None = they are the teacher's, from the warm-start pairs."""
         return None

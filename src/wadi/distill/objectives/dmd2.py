@@ -80,6 +80,11 @@ class DMD2(DMD):
         return self.options.gan_weight > 0
 
     @property
+    def needs_features(self) -> bool:
+        """Whether there is a GAN."""
+        return self.needs_samples
+
+    @property
     def sample_folder(self) -> str | None:
         """The folder of real images, if the user gives one."""
         return self.options.real_images
