@@ -2,9 +2,9 @@
 
     python bench/few_steps.py --minutes 5 --out runs/few-steps --table docs/steps.md --json bench/results/few-steps.json
 
-The objective is `dmd2`, with and without the GAN head. The first part of the time is the warm start. The number of steps of each
-part follows from the time of a step, which is measured before anything is trained and kept in ``OUT/pace.json``. All runs share
-the warm-start pairs of ``OUT/pairs``: making them is not part of the time. An interrupted command continues where it was.
+The objective is `dmd2`, with and without the GAN head. The first part of the time is the warm start. The number of steps of
+each part follows from the time of a step, which is measured before anything is trained and kept in ``OUT/pace.json``. All runs
+share the warm-start pairs of ``OUT/pairs``: making them is not part of the time. An interrupted command continues where it was.
 """
 
 from __future__ import annotations
@@ -19,16 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from machine import machine
 from wadi.cli.main import main as wadi
 from wadi.distill.config import DistillConfig
+from wadi.distill.config_files import save_config
 from wadi.distill.loop import distill
+from wadi.distill.objectives import with_defaults
 from wadi.distill.presets import preset
 from wadi.distill.run_folder import WARM_START, read_stats
 from wadi.io import markdown
 
 TIMESTEPS = {1: (800,), 2: (799, 399), 4: (799, 599, 399, 199)}
 PAIRS = 1024
+GAN_WEIGHT = 0.03
 WARM_SHARE = 0.4  # of the training time
 FAKE_SHARE = 0.04  # of the training time, for the fake model alone
 METRICS = {
@@ -75,15 +79,13 @@ class Variant:
         )
 
 
-GAN_WEIGHT = 0.03
-
-
 def measured_pace(variant: Variant, out: Path) -> dict[str, float]:
     """Return the seconds of a step of the warm start, of the fake model alone, and of both updates, by a short run."""
     folder = out / "pace" / variant.name
-    start_from_pairs(out, folder)
     config = variant.config(folder, 0, None, 0)
-    distill(replace(config, warm_start=replace(config.warm_start, fake_steps=4), steps=config.steps + 4))
+    config = replace(config, warm_start=replace(config.warm_start, fake_steps=4), steps=config.steps + 4)
+    start_from_pairs(out, config)
+    distill(config)
     times = [line["seconds"] for line in read_stats(folder / "stats.jsonl")]
     gaps = [later - earlier for earlier, later in zip([0.0, *times], times, strict=False)]
     return {
@@ -93,13 +95,14 @@ def measured_pace(variant: Variant, out: Path) -> dict[str, float]:
     }
 
 
-def start_from_pairs(out: Path, folder: Path) -> None:
-    """Give a run the common pairs, which a run of one step has made in ``out/pairs``."""
-    made = out / "pairs"
+def start_from_pairs(out: Path, config: DistillConfig) -> None:
+    """Give a new run the common pairs, which a run of one step has made in ``out/pairs``."""
+    made, folder = out / "pairs", Path(config.out)
     if not (made / WARM_START).exists():
         distill(replace(Variant(1, False).config(made, 0, None, 0), steps=1))
     if not (folder / WARM_START).exists():
         folder.mkdir(parents=True, exist_ok=True)
+        save_config(with_defaults(config), folder / "config.yaml")  # a folder without one is not a run
         shutil.copyfile(made / WARM_START, folder / WARM_START)
 
 
@@ -156,8 +159,8 @@ def main() -> None:
     for seed in args.seeds:  # all variants of a seed first, so that an early stop leaves complete comparisons
         for variant in variants:
             folder = args.out / f"{variant.name}-seed-{seed}"
-            start_from_pairs(args.out, folder)
             config = variant.config(folder, seed, pace[variant.name], 60 * args.minutes)
+            start_from_pairs(args.out, config)
             updates[variant.name] = f"{config.steps} ({config.warm_start.steps})"
             distill(config)
             rows[variant.name] += result_of(str(folder), args.out, args.count)

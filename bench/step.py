@@ -5,12 +5,16 @@
     wadi       this package's training step: one frozen network, two sets of angles, conditional and null in one batch
     released   three copies, forward hooks, separate conditional and null passes (bench/released.py); same losses
 
+Any other layout is a step of this package, by adapter and objective: ``lora``, ``lorad/sid``, ``lorad/dmd2+gan``. One without
+an objective has ``vsd``, as ``wadi`` has. Objectives have one update of the fake model, so that their steps can be compared.
+
 Each layout runs in a process of its own, because peak memory belongs to a process. The layouts take turns in each round, so a
 slow machine affects all of them alike. Parameters are random: time and memory do not depend on them. --json also writes a
 file.
 
     python bench/step.py --size zoo --threads 2
     python bench/step.py --size sd15 --batch 4 --dtype bfloat16 --device cuda
+    python bench/step.py --size zoo --threads 1 --layouts floor wadi lora lorad/sid
 """
 
 from __future__ import annotations
@@ -46,6 +50,7 @@ UNETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 TOKENS = {"zoo": 24, "wide": 77, "sd15": 77}
 LAYOUTS = ("floor", "wadi", "released")
+OPTIONS = {"oft": {"oft_block_size": 32}, "boft": {"boft_block_size": 32}, "road": {"group_size": 32}}  # that divide all layers
 
 
 class Rig:
@@ -72,26 +77,51 @@ class Rig:
 
 def build(layout: str, args: argparse.Namespace) -> Any:
     """Return a function that runs one step of ``layout``, and the bytes of its parameters."""
-    from wadi.distill.batch import Batch
+    rig, config = Rig(args), settings(layout, args)
+    if layout == "floor":
+        return floor(rig, config), size_of(rig.backbone.network)
+    if layout == "released":
+        return released(rig, config)
+    return wadi_step(rig, config, torch.device(args.device)), size_of(rig.backbone.network)
+
+
+def settings(layout: str, args: argparse.Namespace) -> Any:
+    """Return the settings of a layout, with the objective's defaults filled in."""
     from wadi.distill.config import DistillConfig, FakeConfig, StudentConfig
+    from wadi.distill.objectives import with_defaults
+
+    adapter, _, objective = layout.partition("/") if layout not in LAYOUTS else ("lorad", "", "vsd")
+    name, _, gan = (objective or "vsd").partition("+")
+    both: Any = {"adapter": adapter, "lr": 1e-6, "adapter_options": OPTIONS.get(adapter, {})}
+    return with_defaults(
+        DistillConfig(
+            batch=args.batch,
+            dtype=args.dtype,
+            objective=name,
+            objective_options={"gan_weight": 0.1} if gan else {},
+            student=StudentConfig(rank=args.rank, **both),
+            fake=FakeConfig(rank=args.fake_rank, updates=1, **both),
+        )
+    )
+
+
+def wadi_step(rig: Rig, config: Any, device: torch.device) -> Any:
+    """Return a training step of this package."""
+    from wadi.distill.batch import Batch
+    from wadi.distill.objectives import make_objective
     from wadi.distill.optimizers import initial_state
     from wadi.distill.setup import attach_roles
-    from wadi.distill.state import TrainState
     from wadi.distill.step import as_numbers, train_step
 
-    rig = Rig(args)
     backbone, network = rig.backbone, rig.backbone.network
-    student, fake = StudentConfig(rank=args.rank, lr=1e-6), FakeConfig(rank=args.fake_rank, lr=1e-6)
-    config = DistillConfig(batch=args.batch, dtype=args.dtype, student=student, fake=fake)
-    device = torch.device(args.device)
-    if layout == "wadi":
-        attach_roles(backbone, config)
-        state: TrainState = initial_state(network, config, device)
-        batch = Batch(rig.condition, rig.null, rig.z, rig.z[:0])
-        return (lambda: as_numbers(train_step(backbone, batch, 999, config, state), network)), size_of(network)
-    if layout == "floor":
-        return floor(rig, config), size_of(network)
-    return released(rig, config)
+    attach_roles(backbone, config)
+    objective = make_objective(config)
+    objective.build(backbone)
+    objective.modules.to(device)
+    state = initial_state(network, config, device, objective=objective)
+    samples = (torch.randn_like(rig.z), rig.condition) if objective.needs_samples else ()
+    batch = Batch(rig.condition, rig.null, rig.z, rig.z[:0], 0, *samples)
+    return lambda: as_numbers(train_step(backbone, batch, [999], objective, config, state), network)
 
 
 def size_of(*networks: torch.nn.Module) -> int:
@@ -141,7 +171,7 @@ def floor(rig: Rig, config: Any) -> Any:
 def released(rig: Rig, config: Any) -> Any:
     """Return the same step in the layout of the released scripts."""
     from wadi.distill.objectives.denoise import denoising_loss
-    from wadi.distill.objectives.vsd import vsd_gradient, vsd_loss
+    from wadi.distill.objectives.score import gradient_loss, vsd_gradient
     from wadi.sampling import one_step
 
     teacher = rig.backbone
@@ -167,8 +197,8 @@ def released(rig: Rig, config: Any) -> Any:
             x_t = teacher.process.add_noise(x0, torch.randn_like(x0), t)
             real = guided_separately(teacher.predict, x_t, t, rig.condition, null, config.guidance_scale)
             copied = guided_separately(fake.predict, x_t, t, rig.condition, null, config.fake.guidance_scale)
-            gradient = vsd_gradient(x0, x_t, t, real, copied, teacher.process)
-        update("student", vsd_loss(x0, gradient))
+            gradient = vsd_gradient(x_t, t, real, copied, teacher.process)
+        update("student", gradient_loss(x0, gradient))
         clean, noise = x0.detach(), torch.randn_like(x0)
         x_t = teacher.process.add_noise(clean, noise, t)
         prediction = fake.predict(x_t, t, rig.condition)
@@ -200,8 +230,8 @@ def serve(layout: str, args: argparse.Namespace, pipe: Any) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Time all layouts in turn, ``args.rounds`` times."""
     context = mp.get_context("spawn")
-    workers, times = {}, {layout: [] for layout in LAYOUTS}
-    for layout in LAYOUTS:
+    workers, times = {}, {layout: [] for layout in args.layouts}
+    for layout in args.layouts:
         here, there = context.Pipe()
         process = context.Process(target=serve, args=(layout, args, there), daemon=True)
         process.start()
@@ -225,7 +255,7 @@ def table(result: dict[str, Any]) -> str:
         "| layout | seconds a step (quartiles) | x floor (quartiles) | parameters MiB | peak MiB |",
         "|---|---|---|---|---|",
     ]
-    base = result["layouts"]["floor"]["seconds"]
+    base = next(iter(result["layouts"].values()))["seconds"]
     for layout, row in result["layouts"].items():
         ratios = [seconds / floor for seconds, floor in zip(row["seconds"], base, strict=True)]
         time_, ratio = (spread(values) for values in (row["seconds"], ratios))
@@ -249,6 +279,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--layouts", nargs="*", default=list(LAYOUTS), help="which to compare; the first must be the floor")
     parser.add_argument("--json", default=None)
     args = parser.parse_args()
     result = run(args)
