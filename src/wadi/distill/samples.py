@@ -19,6 +19,7 @@ from wadi.errors import WadiError
 from wadi.io.files import write_whole
 from wadi.io.image_folders import image_paths, read_fitted, to_tensor
 from wadi.io.progress import progress
+from wadi.io.records import parse_json
 from wadi.io.regular import read_text
 from wadi.io.tensors import read_with_metadata
 
@@ -58,7 +59,7 @@ def samples_of_folder(folder: Path, conditions: Conditions, run: Run) -> Samples
     tensors, header = read_with_metadata(path, "Latents of real images", remedy)
     if "x0" not in tensors or tensors["x0"].shape[1:] != backbone.latent_shape or "prompts" not in header:
         raise WadiError(f"Latents of real images {str(path)!r} are damaged. {remedy}")
-    prompts: list[str] = json.loads(header["prompts"])
+    prompts: list[str] = parse_json(header["prompts"], list[str], f"The prompts in {str(path)!r}", remedy)
     return Samples(tensors["x0"], lambda rows: backbone.encode([prompts[int(row)] for row in rows]))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from wadi.diffusion.schedulers import check_timesteps
 from wadi.errors import WadiError, first_line
 from wadi.io.files import whole_folder
-from wadi.io.records import Record, Side, read_json
+from wadi.io.records import Count, Record, Side, read_json
 from wadi.io.tensors import open_tensors
 from wadi.io.weight_checks import check_finite, check_floats, shapes, tensor_differences
 from wadi.lorad.stored import PEFT_PREFIX
@@ -112,8 +112,8 @@ class About(Record):
         teacher: pipeline folder, Hub id or ``zoo``.
     """
 
-    timesteps: tuple[int, ...] = ()
-    timestep: int | None = None
+    timesteps: tuple[Count, ...] = ()
+    timestep: Count | None = None
     resolution: tuple[Side, Side] | None = None
     teacher: str = "zoo"
 
