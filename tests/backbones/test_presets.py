@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from wadi.diffusion.process import Process
-from wadi.diffusion.schedulers import is_flow, make_scheduler
+from wadi.diffusion.schedulers import is_flow, make_scheduler, student_scheduler
 from wadi.distill.config_files import flat_settings, from_dict, to_dict
 from wadi.distill.plan.architecture import known_architectures, load_architecture
 from wadi.distill.plan.plan import outline_backbone, plan_role
-from wadi.distill.presets import OURS, PAPERS, PRESETS
+from wadi.distill.presets import MODELS, ONE_GPU, OURS, PAPERS, PRESETS
 
 # Parameters of the public models.
 SIZES = {
@@ -34,6 +34,8 @@ def outlines():
 
 def test_every_model_preset_has_an_architecture():
     assert {*PAPERS, *OURS} == set(known_architectures()) == set(SIZES)
+    assert set(MODELS.values()) == set(SIZES)
+    assert {*PAPERS, *OURS, *ONE_GPU} == set(MODELS)
     for preset in PRESETS.values():
         assert from_dict(to_dict(preset)) == preset
         assert "resolution" in flat_settings(to_dict(preset))
@@ -79,6 +81,14 @@ def test_a_student_generates_where_errors_stay_small(name):
     divided = process.alpha(timestep) if process.prediction == "epsilon" else torch.ones(1)
     assert process.sigma(timestep) / divided < 15
     assert is_flow(scheduler) == (process.prediction == "velocity")
+
+
+@pytest.mark.parametrize("name", ONE_GPU)
+def test_four_steps_can_be_exported(name):
+    """The model's own scheduler has these timesteps."""
+    scheduler = student_scheduler(make_scheduler(load_architecture(MODELS[name]).scheduler), PRESETS[name].student.timesteps)
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
 
 
 def test_pixarts_timestep_is_where_its_own_schedule_has_the_authors_constant():

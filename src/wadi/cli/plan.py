@@ -26,17 +26,18 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(arguments: Arguments) -> int:
     """Print the plan. The architecture is that of the teacher, or the one that the preset is made for."""
-    from wadi.distill.plan.architecture import known_architectures, load_architecture, read_architecture
+    from wadi.distill.plan.architecture import load_architecture, read_architecture
     from wadi.distill.plan.plan import plan_run, plan_to_dict
     from wadi.distill.plan.text import describe_plan
+    from wadi.distill.presets import MODELS
 
     options, config = arguments.options, config_from(arguments.options)
     if config.teacher:
         architecture = read_architecture(config.teacher)
-    elif options.preset in known_architectures():
-        architecture = load_architecture(options.preset)
+    elif options.preset in MODELS:
+        architecture = load_architecture(MODELS[options.preset])
     else:
-        known = ", ".join(known_architectures())
+        known = ", ".join(MODELS)
         raise WadiError(f"There is nothing to plan for. Give --teacher FOLDER_OR_HUB_ID, or --preset with one of {known}.")
     planned = plan_run(config, architecture, options.processes)
     print(json.dumps(plan_to_dict(planned), indent=2) if options.json else describe_plan(planned))
