@@ -5,6 +5,7 @@ The student's images ``A z + b`` are Gaussian, so the exact fake model is known 
 
 import torch
 from diffusers import DDIMScheduler
+from scipy import optimize
 
 import tiny
 from wadi.backbones import Condition
@@ -26,7 +27,7 @@ def process():
 
 def gaussian_x0(x_t, alpha, sigma, mean, covariance):
     """The posterior mean of ``x0`` under ``N(mean, covariance)``."""
-    eye = torch.eye(2)
+    eye = torch.eye(2, dtype=x_t.dtype)
     noised = alpha[:, None, None] ** 2 * covariance + sigma[:, None, None] ** 2 * eye
     gain = alpha[:, None, None] * covariance @ torch.linalg.inv(noised)
     return mean + (gain @ (x_t - alpha[:, None] * mean)[:, :, None])[:, :, 0]
@@ -35,9 +36,10 @@ def gaussian_x0(x_t, alpha, sigma, mean, covariance):
 def mixture_x0(x_t, alpha, sigma):
     """The posterior mean of ``x0`` under the mixture."""
     spread = alpha**2 * VARIANCE + sigma**2
-    offsets = x_t[:, None] - alpha[:, None, None] * CENTRES
+    centres = CENTRES.to(x_t.dtype)
+    offsets = x_t[:, None] - alpha[:, None, None] * centres
     weights = (-offsets.square().sum(2) / (2 * spread[:, None])).softmax(1)
-    each = CENTRES + (alpha * VARIANCE / spread)[:, None, None] * offsets
+    each = centres + (alpha * VARIANCE / spread)[:, None, None] * offsets
     return (weights[:, :, None] * each).sum(1)
 
 
@@ -104,3 +106,37 @@ def teacher_of_a_gaussian(x_t, alpha, sigma):
 
 def off(found, expected):
     return max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
+
+
+def mixture_root(student_loss):
+    """The Gaussian at which the expected gradient of the student's ``A`` and ``b`` vanishes: ``(mean, covariance)``.
+
+    Args:
+        student_loss: function of ``(x0, x_t, real, fake)`` that returns the loss of each row, ``(B,)``; ``real`` and
+            ``fake`` are functions of ``x_t``, and the fake model is exact for the student and held fixed.
+
+    Expectations are means over a low-discrepancy set of ``(z, eps, t)``.
+    """
+    points = torch.quasirandom.SobolEngine(5, scramble=True, seed=0).draw(2**16, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
+    z, eps = torch.special.ndtri(points[:, :2]), torch.special.ndtri(points[:, 2:4])
+    t = (20 + points[:, 4] * 960).long()
+    alpha, sigma = process().alpha(t).double(), process().sigma(t).double()
+
+    def residual(parameters):
+        A = torch.tensor(
+            [[parameters[0], parameters[1]], [parameters[1], parameters[2]]], dtype=torch.float64, requires_grad=True
+        )
+        b = torch.tensor(parameters[3:], dtype=torch.float64, requires_grad=True)
+        mean, covariance = b.detach(), (A @ A.T).detach()
+        x0 = z @ A.T + b
+        x_t = alpha[:, None] * x0 + sigma[:, None] * eps
+        values = student_loss(
+            x0, x_t, lambda x: mixture_x0(x, alpha, sigma), lambda x: gaussian_x0(x, alpha, sigma, mean, covariance)
+        )
+        dA, db = torch.autograd.grad(values.mean(), (A, b))
+        return [float(dA[0, 0]), float(dA[0, 1] + dA[1, 0]), float(dA[1, 1]), *db.tolist()]
+
+    found = optimize.least_squares(residual, [0.9, 0.1, 0.6, 0.1, 0.2], diff_step=1e-3, bounds=(-2, 2))
+    assert abs(found.fun).max() < 1e-4, found
+    A = torch.tensor([[found.x[0], found.x[1]], [found.x[1], found.x[2]]])
+    return torch.tensor(found.x[3:]).float(), (A @ A.T).float()

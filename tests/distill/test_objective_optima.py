@@ -10,6 +10,7 @@ from exact_scores import (
     SIDE,
     VARIANCE,
     Toy,
+    mixture_root,
     mixture_x0,
     off,
     process,
@@ -65,6 +66,27 @@ def mixture_optimum():
 def test_the_optimum_of_a_mixture_is_that_of_the_weighted_divergence():
     found = trained(Toy(mixture_x0), "vsd")
     assert off(found, mixture_optimum()) < 0.04, (found, mixture_optimum())
+
+
+def dmd_value(x0, x_t, real, exact_fake):
+    """``x0 . (x0_fake - x0_real) / mean |x0 - x0_real|`` with all but the first ``x0`` fixed."""
+    fixed = x_t.detach()
+    direction = exact_fake(fixed) - real(fixed)
+    error = (x0.detach() - real(fixed)).abs().mean(1)
+    return (x0 * direction).mean(1) / error
+
+
+def sid_value(x0, x_t, real, exact_fake, alpha=0.75):
+    """``((1 - a) |d|^2 + d . (x0_fake - x0)) / mean |x0 - x0_real|``, written out; the divisor is fixed."""
+    d = real(x_t) - exact_fake(x_t)
+    value = (1 - alpha) * d.square().mean(1) + (d * (exact_fake(x_t) - x0)).mean(1)
+    return value / (x0 - real(x_t)).abs().mean(1).detach()
+
+
+@pytest.mark.parametrize(("name", "value"), [("dmd", dmd_value), ("dmd2", dmd_value), ("sid", sid_value)])
+def test_the_optimum_of_a_mixture_is_where_the_expected_gradient_vanishes(name, value):
+    found, expected = trained(Toy(mixture_x0), name, options=OPTIONS.get(name)), mixture_root(value)
+    assert off(found, expected) < 0.04, (found, expected)
 
 
 def test_consistency_ends_at_the_teachers_own_path():

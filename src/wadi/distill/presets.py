@@ -107,8 +107,8 @@ OURS = {
     "sana": replace(_OURS, guidance_scale=4.5, teacher_guidance_scale=4.5),
 }
 
-# A day on one GPU: four steps in place of one, by DMD2, with a student of lower rank. The timesteps are those of DMD2's four-step
-# SDXL model. Four steps forgive errors that one step shows, so fewer updates are enough. Reasoned, not run at full size.
+# A day on one GPU: four steps in place of one, by DMD2, with a student of lower rank. DMD2's SDXL model of four steps has these
+# timesteps. Four steps forgive errors that one step shows, so fewer updates are enough. Reasoned, not run at full size.
 _FOUR_STEPS = StudentConfig(rank=64, lr=1e-4, ema=0.99, timesteps=(999, 749, 499, 249))
 ONE_GPU = {
     "sd15-one-gpu": replace(
