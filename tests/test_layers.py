@@ -15,7 +15,7 @@ RANKS = (
     {"io", "zoo.paths", "zoo.concepts"},
     {"parallel", "zoo.prompts"},
     {"lorad", "prompts", "diffusion"},
-    {"backbones"},
+    {"backbones", "full"},
     {"roles", "sampling", "zoo"},
     {"distill"},
     {"distill.plan", "zoo.recipe"},

@@ -1,8 +1,8 @@
-"""Register LoRaD with PEFT as soon as PEFT is imported. Importing PEFT here would cost ``wadi --help`` seconds.
+"""Register this project's methods with PEFT when PEFT is imported. Importing PEFT here would cost ``wadi --help`` seconds.
 
 PEFT has no plug-in mechanism. A process that has not registered LoRaD cannot read a LoRaD ``adapter_config.json``. If PEFT is
-already imported, ``import wadi`` registers LoRaD at once. Otherwise it adds a finder to ``sys.meta_path``, which registers
-LoRaD after PEFT's own import and then removes itself.
+already imported, ``import wadi`` registers the methods at once. Otherwise it adds a finder to ``sys.meta_path``, which
+registers them after PEFT's own import and then removes itself.
 """
 
 from __future__ import annotations
@@ -15,9 +15,17 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+METHODS = ("wadi.lorad", "wadi.full")  # each registers itself when it is imported
+
+
+def register_methods() -> None:
+    """Register the methods now. This imports PEFT."""
+    for package in METHODS:
+        importlib.import_module(package)
+
 
 class _RegisterAfter(Loader):
-    """Run PEFT's own loader, then register LoRaD."""
+    """Run PEFT's own loader, then register the methods."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
@@ -28,7 +36,7 @@ class _RegisterAfter(Loader):
     def exec_module(self, module: ModuleType) -> None:
         sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _PeftFinder)]
         self.loader.exec_module(module)
-        importlib.import_module("wadi.lorad")
+        register_methods()
 
     def __getattr__(self, name: str) -> object:  # get_source, is_package, resource readers, ...
         return getattr(self.loader, name)
@@ -56,8 +64,8 @@ class _PeftFinder(MetaPathFinder):
 
 
 def register_when_peft_is_imported() -> None:
-    """Register LoRaD with ``peft``, now or when it is first imported."""
+    """Register the methods with ``peft``, now or when it is first imported."""
     if "peft" in sys.modules:
-        importlib.import_module("wadi.lorad")
+        register_methods()
     elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _PeftFinder())

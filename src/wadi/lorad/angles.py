@@ -22,10 +22,11 @@ def layer_angles(model: nn.Module, adapter: str) -> Iterator[tuple[str, Tensor]]
             yield name, layer.lorad_A[adapter].float() @ layer.lorad_B[adapter].float()
 
 
-def largest_rank(model: nn.Module, target_modules: str) -> int | None:
+def largest_rank(model: nn.Module, target_modules: str, columns: int = 2) -> int | None:
     """Return the largest rank that the angles of any target layer can have, ``min(out, fan_in // 2)``.
 
     Args:
+        columns: of the weight that share an angle; 1 gives the largest rank of a change of the weight itself.
         target_modules: regular expression that matches whole names of layers.
     Returns:
         None if it matches no layer.
@@ -39,7 +40,7 @@ def largest_rank(model: nn.Module, target_modules: str) -> int | None:
         out, fan_in = layer.weight.flatten(1).shape
         if isinstance(layer, nn.Linear):  # the stored weight of a quantized layer has another shape
             out, fan_in = layer.out_features, layer.in_features
-        ranks.append(min(out, fan_in // 2))
+        ranks.append(min(out, fan_in // columns))
     return max(ranks, default=None)
 
 

@@ -8,45 +8,21 @@ rotated weight, in the dtype of the input (under autocast, in autocast's dtype).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from wadi.errors import WadiError
 from wadi.lorad.config import LoRaDConfig
+from wadi.lorad.float32_layer import Float32Layer, Float32Parameters
 from wadi.lorad.rotation import Convolution, Factor, pair_angles, product, recomputed_product, rotate, rotated_weight
 
-_HALF = (torch.float16, torch.bfloat16)
 
-
-class AngleDict(nn.ParameterDict):
-    """Parameters by adapter name that stay float32 when the model around them is cast to half precision.
-
-    Updates of an angle are too small for half precision. So ``model.half()`` and ``pipe.to(dtype)`` move the
-    angles but do not round them, and angles from half-precision files are converted to float32.
-    """
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AngleDict:
-        def apply(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            rounded = moved.dtype in _HALF and tensor.dtype not in _HALF
-            return tensor.to(moved.device, torch.float32) if rounded else moved
-
-        return super()._apply(apply, recurse)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        for name in self:
-            saved = state_dict.get(prefix + name)
-            if saved is not None and saved.dtype in _HALF:
-                state_dict[prefix + name] = saved.float()
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-class LoRaDLayer(BaseTunerLayer):
+class LoRaDLayer(Float32Layer):
     """The base class of LoRaD's Linear and Conv2d.
 
     Attributes, by adapter name: factors ``lorad_A`` ``(out, r)`` and ``lorad_B`` ``(r, fan_in // 2)``, rank
@@ -59,7 +35,7 @@ class LoRaDLayer(BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, quantization_backend: Any = None) -> None:
         self.base_layer = base_layer
         self.quantization_backend = quantization_backend
-        self.lorad_A, self.lorad_B = AngleDict(), AngleDict()
+        self.lorad_A, self.lorad_B = Float32Parameters(), Float32Parameters()
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.recompute: dict[str, bool] = {}
@@ -112,40 +88,12 @@ class LoRaDLayer(BaseTunerLayer):
         else:
             nn.init.xavier_uniform_(self.lorad_A[adapter_name])
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT's own version would also cast the angles to the base layer's dtype
-        device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
-        for angles in (self.lorad_A, self.lorad_B):
-            if device is not None and adapter_name in angles and not angles[adapter_name].is_meta:
-                angles[adapter_name] = angles[adapter_name].to(device)
-
     def store_like_base(self, adapter_name: str) -> None:
         """Store the factors of an adapter in the base weight's dtype, if that is a floating-point dtype."""
         dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())[1]
         for angles in (self.lorad_A, self.lorad_B):
             if dtype is not None and dtype.is_floating_point:
                 angles[adapter_name] = angles[adapter_name].to(dtype)
-
-    # --- scales: multiples of the angles ------------------------------------------------------------------
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Multiply the angles of ``adapter`` by ``scale``. 0 gives exactly the base layer, 1 the adapter."""
-        if adapter in self.scaling:
-            self.scaling[adapter] = float(scale)
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the scale of every active adapter by ``scale``."""
-        for adapter in self.active_adapters:
-            if adapter in self.scaling:
-                self.scaling[adapter] *= scale
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Undo ``scale_layer(scale)``; without ``scale``, set every active adapter's scale to 1."""
-        if scale == 0:
-            raise WadiError("LoRaD: a scale of 0 cannot be undone by division. Use set_scale(adapter, 1.0).")
-        for adapter in self.active_adapters:
-            if adapter in self.scaling:
-                self.scaling[adapter] = 1.0 if scale is None else self.scaling[adapter] / scale
 
     # --- weights ------------------------------------------------------------------------------------------
 

@@ -16,13 +16,11 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from wadi.errors import WadiError
 from wadi.lorad.config import LoRaDConfig
 from wadi.lorad.layer import Conv2d, Linear, LoRaDLayer
-
-_READ_BY_THEIR_PARENT = ("NonDynamicallyQuantizableLinear",)  # out_proj of nn.MultiheadAttention
+from wadi.lorad.targets import why_no_plain_weight
 
 try:  # dequantises layers of bitsandbytes, HQQ and torchao; new in PEFT 0.21
     from peft.utils import get_quantization_kwargs, resolve_quantization_backend
@@ -212,13 +210,8 @@ def _why_not(target: nn.Module, backend: Any) -> str:
         )
     if backend is not None:
         return "" if backend.layer_type == "linear" else "only linear layers are supported when quantised"
-    plain = nn.Conv2d if isinstance(target, nn.Conv2d) else nn.Linear
-    if not isinstance(target, plain):
-        return "only Linear and Conv2d have a weight whose rows can be rotated"
-    # a subclass with its own forward, or attention that reads the layer's weight directly, would not use R
-    hidden = type(target).forward is not plain.forward or type(target).__name__ in _READ_BY_THEIR_PARENT
+    if why := why_no_plain_weight(target):
+        return why
     weight: Any = target.weight
-    if hidden or is_parametrized(target) or not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
-        return "its weight is hidden by its own forward, a parametrisation or a special format"
     fan_in = weight[0].numel()
     return "" if fan_in > 1 else f"its fan-in is {fan_in}, but a rotation needs pairs of inputs"

@@ -1,8 +1,8 @@
-"""Register LoRaD as one of PEFT's methods.
+"""Register this project's methods with PEFT.
 
 PEFT has a public function to register a method, but the names of its methods are a closed enum. So one member
 is added to the enum first. After that, everything that uses PEFT (diffusers, transformers, PEFT's own status and
-errors) treats LoRaD like PEFT's own methods. A PEFT that has its own LoRaD is not changed.
+errors) treats LoRaD like PEFT's own methods. A PEFT that has its own method of the same name is not changed.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def add_peft_type(name: str) -> PeftType:
     return member
 
 
-def register(config_cls: type, model_cls: type) -> None:
-    """Register LoRaD with PEFT. Does nothing if it is registered already."""
-    if NAME in PEFT_TYPE_TO_TUNER_MAPPING:
+def register(config_cls: type, model_cls: type, name: str = NAME) -> None:
+    """Register a method with PEFT under the type ``name``, in capitals. Does nothing if there is one already."""
+    if name in PEFT_TYPE_TO_TUNER_MAPPING:
         return
-    add_peft_type(NAME)
-    register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix="lorad_")
+    add_peft_type(name)
+    register_peft_method(name=name.lower(), config_cls=config_cls, model_cls=model_cls, prefix=f"{name.lower()}_")
