@@ -1,10 +1,13 @@
 """A role may carry an adapter of any PEFT method, not of LoRaD alone."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import tiny
+from raising import raises_naming
 from wadi import roles
 from wadi.backbones import from_pipeline, load_pipeline
 from wadi.distill.batch import Batch
@@ -13,24 +16,19 @@ from wadi.distill.objectives import make_objective
 from wadi.distill.optimizers import initial_state
 from wadi.distill.setup import attach_roles
 from wadi.distill.step import as_numbers, train_step
-from wadi.lorad import LoRaDConfig
+from wadi.roles import methods
 
 TARGETS = r".*attn\d\.(to_q|to_k|to_v|to_out\.0)"
+OPTIONS = {"oft": {"oft_block_size": 4}, "boft": {"boft_block_size": 4}, "road": {"group_size": 8}}
+METHODS = tuple(methods.METHODS)
 
 
-def configs():
-    from peft import HRAConfig, LoraConfig, OFTConfig
-
-    return {
-        "lorad": lambda: LoRaDConfig(r=2, target_modules=TARGETS),
-        "lora": lambda: LoraConfig(r=2, target_modules=TARGETS),
-        "dora": lambda: LoraConfig(r=2, target_modules=TARGETS, use_dora=True),
-        "oft": lambda: OFTConfig(oft_block_size=4, r=0, target_modules=TARGETS),
-        "hra": lambda: HRAConfig(r=2, target_modules=TARGETS),
-    }
+def config_of(method, role="student", targets=TARGETS):
+    return methods.adapter_config(method, role, 2, OPTIONS.get(method, {}), targets)
 
 
-METHODS = ("lorad", "lora", "dora", "oft", "hra")
+def attach(unet, role, method):
+    return roles.attach(unet, role, config_of(method, role), methods.method(method).frozen)
 
 
 @pytest.fixture
@@ -57,14 +55,15 @@ def disturb(unet, role, seed=1):
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
-PAIRS = [*((method, method) for method in METHODS), ("lorad", "lora"), ("dora", "oft")]
+# HRA and full also around a layer of another method
+PAIRS = [*((method, method) for method in METHODS), ("lorad", "hra"), ("dora", "hra"), ("lora", "full"), ("full", "oft")]
 
 
 @pytest.mark.parametrize(("method", "other"), PAIRS)
 def test_a_role_starts_as_the_teacher_and_then_differs(unet, method, other):
     plain = call(unet).detach()
-    layers = roles.attach(unet, "student", configs()[method]())
-    roles.attach(unet, "fake", configs()[other]())
+    layers = attach(unet, "student", method)
+    attach(unet, "fake", other)
     assert layers == roles.adapted_layers(unet, "student")
     assert all(layer.split(".")[-1] in ("to_q", "to_k", "to_v", "0") for layer in layers)
     torch.testing.assert_close(in_role(unet, "student"), plain, atol=1e-5, rtol=1e-4)
@@ -77,12 +76,12 @@ def test_a_role_starts_as_the_teacher_and_then_differs(unet, method, other):
 @pytest.mark.parametrize(("method", "other"), PAIRS)
 def test_only_the_adapter_of_the_role_gets_a_gradient(unet, method, other):
     for role, name in (("student", method), ("fake", other)):
-        roles.attach(unet, role, configs()[name]())
+        attach(unet, role, name)
         disturb(unet, role)
     with roles.active(unet, "student"):
         loss = call(unet).square().sum()
     loss.backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in roles.parameters(unet, "student").values())
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in roles.trained_parameters(unet, "student").values())
     assert all(p.grad is None for p in roles.parameters(unet, "fake").values())
     own = {id(p) for role in ("student", "fake") for p in roles.parameters(unet, role).values()}
     assert all(p.grad is None and not p.requires_grad for p in unet.parameters() if id(p) not in own)
@@ -92,8 +91,8 @@ def test_only_the_adapter_of_the_role_gets_a_gradient(unet, method, other):
 def test_peft_reads_the_folder_of_a_role(unet, sd_folder, tmp_path, method, other):
     from peft import PeftModel
 
-    roles.attach(unet, "student", configs()[method]())
-    roles.attach(unet, "fake", configs()[other]())
+    attach(unet, "student", method)
+    attach(unet, "fake", other)
     disturb(unet, "student")
     roles.save(unet, "student", tmp_path / "student")
     assert load_file(tmp_path / "student" / roles.WEIGHTS).keys() == roles.state_dict(unet, "student").keys()
@@ -105,8 +104,8 @@ def test_peft_reads_the_folder_of_a_role(unet, sd_folder, tmp_path, method, othe
 @pytest.mark.parametrize(("method", "other"), PAIRS)
 def test_a_fused_role_is_the_plain_architecture(unet, method, other):
     names = unet.state_dict().keys()
-    roles.attach(unet, "student", configs()[method]())
-    roles.attach(unet, "fake", configs()[other]())
+    attach(unet, "student", method)
+    attach(unet, "fake", other)
     disturb(unet, "student")
     disturb(unet, "fake")
     student = in_role(unet, "student")
@@ -118,8 +117,8 @@ def test_a_fused_role_is_the_plain_architecture(unet, method, other):
 @pytest.mark.parametrize(("method", "other"), PAIRS)
 def test_the_base_tensors_are_those_of_the_plain_network(unet, method, other):
     plain = {name: value.clone() for name, value in unet.state_dict().items()}
-    roles.attach(unet, "student", configs()[method]())
-    roles.attach(unet, "fake", configs()[other]())
+    attach(unet, "student", method)
+    attach(unet, "fake", other)
     disturb(unet, "student")
     base = roles.base_tensors(unet)
     assert list(base) == list(plain)
@@ -130,25 +129,26 @@ def test_the_base_tensors_are_those_of_the_plain_network(unet, method, other):
 @pytest.mark.parametrize("method", METHODS)
 def test_adapters_train_in_float32_on_a_half_precision_network(unet, method, dtype):
     unet.to(dtype)
-    roles.attach(unet, "student", configs()[method]())
+    attach(unet, "student", method)
     assert {p.dtype for p in roles.parameters(unet, "student").values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "lorad"])
-def test_a_step_trains_and_a_checkpoint_restores_roles_of_another_method(
-    sd_folder, prompts_path, tmp_path, method, monkeypatch
-):
+def test_a_step_trains_and_a_checkpoint_restores_roles_of_another_method(sd_folder, prompts_path, tmp_path, method):
     """The training step and the checkpoint know nothing about the method. Angle statistics are left out."""
-    config = tiny.settings(sd_folder, prompts_path, tmp_path / "run", gradient_checkpointing=True)
+    role = {"adapter": method, "adapter_options": OPTIONS.get(method, {}), "target_modules": TARGETS}
+    config = tiny.settings(
+        sd_folder, prompts_path, tmp_path / "run", gradient_checkpointing=True, student={**role, "ema": 0.9}, fake=role
+    )
 
     def ready():
         backbone = from_pipeline(load_pipeline(sd_folder))
-        monkeypatch.setattr("wadi.roles.methods.adapter_config", lambda *_, **__: configs()[method]())
         attach_roles(backbone, config)
         return backbone, initial_state(backbone.network, config, torch.device("cpu"))
 
     backbone, state = ready()
     before = {role: {k: v.clone() for k, v in roles.parameters(state.network, role).items()} for role in state.optimizers}
+    trained = {role: set(roles.trained_parameters(state.network, role)) for role in before}
     condition, null = backbone.encode(["red apple"] * config.batch), backbone.encode([""])
     z = torch.randn(config.batch, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
     for _ in range(2):  # at the first step teacher and fake model agree, so the student stays
@@ -160,10 +160,14 @@ def test_a_step_trains_and_a_checkpoint_restores_roles_of_another_method(
     assert not any("angle" in name for name in numbers)
     for role, values in before.items():
         moved = {
-            key.split(".lora_")[0].split(".oft_")[0].split(".hra_")[0]
+            re.split(r"\.[a-z]+_[^.]*(?:$|\.weight$)", key)[0]
             for key, p in roles.parameters(state.network, role).items()
             if not torch.equal(p, values[key])
         }
+        assert not any("magnitude" in key for key in trained[role]) or method == "dora"
+        assert all(
+            torch.equal(values[key], p) for key, p in roles.parameters(state.network, role).items() if key not in trained[role]
+        )
         assert len(moved) > 0.9 * len(roles.adapted_layers(state.network, role))  # every layer that the loss reaches
 
     path = save(tmp_path / "checkpoints", state, "teacher", 1)
@@ -172,3 +176,54 @@ def test_a_step_trains_and_a_checkpoint_restores_roles_of_another_method(
     for role in before:
         found, expected = roles.parameters(restored.network, role), roles.parameters(state.network, role)
         assert all(torch.equal(found[key], p) for key, p in expected.items())
+
+
+@pytest.mark.parametrize("other", ["dora-frozen", "lora", "lorad"])
+def test_a_frozen_magnitude_stays_frozen_and_in_the_file(unet, sd_folder, tmp_path, other):
+    """Also after another adapter is attached or loaded, and where PEFT puts both into one layer."""
+    third = load_pipeline(sd_folder).unet
+    attach(third, "third", other)
+    roles.save(third, "third", tmp_path / "third")
+    order = [("student", "dora-frozen"), ("fake", other)]
+    for role, method in reversed(order) if other == "lorad" else order:
+        attach(unet, role, method)
+    if other != "lorad":
+        roles.load(unet, tmp_path / "third", "third")
+    frozen = {key for key, p in roles.parameters(unet, "student").items() if not p.requires_grad}
+    assert frozen == {key for key in roles.parameters(unet, "student") if "magnitude" in key} != set()
+    assert not any("magnitude" in key for key in roles.trained_parameters(unet, "fake"))
+    with roles.active(unet, "student"):
+        call(unet).square().sum().backward()
+    assert all(p.grad is None for key, p in roles.parameters(unet, "student").items() if key in frozen)
+    assert all(p.grad is not None for p in roles.trained_parameters(unet, "student").values())
+    roles.save(unet, "student", tmp_path / "student")
+    assert sum("magnitude" in key for key in load_file(tmp_path / "student" / roles.WEIGHTS)) == len(frozen)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "targets", "value"),
+    [
+        ("road", {}, r"conv_in", "Conv2d"),
+        ("road", {"group_size": 7}, TARGETS, "group"),
+        ("oft", {}, r".*conv1", "3x3"),
+        ("boft", {"boft_block_size": 5}, TARGETS, "5"),
+        ("full", {}, r".*norm1", "norm1"),
+    ],
+)
+def test_a_method_that_cannot_adapt_a_layer_names_the_reason(unet, method, options, targets, value):
+    with raises_naming(value):
+        roles.attach(unet, "student", methods.adapter_config(method, "student", None, options, targets))
+
+
+def test_options_and_ranks_that_a_method_does_not_have_are_named():
+    with raises_naming("dora2", *methods.METHODS):
+        methods.adapter_config("dora2", "student", None, {}, TARGETS)
+    for name in methods.METHODS:
+        with raises_naming("fake", "init_lora_weights", name):
+            methods.adapter_config(name, "fake", None, {"init_lora_weights": "pissa"}, TARGETS)
+    with raises_naming("student.adapter_options.coft", "'yes'", "bool"):
+        methods.adapter_config("oft", "student", None, {"coft": "yes"}, TARGETS)
+    with raises_naming("student.rank", 3, "hra"):  # an odd number of reflections is not the identity
+        methods.adapter_config("hra", "student", 3, {}, TARGETS)
+    with raises_naming("student"):
+        methods.adapter_config("oft", "student", None, {"r": 2, "oft_block_size": 4}, TARGETS)

@@ -144,17 +144,25 @@ def attach_roles(backbone: Backbone, config: DistillConfig) -> None:
         for role, (settings, targets) in settings_of.items()
     }
     for role, adapter_config in configs.items():  # before anything of that rank is allocated
-        rank, largest = getattr(adapter_config, "r", 0), largest_rank(network, adapter_config.target_modules)
-        if largest is not None and rank > largest:
-            raise WadiError(
-                f"{role}.rank is {rank}. The angles of its largest layer have rank {largest} at most: set "
-                f"--{role}.rank to that or less."
-            )
-    for role, adapter_config in configs.items():
-        roles.attach(network, role, adapter_config)
+        check_rank(network, role, settings_of[role][0].adapter, adapter_config)
+    # LoRaD replaces the weight of a plain layer; the others can also be put around a layer that has an adapter
+    for role in sorted(configs, key=lambda role: settings_of[role][0].adapter != "lorad"):
+        roles.attach(network, role, configs[role], methods.method(settings_of[role][0].adapter).frozen)
     network.eval()
     if config.gradient_checkpointing:
         roles.enable_checkpointing(network)
+
+
+def check_rank(network: Any, role: str, adapter: str, adapter_config: Any) -> None:
+    """Raise `WadiError` if a rank exceeds that of every layer's angles (LoRaD) or weight (the other methods that have one)."""
+    if methods.method(adapter).ranks is None:
+        return
+    largest = largest_rank(network, adapter_config.target_modules, columns=2 if adapter == "lorad" else 1)
+    if largest is not None and adapter_config.r > largest:
+        raise WadiError(
+            f"{role}.rank is {adapter_config.r}. In the largest layer, adapter {adapter!r} has rank {largest} at most: set "
+            f"--{role}.rank to that or less."
+        )
 
 
 def check_samples(objective: Objective, config: DistillConfig, prompts: Prompts | Embeddings) -> None:

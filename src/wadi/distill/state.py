@@ -53,7 +53,7 @@ class TrainState:
 
     def trainable(self, role: str) -> list[list[nn.Parameter]]:
         """Return the parameters that the update of a role trains: those of its adapter, and for the fake model ``modules``."""
-        adapter = list(roles.parameters(self.network, role).values())
+        adapter = list(roles.trained_parameters(self.network, role).values())
         modules = list(self.modules.parameters()) if role == "fake" else []
         return [group for group in (adapter, modules) if group]
 

@@ -30,6 +30,7 @@ from wadi.roles.layers import (
     parameters,
     refuse_adapted,
     state_dict,
+    trained_parameters,
 )
 
 __all__ = [
@@ -54,5 +55,6 @@ __all__ = [
     "restore",
     "save",
     "state_dict",
+    "trained_parameters",
     "write",
 ]

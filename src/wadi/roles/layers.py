@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -45,14 +45,16 @@ def refuse_adapted(model: nn.Module) -> None:
         )
 
 
-def attach(model: nn.Module, name: str, config: PeftConfig) -> list[str]:
+def attach(model: nn.Module, name: str, config: PeftConfig, frozen: Collection[str] = ()) -> list[str]:
     """Freeze ``model`` and add the adapter ``name`` to every layer that ``config.target_modules`` matches.
 
     The adapter's parameters are float32 (float64 in a float64 model), also where ``model`` has half precision. The model's
-    output does not change, as PEFT's methods start from zero. Adapters attached before keep their state.
+    output does not change, as PEFT's methods start from zero. Adapters attached before keep their state: their parameters that
+    are trained, and those that are not, stay so.
 
     Args:
         config: of any PEFT method that adapts layers: ``LoRaDConfig``, ``LoraConfig``, ``OFTConfig``, ...
+        frozen: attributes of a layer that hold parameters which are not trained, such as ``lora_magnitude_vector``.
     Returns:
         Names of the adapted layers.
     Raises:
@@ -62,6 +64,9 @@ def attach(model: nn.Module, name: str, config: PeftConfig) -> list[str]:
 
     if name in getattr(model, "peft_config", {}):
         raise WadiError(f"An adapter named {name!r} is already attached. Choose another name.")
+    trained_before = [
+        parameter for adapter in attached(model) for parameter in parameters(model, adapter).values() if parameter.requires_grad
+    ]
     model.requires_grad_(False)
     try:
         with warnings.catch_warnings():
@@ -72,19 +77,36 @@ def attach(model: nn.Module, name: str, config: PeftConfig) -> list[str]:
     except (ValueError, re.error) as error:
         raise WadiError(
             f"Adapter {name!r} could not be attached: {first_line(error)}. target_modules must match Linear or Conv2d "
-            "layers (a string is a regular expression for whole names): see print(network)."
+            "layers (a string is a regular expression for whole names; see print(network)), and options must fit their sizes."
         ) from error
     for _, layer in adapter_layers(model):
         layer.requires_grad_(False)
-    attached: Any = model.peft_config
-    attached[name] = config  # the original has the patterns, and is what adapter_config.json stores
+    _refuse_oft_on_kernels(model, name, config)
+    configs: Any = model.peft_config
+    configs[name] = config  # the original has the patterns, and is what adapter_config.json stores
     for parameter in parameters(model, name).values():
         if parameter.dtype in (torch.float16, torch.bfloat16):  # some methods copy the base layer's dtype
             parameter.data = parameter.data.float()
-    for adapter in attached:  # injecting an adapter froze those that were there before
-        for parameter in parameters(model, adapter).values():
-            parameter.requires_grad_(True)
+    for parameter in trained_before:  # injecting an adapter froze those that were there before
+        parameter.requires_grad_(True)
+    for _, layer in adapter_layers(model):
+        for key, parameter in _parameters_of(layer, name):
+            parameter.requires_grad_(key.split(".")[0] not in frozen)
     return adapted_layers(model, name)
+
+
+def _refuse_oft_on_kernels(model: nn.Module, name: str, config: PeftConfig) -> None:
+    """Raise `WadiError` if OFT is on a kernel larger than 1x1. PEFT would add up overlapping patches."""
+    from peft import PeftType
+
+    for layer_name in adapted_layers(model, name) if config.peft_type == PeftType.OFT else ():
+        layer: Any = model.get_submodule(layer_name)
+        kernel = getattr(layer.get_base_layer(), "kernel_size", (1, 1))
+        if tuple(kernel) != (1, 1):
+            raise WadiError(
+                f"Adapter {name!r} is of type OFT, which PEFT does not compute correctly for kernels larger than 1x1. Layer "
+                f"{layer_name} has {kernel[0]}x{kernel[1]}. Name it in exclude_modules, or choose another adapter."
+            )
 
 
 def _with_exact_names(config: PeftConfig, model: nn.Module) -> Any:
@@ -126,6 +148,10 @@ def _parameters_of(layer: Any, name: str) -> Iterator[tuple[str, nn.Parameter]]:
             yield from ((f"{attribute}.{inner}", parameter) for inner, parameter in value.named_parameters())
 
 
+def _has_adapter(layer: Any, name: str) -> bool:
+    return any(name in getattr(layer, attribute, {}) for attribute in layer.adapter_layer_names)
+
+
 def parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """Return the parameters of adapter ``name`` in the model's order, such as ``mid_block.to_q.lorad_A``."""
     return {
@@ -133,6 +159,11 @@ def parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
         for layer_name, layer in adapter_layers(model)
         for key, parameter in _parameters_of(layer, name)
     }
+
+
+def trained_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """Return those of `parameters` that training changes."""
+    return {key: parameter for key, parameter in parameters(model, name).items() if parameter.requires_grad}
 
 
 def state_dict(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -187,15 +218,20 @@ def active(model: nn.Module, role: str | None) -> Iterator[None]:
 
 @contextmanager
 def activated(layers: Sequence[Any], names: Sequence[Any]) -> Iterator[None]:
-    """Within the block each layer applies the adapters ``names[i]``. PEFT's setter would also change ``requires_grad``."""
-    before = active_names(layers)
+    """Within the block each layer applies the adapters ``names[i]``. PEFT's setter would also change ``requires_grad``.
+
+    A layer without any of them is disabled, so it calls the layer that it is around. HRA would otherwise use the weight of the
+    innermost layer, past an adapter of another method.
+    """
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
     for layer, active_adapters in zip(layers, names, strict=True):
         layer._active_adapter = active_adapters
+        layer._disable_adapters = not any(_has_adapter(layer, name) for name in layer.active_adapters)
     try:
         yield
     finally:
-        for layer, active_adapters in zip(layers, before, strict=True):
-            layer._active_adapter = active_adapters
+        for layer, (active_adapters, disabled) in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = active_adapters, disabled
 
 
 def active_names(layers: Sequence[Any]) -> list[Any]:

@@ -2,9 +2,11 @@
 
     lorad         rotates the directions of weights (this project's own)
     lora, dora    low-rank change of weights; DoRA also learns the norm of each row
+    dora-frozen   DoRA with the teacher's norms: its magnitude vector is in the file, and is not trained
     oft, boft     rotate the input of a layer by orthogonal blocks, or by a product of them
     hra           a chain of Householder reflections
     road          rotates pairs of outputs; Linear layers only
+    full          the whole weight, as a difference to the frozen one (this project's own)
 
 Only the options listed here are accepted. Others of PEFT would change the frozen weights (``init_lora_weights="pissa"``), or
 import modules that they name.
@@ -31,12 +33,14 @@ class Method:
         ranks: default rank of student and fake model; None for a method without a rank.
         fixed: settings that this name stands for.
         options: settings that the user may give, with their types.
+        frozen: attributes of a layer with parameters that are not trained.
     """
 
     config: str
     ranks: Mapping[str, int] | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Kinds] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
 
 
 PATTERNS: Mapping[str, Kinds] = {"exclude_modules": (str, list), "rank_pattern": (dict,)}
@@ -47,6 +51,7 @@ METHODS: Mapping[str, Method] = {
     "lorad": Method("LoRaDConfig", {"student": 256, "fake": 32}, options=PATTERNS),
     "lora": Method("LoraConfig", SMALL, options=LORA),
     "dora": Method("LoraConfig", SMALL, {"use_dora": True}, LORA),
+    "dora-frozen": Method("LoraConfig", SMALL, {"use_dora": True}, LORA, frozen=("lora_magnitude_vector",)),
     "oft": Method(
         "OFTConfig",
         options={
@@ -63,6 +68,7 @@ METHODS: Mapping[str, Method] = {
     ),
     "hra": Method("HRAConfig", {"student": 16, "fake": 8}, options={"exclude_modules": (str, list), "apply_GS": (bool,)}),
     "road": Method("RoadConfig", options={"exclude_modules": (str, list), "variant": (str,), "group_size": (int,)}),
+    "full": Method("FullConfig", options={"exclude_modules": (str, list)}),
 }  # fmt: skip
 
 
@@ -91,7 +97,7 @@ def adapter_config(
     target_modules: str | list[str],
     recompute: bool = False,
 ) -> Any:
-    """Return the PEFT config of an adapter.
+    """Return the PEFT config of an adapter. Which of its parameters are not trained is in ``method(adapter).frozen``.
 
     Args:
         role: ``"student"`` or ``"fake"``, for messages and the default rank.
@@ -101,8 +107,6 @@ def adapter_config(
     Raises:
         WadiError: if the adapter or an option is unknown, or an option has a wrong type or value.
     """
-    import peft
-
     found = method(adapter)
     for name, value in options.items():
         kinds = found.options.get(name)
@@ -117,13 +121,23 @@ def adapter_config(
     settings: dict[str, Any] = {"target_modules": target_modules, **found.fixed}
     if found.ranks is not None:
         settings["r"] = found.ranks[role] if rank is None else rank
+    if found.config == "HRAConfig" and settings["r"] % 2:  # its reflections undo each other in pairs at the start
+        raise WadiError(f"{role}.rank is {settings['r']}. Adapter {adapter!r} starts as the teacher only with an even rank.")
     if found.config == "LoraConfig":
         settings["lora_alpha"] = settings["r"]  # scale 1, whatever the rank
     if adapter == "lorad":
-        from wadi.lorad import LoRaDConfig
+        settings["recompute"] = recompute
+    return _built(_config_class(found), role, settings | dict(options))
 
-        return _built(LoRaDConfig, role, settings | {"recompute": recompute} | dict(options))
-    return _built(getattr(peft, found.config), role, settings | dict(options))
+
+def _config_class(found: Method) -> Any:
+    import peft
+
+    from wadi.full import FullConfig
+    from wadi.lorad import LoRaDConfig
+
+    own = {"LoRaDConfig": LoRaDConfig, "FullConfig": FullConfig}
+    return own.get(found.config) or getattr(peft, found.config)
 
 
 # Fields of adapter_config.json that do not affect what an adapter computes once its tensors are read.
@@ -145,13 +159,11 @@ def stored_config(values: Mapping[str, Any], source: str) -> Any:
     Raises:
         WadiError: if the method is unknown, or a field has a value that is not supported.
     """
-    import peft
-
     kind = str(values.get("peft_type"))
     found = next((entry for entry in METHODS.values() if entry.config.lower() == f"{kind.lower()}config"), None)
     if found is None:
         raise WadiError(f"Adapter {source} is of type {values.get('peft_type')!r}. It must be one of {', '.join(METHODS)}.")
-    config_class: Any = getattr(peft, found.config)
+    config_class = _config_class(found)
     defaults = config_class().to_dict()
     settings: dict[str, Any] = {}
     for name, value in values.items():

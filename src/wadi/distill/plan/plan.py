@@ -102,8 +102,7 @@ def plan_run(config: DistillConfig, architecture: Architecture, processes: int =
         timesteps = student_timesteps(backbone, config.student.timesteps)
         student = plan_role(backbone, "student", config.student)
         fake = plan_role(backbone, "fake", config.fake) if "fake" in roles.attached(backbone.network) else None
-        trained = student.parameters + (0 if fake is None else fake.parameters)
-        parameters = sum(parameter.numel() for parameter in backbone.network.parameters()) - trained
+        parameters = sum(parameter.numel() for parameter in backbone.network.parameters()) - _count_adapters(backbone.network)
         memory[name] = measure_memory(backbone, config, timesteps[0], architecture, processes)
     at = torch.tensor(timesteps[:1])
     amplification = float(backbone.process.sigma(at) / backbone.process.alpha(at).clamp_min(1e-12))
@@ -150,8 +149,8 @@ def outline_backbone(architecture: Architecture, config: DistillConfig) -> Backb
 
 def plan_role(backbone: Backbone, role: str, settings: StudentConfig | FakeConfig) -> RolePlan:
     """Return the layers and the number of parameters of an attached role."""
-    parameters = roles.parameters(backbone.network, role).values()
-    count = sum(parameter.numel() for parameter in parameters)
+    trained = roles.trained_parameters(backbone.network, role).values()
+    count = sum(parameter.numel() for parameter in trained)
     return RolePlan(settings.adapter, settings.rank, count, roles.adapted_layers(backbone.network, role))
 
 
@@ -162,22 +161,23 @@ def measure_memory(
     width = torch.empty(0, dtype=dtype_of(config.dtype)).element_size()
     objective = make_objective(config)
     counts = {
-        role: sum(parameter.numel() for parameter in roles.parameters(backbone.network, role).values())
+        role: sum(parameter.numel() for parameter in roles.trained_parameters(backbone.network, role).values())
         for role in ("student", "fake")
     }
-    both = FLOAT32 * sum(counts.values())
+    adapters = FLOAT32 * _count_adapters(backbone.network)
     average = FLOAT32 * counts["student"] if config.student.ema else 0
     network = _count_bytes(backbone.network)
     gradients = FLOAT32 * counts["student"]
     with explain_run_errors(f"No step of {architecture.model!r} can be computed"):
         peak = peak_bytes(backbone, config, objective, backbone.condition_shapes(), timestep)
-    rest = peak - network - both - average - MOMENTS * both - gradients
+    moments = MOMENTS * FLOAT32 * sum(counts.values())
+    rest = peak - network - adapters - average - moments - gradients
     if config.shard:  # each process keeps its share, and gathers one block at a time
         network = network // processes + max((_count_bytes(block) for block in _blocks(backbone.network)), default=network)
     return Memory(
         network=network,
         encoders=width * sum(architecture.other_parameters.values()),
-        adapters=both + average,
+        adapters=adapters + average,
         optimizer=MOMENTS * MOMENT_BYTES[config.optimizer] * sum(counts.values()),
         gradients=gradients,
         activations=rest,
@@ -187,6 +187,11 @@ def measure_memory(
 def _count_bytes(module: nn.Module) -> int:
     """Return the bytes of parameters and buffers without the adapters."""
     return sum(tensor.numel() * tensor.element_size() for tensor in roles.base_tensors(module).values())
+
+
+def _count_adapters(network: nn.Module) -> int:
+    """Return the number of parameters of all adapters, trained or not."""
+    return sum(parameter.numel() for role in roles.attached(network) for parameter in roles.parameters(network, role).values())
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:
