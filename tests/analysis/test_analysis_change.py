@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from wadi.analysis import analyze, spectrum
-from wadi.analysis.change import compare_rows, exchange_rows
 from wadi.analysis.spectrum import FRACTIONS, exact, rank_at, sketched
 from wadi.lorad.rotation import rotate
+from wadi.roles.change import compare_rows, exchange_rows, mean_changes
 
 
 def weight(*shape, seed=0):
@@ -194,3 +194,13 @@ def test_a_large_layer_is_sketched_and_its_curve_ends_where_nothing_is_known():
     assert part.energy[: last + 1] == pytest.approx(whole.energy[: last + 1], abs=2e-3)
     assert part.energy[-1] is None
     assert (part.direction_mean, part.norm_std) == (whole.direction_mean, whole.norm_std)
+
+
+def test_the_fast_means_are_those_of_the_exact_rows():
+    W = weight(6, 4, 3, 3)
+    S = W + 0.1 * weight(6, 4, 3, 3, seed=1)
+    rows = compare_rows(W, S)
+    expected = torch.stack([rows.norm.mean(), rows.direction.mean()])
+    torch.testing.assert_close(mean_changes(W.float(), S.float()).double(), expected, rtol=1e-4, atol=0)
+    W[0] = 0
+    assert mean_changes(W, W).tolist() == [0, 0]

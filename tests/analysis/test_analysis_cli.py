@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from wadi.analysis.change import compare_rows
 from wadi.analysis.swap import matching
 from wadi.backbones import from_pipeline, load_pipeline
 from wadi.cli.main import main
 from wadi.io import figures
+from wadi.roles.change import compare_rows
 
 FIGURES = ("figure-1a", "figure-1b", "by-kind", "by-block", "angles")
 

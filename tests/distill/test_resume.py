@@ -23,6 +23,18 @@ from wadi.errors import Interrupted
 # --- resuming -----------------------------------------------------------------------------------------------------------------
 
 
+LINEAR = r".*attn\d\.to_(q|k)"  # few layers, which every adapter can be on
+OPTIONS = {"oft": {"oft_block_size": 4}, "road": {"group_size": 8}}
+
+
+def adapters(student, fake, **of_student):
+    """Settings of a run with these adapters."""
+    student_settings, fake_settings = (
+        {"adapter": name, "adapter_options": OPTIONS.get(name, {}), "target_modules": LINEAR} for name in (student, fake)
+    )
+    return {"student": {**student_settings, **of_student}, "fake": fake_settings}
+
+
 @pytest.mark.parametrize(
     ("changes", "stops"),
     [
@@ -34,9 +46,29 @@ from wadi.errors import Interrupted
         ({"objective": "dmd2", "objective_options": {"gan_weight": 0.1}, "warm_start": {"pairs": 4}}, (0, 2)),
         ({"objective": "sid", "gradient_checkpointing": True}, (1,)),
         ({"objective": "consistency", "warm_start": {"pairs": 4, "weight": 0.5}, "student": {"ema": 0.9}}, (1,)),
-        ({"student": {"adapter": "lora"}, "fake": {"adapter": "dora"}, "gradient_checkpointing": True}, (1,)),
+        ({**adapters("lora", "dora"), "gradient_checkpointing": True}, (1,)),
+        ({**adapters("dora-frozen", "hra"), "dtype": "bfloat16", "optimizer": "adamw"}, (1,)),
+        ({**adapters("full", "oft", ema=0.9), "steps": 3}, (1,)),
+        ({**adapters("boft", "full"), "gradient_checkpointing": True, "steps": 3}, (1,)),
+        ({**adapters("road", "dora-frozen", ema=0.5), "steps": 3}, (1,)),
+        ({**adapters("hra", "lorad"), "steps": 3, "accumulate": 2}, (1,)),
     ],
-    ids=["plain", "warm start", "average", "half precision", "two steps", "gan", "sid", "consistency", "lora and dora"],
+    ids=[
+        "plain",
+        "warm start",
+        "average",
+        "half precision",
+        "two steps",
+        "gan",
+        "sid",
+        "consistency",
+        "lora dora",
+        "dora-frozen hra",
+        "full oft",
+        "boft full",
+        "road dora-frozen",
+        "hra lorad",
+    ],
 )
 def test_an_interrupted_run_is_the_uninterrupted_one_to_the_bit(changes, stops, sd_folder, prompts_path, tmp_path, monkeypatch):
     straight, broken = (

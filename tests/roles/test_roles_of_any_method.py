@@ -12,6 +12,7 @@ from wadi import roles
 from wadi.backbones import from_pipeline, load_pipeline
 from wadi.distill.batch import Batch
 from wadi.distill.checkpoints import load, save
+from wadi.distill.health import weight_change_stats
 from wadi.distill.objectives import make_objective
 from wadi.distill.optimizers import initial_state
 from wadi.distill.setup import attach_roles
@@ -48,10 +49,10 @@ def in_role(unet, role):
         return call(unet)
 
 
-def disturb(unet, role, seed=1):
+def disturb(unet, role, seed=1, only_trained=False):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in roles.parameters(unet, role).values():
+        for parameter in (roles.trained_parameters if only_trained else roles.parameters)(unet, role).values():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
@@ -123,6 +124,30 @@ def test_the_base_tensors_are_those_of_the_plain_network(unet, method, other):
     base = roles.base_tensors(unet)
     assert list(base) == list(plain)
     assert all(torch.equal(base[name], value) for name, value in plain.items())
+
+
+@pytest.mark.parametrize(("method", "other"), PAIRS)
+def test_the_merged_weights_are_those_of_the_fused_role_and_nothing_changes(unet, method, other):
+    attach(unet, "student", method)
+    attach(unet, "fake", other)
+    disturb(unet, "student", only_trained=True)
+    student = in_role(unet, "student")
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    merged = {layer: (W, S) for layer, W, S in roles.merged_weights(unet, "student")}
+    assert list(merged) == roles.adapted_layers(unet, "student")
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+    assert torch.equal(in_role(unet, "student"), student)
+    stats = weight_change_stats(unet, "student")
+    assert 1e-5 < stats["student_direction_change"] < 1
+    if method in ("lorad", "dora-frozen", "hra"):  # OFT's rotations are approximate, RoAd's have a scale
+        assert stats["student_norm_change"] < 1e-6
+    if method in ("lora", "dora", "full"):
+        assert stats["student_norm_change"] > 1e-3
+    for layer, (W, _) in merged.items():
+        assert any(torch.equal(W, before.get(f"{layer}{base}.weight", W[:0])) for base in (".base_layer", ".base_layer" * 2))
+    fused = roles.fuse(unet, "student").state_dict()
+    for layer, (_, S) in merged.items():
+        torch.testing.assert_close(S, fused[f"{layer}.weight"], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

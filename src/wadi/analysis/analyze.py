@@ -16,17 +16,17 @@ from torch import Tensor
 
 from wadi.analysis import angles, spectrum
 from wadi.analysis.angles import Angles
-from wadi.analysis.change import compare_rows
 from wadi.analysis.kinds import KINDS, block, depth, kind
 from wadi.analysis.sources import AdaptedNetwork, Network, open_student, open_teacher
 from wadi.backbones.lazy_tensors import LazyTensors
 from wadi.errors import WadiError
 from wadi.io.progress import progress
+from wadi.roles.change import compare_rows
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The change of one layer. `wadi.analysis.change` and `wadi.analysis.spectrum` have the definitions.
+    """The change of one layer. `wadi.roles.change` and `wadi.analysis.spectrum` have the definitions.
 
     Attributes:
         shape: of the weight as a matrix, ``(out, fan_in)``.

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from wadi.analysis.analyze import common_layers
-from wadi.analysis.change import exchange_rows
 from wadi.analysis.sources import LoadedNetwork
 from wadi.backbones.lazy_tensors import LazyTensors
 from wadi.errors import WadiError
 from wadi.io.patterns import matching_names
+from wadi.roles.change import exchange_rows
 
 TAKES = ("norm", "direction")
 

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from wadi import roles
 from wadi.lorad.angles import layer_angles
+from wadi.roles.change import mean_changes
 
 BUCKETS = 4  # the distances are averaged over quarters of the schedule
 LOW_DIVERSITY = 0.5  # warn if the student's diversity is below this share of the teacher's
@@ -60,6 +62,19 @@ def angle_stats(network: nn.Module, role: str) -> dict[str, float]:
         f"{role}_angle_max": most,
         f"{role}_angle_share_above_1e-3": above / count,
     }
+
+
+def weight_change_stats(network: nn.Module, role: str) -> dict[str, float]:
+    """Return how far a role's weights are from the teacher's, for any adapter: means over rows, then over layers.
+
+    `wadi.roles.change` has the definitions. It takes a merge of every layer, so it is for some steps only. Communicates, if the
+    network is sharded. Nothing if no layer has the adapter.
+    """
+    changes = [mean_changes(W, S) for _, W, S in roles.merged_weights(network, role)]
+    if not changes:
+        return {}
+    norm, direction = torch.stack(changes).cpu().double().mean(0).tolist()  # one transfer for all layers
+    return {f"{role}_norm_change": norm, f"{role}_direction_change": direction}
 
 
 def peak_memory(device: torch.device) -> float:

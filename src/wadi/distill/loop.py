@@ -133,6 +133,8 @@ class Loop:
             with suppress(Stopped):
                 stats |= self.preview.save_grid()
         if at_preview or due(state.step, WARN_EVERY):
+            for role in roles.attached(state.network):
+                stats |= health.weight_change_stats(state.network, role)
             for line in health.warnings(stats, self.history):
                 console.print(f"[yellow]step {state.step}: {line}[/]", soft_wrap=True)
         training.ranks.on_first(partial(training.run.log, stats))

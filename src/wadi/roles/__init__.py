@@ -32,6 +32,7 @@ from wadi.roles.layers import (
     state_dict,
     trained_parameters,
 )
+from wadi.roles.merged import merged_weights
 
 __all__ = [
     "CONFIG",
@@ -47,6 +48,7 @@ __all__ = [
     "enable_checkpointing",
     "fuse",
     "load",
+    "merged_weights",
     "parameters",
     "read",
     "read_about",

@@ -35,6 +35,17 @@ PLOTS = (
         tuple(f"teacher_fake_distance_q{i}" for i in range(1, 5)),
     ),
     Plot("Angles, RMS (rad)", "Steady growth that slows down is healthy.", ("student_angle_rms", "fake_angle_rms")),
+    Plot(
+        "Direction change of the weights",
+        "1 - cosine between a row of the teacher's weight and the adapted one, mean over rows and layers.",
+        ("student_direction_change", "fake_direction_change"),
+        logarithmic=True,
+    ),
+    Plot(
+        "Norm change of the weights",
+        "Relative change of the norm of a row. LoRaD changes none, up to rounding.",
+        ("student_norm_change", "fake_norm_change"),
+    ),
     Plot("Gradient norms", "Before clipping.", ("student_grad_norm", "fake_grad_norm"), logarithmic=True),
     Plot(
         "Student's grid compared with the teacher's",

@@ -7,9 +7,9 @@ in, kh, kw)`` is read as the matrix ``(out, in kh kw)``. With rows ``w`` of the 
     direction change  1 - cos(w, s) = |s/|s| - w/|w||^2 / 2
     residual          E, with the row s/|s| - w/|w|
 
-so the direction changes of a layer add up to half the squared Frobenius norm of ``E``. All is computed in float64. The
-right-hand form of the direction change keeps small values, which ``1 - cos`` would lose. A row of zero norm has no direction;
-it is left out and counted.
+so the direction changes of a layer add up to half the squared Frobenius norm of ``E``. The right-hand form of the direction
+change keeps small values, which ``1 - cos`` would lose. A row of zero norm has no direction. `compare_rows` uses float64,
+and leaves such rows out and counts them. `mean_changes` is the fast form for a training run.
 """
 
 from __future__ import annotations
@@ -60,6 +60,20 @@ def compare_rows(W: Tensor, S: Tensor, device: torch.device | str = "cpu") -> Ro
         residual[start : start + step] = E
         undefined += int((~directed).sum())
     return Rows(torch.cat(norms), torch.cat(directions), residual, undefined)
+
+
+@torch.no_grad()
+def mean_changes(W: Tensor, S: Tensor) -> Tensor:
+    """Return the mean norm change and the mean direction change of the rows, ``(2,)``, on the weights' device.
+
+    The same as the means of `compare_rows`, but in the dtype of ``W``: norm changes below its resolution are rounding. Rows of
+    zero norm count as unchanged.
+    """
+    w, s = W.flatten(1), S.flatten(1)
+    norm_w, norm_s = w.norm(dim=1), s.norm(dim=1)
+    norm = torch.where(norm_w > 0, (norm_s - norm_w).abs() / norm_w, 0.0)
+    direction = (_unit(s, norm_s) - _unit(w, norm_w)).square().sum(1) / 2
+    return torch.stack([norm.mean(), torch.where((norm_w > 0) & (norm_s > 0), direction, 0.0).mean()])
 
 
 def _unit(rows: Tensor, norms: Tensor) -> Tensor:
