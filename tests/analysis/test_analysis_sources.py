@@ -178,8 +178,8 @@ def test_adapters_that_do_not_fit_are_named(finished_run, sd_folder, tmp_path):
     save_file({**whole, "base_model.model.conv_in.weight": torch.ones(2)}, folder / roles.WEIGHTS)
     with raises_naming(folder, "conv_in.weight"):
         analyze(str(sd_folder), str(folder))
-    (folder / roles.CONFIG).write_text('{"peft_type": "LORA"}')
-    with raises_naming("'LORA'"):
+    (folder / roles.CONFIG).write_text('{"peft_type": "IA3"}')
+    with raises_naming("'IA3'"):
         analyze(str(sd_folder), str(folder))
 
 

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import wadi
 from raising import raises_naming
 from wadi import roles
 from wadi.backbones import from_pipeline, load_pipeline
@@ -20,6 +21,7 @@ from wadi.convert.lora_files import MERGED, Lora, check_fits, comfyui_tensors, r
 from wadi.diffusion.schedulers import one_step_scheduler
 from wadi.errors import WadiError
 from wadi.lorad import LoRaDConfig
+from wadi.roles import methods
 
 LAYERS = r".*(attn\d?\.to_q|attn\d?\.to_out\.0|resnets\.0\.conv1|ff\.net\.2|norm_out\.linear|proj_out|conv_in)"
 PATTERNS = {"rank_pattern": {"to_q": 3}, "alpha_pattern": {r"to_out\.0": 5}}
@@ -98,6 +100,53 @@ def test_the_files_give_the_students_images_without_this_package(folder_of, tmp_
     assert done.returncode == 0, done.stderr[-3000:]
     for file, image in expected.items():  # the order of sums may differ
         assert np.abs(np.load(file) - image).max() < 1e-4, file
+
+
+def test_a_run_with_a_lora_student_becomes_a_file_for_plain_diffusers(folder_of, tmp_path, prompts_path):
+    """From `wadi distill` to the image, in two steps."""
+    run, out, teacher = tmp_path / "run", tmp_path / "out", str(folder_of("sd1"))
+    command = [
+        "distill", "--teacher", teacher, "--prompts", str(prompts_path), "--out", str(run), "--student.adapter", "lora",
+        "--student.rank", "4", "--student.lr", "0.01", "--student.timesteps", "[800,400]", "--steps", "3", "--batch", "2",
+        "--fake.adapter", "dora-frozen", "--fake.rank", "2", "--device", "cpu", "--sample-every", "0", "--sample-seeds", "1",
+        "--teacher-steps", "2",
+    ]  # fmt: skip
+    assert main(command) == 0
+    assert main(["export", "--run", str(run), "--to", "lora", "--out", str(out)]) == 0
+    pipeline = wadi.load(run)
+    generator = torch.Generator().manual_seed(SEED)
+    call = {"num_inference_steps": 2, "guidance_scale": 0.0, "output_type": "np"}
+    expected = pipeline(PROMPT, generator=generator, **call).images[0]
+    plain = load_pipeline(teacher)
+    plain.scheduler = pipeline.scheduler
+    assert np.abs(plain(PROMPT, generator=generator.manual_seed(SEED), **call).images[0] - expected).max() > 1e-3
+    code = (out / "README.md").read_text().split("```")[1].removeprefix("python\n")
+    images = {"pytorch_lora_weights.safetensors": str(tmp_path / "image.npy")}
+    case = {"teacher": teacher, "folder": str(out), "code": code, "images": images, "prompt": PROMPT, "seed": SEED}
+    done = subprocess.run([sys.executable, "-c", PLAIN, json.dumps([case])], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert np.abs(np.load(tmp_path / "image.npy") - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("method", [name for name in methods.METHODS if name not in ("lora", "dora", "dora-frozen")])
+def test_methods_that_a_lora_file_cannot_hold_are_refused_and_merged_instead(method, folder_of, tmp_path, capsys):
+    backbone = from_pipeline(load_pipeline(folder_of("sd1")))
+    options = {"oft": {"oft_block_size": 4}, "road": {"group_size": 8}}.get(method, {})
+    config = methods.adapter_config(method, "student", 2, options, r".*attn1\.to_q")
+    roles.attach(backbone.network, "student", config)
+    with torch.no_grad():
+        for parameter in roles.parameters(backbone.network, "student").values():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    roles.save(backbone.network, "student", tmp_path / "a", extra={"timesteps": [800], "teacher": str(folder_of("sd1"))})
+    assert export(tmp_path / "a", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert config.peft_type.value in error
+    assert MERGED in error
+    assert not (tmp_path / "out").exists()
+    assert main(["export", "--adapter", str(tmp_path / "a"), "--out", str(tmp_path / "out")]) == 0
+    fused = roles.fuse(backbone.network, "student").state_dict()
+    exported = load_pipeline(tmp_path / "out").unet.state_dict()
+    assert all(torch.equal(exported[name], value) for name, value in fused.items())
 
 
 def test_the_metadata_keeps_alphas_and_ranks(folder_of, tmp_path):

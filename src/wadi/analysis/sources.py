@@ -15,6 +15,7 @@ from wadi.backbones.weight_files import split_variant
 from wadi.errors import WadiError
 from wadi.lorad.rotation import Factor, pair_angles, rotate
 from wadi.lorad.stored import PEFT_PREFIX
+from wadi.roles import methods
 from wadi.zoo.paths import NAME as ZOO
 from wadi.zoo.paths import embedded_path, resolve_teacher
 
@@ -82,6 +83,63 @@ class AdaptedNetwork(Mapping[str, Tensor]):
         return len(self.base)
 
 
+class MergedNetwork(Mapping[str, Tensor]):
+    """A network with an adapter of another method than LoRaD. PEFT merges each layer on access, in float32; none is kept.
+
+    Raises:
+        WadiError: on construction, if the adapter's method is unknown or the teacher lacks one of its layers; on access, if a
+            layer does not fit.
+    """
+
+    def __init__(self, base: LazyTensors, folder: Path) -> None:
+        self.base, self.stored, self.source = base, LazyTensors([folder / roles.WEIGHTS]), repr(str(folder))
+        self.config = methods.stored_config(roles.read_config(folder), self.source)
+        self.keys_of: dict[str, list[str]] = {}
+        for key in self.stored:
+            self.keys_of.setdefault(roles.layer_of(key), []).append(key)
+        if missing := sorted(layer for layer in self.keys_of if f"{layer}.weight" not in base):
+            raise WadiError(
+                f"Adapter {self.source} does not fit the teacher, which has no layer {missing[0]!r}. Give the teacher that it "
+                "was trained on."
+            )
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor without reading it."""
+        return self.base.shape(name)
+
+    @torch.no_grad()
+    def __getitem__(self, name: str) -> Tensor:
+        layer, _, part = name.rpartition(".")
+        if layer not in self.keys_of or part not in ("weight", "bias"):
+            return self.base[name]
+        network = _only_layer(layer, self.base)
+        roles.attach(network, "student", self.config)
+        roles.restore(network, "student", {key: self.stored[key] for key in self.keys_of[layer]}, self.source)
+        return roles.fuse(network, "student").state_dict()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.base)
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+
+def _only_layer(name: str, base: LazyTensors) -> nn.Module:
+    """Return a network that has nothing but the layer ``name``, in float32."""
+    W, has_bias = base[f"{name}.weight"].float(), f"{name}.bias" in base
+    out, fan_in, *kernel = W.shape
+    plain = nn.Conv2d(fan_in, out, tuple(kernel), bias=has_bias) if kernel else nn.Linear(fan_in, out, bias=has_bias)
+    plain.weight.data = W
+    if has_bias:
+        plain.bias.data = base[f"{name}.bias"].float()
+    layer: nn.Module = plain
+    for part in reversed(name.split(".")):
+        parent = nn.Module()
+        parent.add_module(part, layer)
+        layer = parent
+    return layer
+
+
 class LoadedNetwork(Mapping[str, Tensor]):
     """A network in memory. Its tensors are the network's own, so writing to them changes it."""
 
@@ -102,7 +160,7 @@ class LoadedNetwork(Mapping[str, Tensor]):
         return tuple(self.tensors[name].shape)
 
 
-Network = LazyTensors | AdaptedNetwork | LoadedNetwork
+Network = LazyTensors | AdaptedNetwork | MergedNetwork | LoadedNetwork
 
 
 def open_teacher(name: str) -> LazyTensors:
@@ -128,7 +186,10 @@ def open_student(name: str, teacher: LazyTensors) -> Network:
         WadiError: if it is none of these, cannot be read, or is an adapter that does not fit ``teacher``.
     """
     folder = adapter_folder(name)
-    return _open_weights(name, "Student") if folder is None else AdaptedNetwork(teacher, folder)
+    if folder is None:
+        return _open_weights(name, "Student")
+    is_lorad = roles.read_config(folder).get("peft_type") == "LORAD"
+    return AdaptedNetwork(teacher, folder) if is_lorad else MergedNetwork(teacher, folder)
 
 
 def adapter_folder(name: str) -> Path | None:

@@ -155,7 +155,7 @@ def load(model: nn.Module, folder: Path, name: str) -> None:
     """
     stored, tensors = read(folder)
     config = _config(folder, stored)
-    layers = {re.split(r"\.[a-z]+_[^.]*(?:$|\.weight$)", key.removeprefix(PEFT_PREFIX))[0] for key in tensors}
+    layers = {layer_of(key) for key in tensors}
     if missing_layers := sorted(layers - {layer for layer, _ in model.named_modules()}):
         more = f" and {len(missing_layers) - 1} more" if len(missing_layers) > 1 else ""
         raise WadiError(
@@ -164,6 +164,11 @@ def load(model: nn.Module, folder: Path, name: str) -> None:
         )
     attach(model, name, config)
     restore(model, name, tensors, repr(str(folder)))
+
+
+def layer_of(key: str) -> str:
+    """Return the name of the layer that a tensor of an adapter file belongs to, for any method."""
+    return re.split(r"\.[a-z]+_[^.]*(?:$|\.weight$)", key.removeprefix(PEFT_PREFIX))[0]
 
 
 def _config(folder: Path, stored: dict[str, Any]) -> Any:
