@@ -21,6 +21,7 @@ from wadi.distill.plan.plan import outline_backbone, plan_role, plan_run, plan_t
 from wadi.distill.plan.text import describe_plan
 from wadi.distill.setup import attach_roles
 from wadi.distill.step import train_step
+from wadi.roles import methods
 
 CONFIG = DistillConfig(batch=4, student=StudentConfig(rank=16), fake=FakeConfig(rank=4, guidance_scale=1.0))
 
@@ -49,6 +50,26 @@ def test_a_teachers_configs_tell_what_attaching_does(folder_of, name):
     clip = {"prompt_embeds"} if name.startswith("sd") else set()  # the small tokenizer's texts are shorter than CLIP's 77
     for key in shapes.keys() - clip:
         assert shapes[key] == tuple(encoded[key].shape[1:])
+
+
+@pytest.mark.parametrize("student", methods.METHODS)
+def test_only_what_an_adapter_trains_is_counted(student, folder_of):
+    """And the network's own parameters are the same for all."""
+    targets = r".*attn1\.to_(q|k)"
+    options = {"oft": {"oft_block_size": 4}, "road": {"group_size": 8}}.get(student, {})
+    role = {"adapter": student, "rank": 2, "adapter_options": options, "target_modules": targets}
+    config = replace(CONFIG, student=StudentConfig(**role), fake=FakeConfig(adapter="dora-frozen", rank=2))
+    plan = plan_run(config, read_architecture(str(folder_of("sd1"))))
+    backbone = from_pipeline(load_pipeline(folder_of("sd1")))
+    assert plan.parameters == sum(parameter.numel() for parameter in backbone.network.parameters())
+    attach_roles(backbone, config)
+    state = initial_state(backbone.network, config, torch.device("cpu"))
+    for name, planned in (("student", plan.student), ("fake", plan.fake)):
+        assert planned.parameters == sum(p.numel() for group in state.trainable(name) for p in group)
+        assert planned.adapter == getattr(config, name).adapter
+    if student == "full":
+        layers = (backbone.network.get_submodule(layer) for layer in plan.student.layers)
+        assert plan.student.parameters == sum(layer.get_base_layer().weight.numel() for layer in layers)
 
 
 def measured_peak(backbone, config):

@@ -71,6 +71,25 @@ def test_a_step_is_the_same_however_its_images_are_shared(world, changes, alone,
     assert_close_runs(alone, tmp_path / "run")
 
 
+@pytest.mark.parametrize(("student", "fake"), [("full", "dora-frozen"), ("hra", "lora")])
+def test_other_adapters_share_and_shard_their_steps_too(student, fake, sd_folder, prompts_path, tmp_path):
+    """Sharded, the teacher's weights are gathered for the change of the weights as well."""
+    few = {"target_modules": r".*attn\d\.to_(q|k)", "rank": 2}
+    changes = {"student": {"adapter": student, **few}, "fake": {"adapter": fake, **few}, "steps": 3}
+    changes["warm_start"] = {"pairs": 0, "steps": 0, "fake_steps": 0, "weight": 0.0}
+    for name, world, own in (("alone", 1, {}), ("shared", 2, {"batch": 3, "shard": True})):
+        config = settings(sd_folder, prompts_path, tmp_path / name, **changes, **own)
+        codes = finish(start(world, distilled, config, log=tmp_path / f"{name}-log"))
+        assert codes == [0] * world, (tmp_path / f"{name}-log-0").read_text()
+    assert_close_runs(tmp_path / "alone", tmp_path / "shared")
+    assert stats_of(tmp_path / "alone")[-1]["student_direction_change"] > 0
+    (tensors, _), (others, _) = state_of(tmp_path / "alone"), state_of(tmp_path / "shared")
+    adapters = [name for name in tensors if ": base_model" in name]
+    assert any("magnitude" in name or "hra" in name for name in adapters)
+    for name in adapters:  # a tenth of AdamW's first step: the sign of a tiny gradient may be rounding
+        assert_close(others[name], tensors[name], rtol=2e-3, atol=1e-4)
+
+
 def test_a_run_on_two_is_stopped_by_one_and_resumes_to_the_bit(alone, sd_folder, prompts_path, tmp_path):
     straight, broken = (settings(sd_folder, prompts_path, tmp_path / name, batch=3) for name in ("straight", "broken"))
     one = start(2, distilled, straight, log=tmp_path / "log")

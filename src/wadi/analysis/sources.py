@@ -128,9 +128,9 @@ def _only_layer(name: str, base: LazyTensors) -> nn.Module:
     """Return a network that has nothing but the layer ``name``, in float32."""
     W, has_bias = base[f"{name}.weight"].float(), f"{name}.bias" in base
     out, fan_in, *kernel = W.shape
-    plain = nn.Conv2d(fan_in, out, tuple(kernel), bias=has_bias) if kernel else nn.Linear(fan_in, out, bias=has_bias)
+    plain = nn.Conv2d(fan_in, out, (kernel[0], kernel[1]), bias=has_bias) if kernel else nn.Linear(fan_in, out, bias=has_bias)
     plain.weight.data = W
-    if has_bias:
+    if plain.bias is not None:
         plain.bias.data = base[f"{name}.bias"].float()
     layer: nn.Module = plain
     for part in reversed(name.split(".")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ def prepare(config: DistillConfig) -> Training:
             f"compile is true, and the objective {config.objective!r} with these options uses features of the network, which "
             "compiled code does not give. Set --compile false, or choose an objective without a GAN."
         )
+    adapter_configs(config, {"student": "", "fake": ""})  # names unknown adapters and options before anything is loaded
     device = find_device(config.device)
     accelerator = make_accelerator(device, config.tracker, Path(config.out))
     ranks = Ranks.of_process_group()
@@ -131,26 +133,40 @@ def attach_roles(backbone: Backbone, config: DistillConfig) -> None:
     """
     network = backbone.network
     roles.refuse_adapted(network)
-    settings_of: dict[str, tuple[StudentConfig | FakeConfig, str]] = {
-        "student": (config.student, config.student.target_modules or backbone.student_targets),
-        "fake": (config.fake, config.fake.target_modules or backbone.fake_targets),
-    }
-    if objective_class(config.objective).fake_defaults is None:
-        del settings_of["fake"]
-    configs = {
-        role: methods.adapter_config(
-            settings.adapter, role, settings.rank, settings.adapter_options, targets, recompute=config.recompute
-        )
-        for role, (settings, targets) in settings_of.items()
-    }
+    configs = adapter_configs(config, {"student": backbone.student_targets, "fake": backbone.fake_targets})
+    adapter_of = {role: getattr(config, role).adapter for role in configs}
     for role, adapter_config in configs.items():  # before anything of that rank is allocated
-        check_rank(network, role, settings_of[role][0].adapter, adapter_config)
+        check_rank(network, role, adapter_of[role], adapter_config)
     # LoRaD replaces the weight of a plain layer; the others can also be put around a layer that has an adapter
-    for role in sorted(configs, key=lambda role: settings_of[role][0].adapter != "lorad"):
-        roles.attach(network, role, configs[role], methods.method(settings_of[role][0].adapter).frozen)
+    for role in sorted(configs, key=lambda role: adapter_of[role] != "lorad"):
+        roles.attach(network, role, configs[role], methods.method(adapter_of[role]).frozen)
     network.eval()
     if config.gradient_checkpointing:
         roles.enable_checkpointing(network)
+
+
+def adapter_configs(config: DistillConfig, targets: Mapping[str, str]) -> dict[str, Any]:
+    """Return the PEFT config of each role; an objective without a fake model has only the student.
+
+    Args:
+        targets: ``target_modules`` by role where the config has none.
+    Raises:
+        WadiError: if an adapter or one of its options is unknown, or has a wrong value.
+    """
+    settings_of: dict[str, StudentConfig | FakeConfig] = {"student": config.student, "fake": config.fake}
+    if objective_class(config.objective).fake_defaults is None:
+        del settings_of["fake"]
+    return {
+        role: methods.adapter_config(
+            settings.adapter,
+            role,
+            settings.rank,
+            settings.adapter_options,
+            settings.target_modules or targets[role],
+            recompute=config.recompute,
+        )
+        for role, settings in settings_of.items()
+    }
 
 
 def check_rank(network: Any, role: str, adapter: str, adapter_config: Any) -> None:
