@@ -111,6 +111,7 @@ def result_of(source: str, out: Path, count: int) -> list[dict[str, Any]]:
     file = out / f"{'shipped' if source == 'zoo' else Path(source).name}.json"
     if not file.exists():
         line = ["eval", source, "--protocol", "zoo", "--count", str(count), "--metrics", "fd,fd-zoo,top1,diversity"]
+        line += ["--beside-teacher"] if source == "zoo" else []
         if wadi([*line, "--speed", "10", "--device", "cpu", "--pictures", str(out / "images"), "--out", str(file)]):
             raise SystemExit(1)
     rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"]
@@ -135,6 +136,11 @@ def table(measured: dict[str, dict[str, tuple[float, float]]], updates: dict[str
         for name, values in measured.items()
     ]  # fmt: skip
     return markdown.table(header, rows)
+
+
+def seeds_text(seeds: Sequence[int]) -> str:
+    """Return what ± means."""
+    return "One training seed." if len(seeds) == 1 else f"± is the standard deviation over {len(seeds)} training seeds."
 
 
 def main() -> None:
@@ -167,10 +173,7 @@ def main() -> None:
     shipped = result_of("zoo", args.out, args.count)
     named = {"teacher, 25 steps": shipped[:1], "shipped student, one step": shipped[-1:], **rows}
     text = table({name: summary(found) for name, found in named.items()}, updates)
-    where = (
-        f"{args.minutes:g} minutes of training each. ± is the standard deviation over {len(args.seeds)} training seeds; "
-        f"{args.count} images. {machine()}."
-    )
+    where = f"{args.minutes:g} minutes of training each. {seeds_text(args.seeds)} {args.count} images of each row. {machine()}."
     print(text, where, sep="\n\n")
     if args.table:
         markdown.write_between_markers(args.table, BEGIN, END, f"{text}\n\n{where}")
