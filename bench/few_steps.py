@@ -1,10 +1,11 @@
-"""Train students of one, two and four steps of the embedded teacher for the same time, and compare them.
+"""Train students of one, two and four steps of the embedded teacher with the same budget, and compare them.
 
-    python bench/few_steps.py --minutes 5 --out runs/few-steps --table docs/steps.md --json bench/results/few-steps.json
+    python bench/few_steps.py --passes 1430 --out runs/few-steps --table docs/steps.md --json bench/results/few-steps.json
 
-The objective is `dmd2`, with and without the GAN head. The first part of the time is the warm start. The number of steps of
-each part follows from the time of a step, which is measured before anything is trained and kept in ``OUT/pace.json``. All runs
-share the warm-start pairs of ``OUT/pairs``: making them is not part of the time. An interrupted command continues where it was.
+The objective is `dmd2`, with and without the GAN head. The budget of a run is a number of passes of a batch through the
+network; a backward pass counts as two. On one machine it is the same training time, and unlike a measured time it is the
+same on each. 1430 is what the preset ``demo`` uses. All runs share the warm-start pairs of ``OUT/pairs``: making them is not
+part of the budget. An interrupted command continues where it was.
 """
 
 from __future__ import annotations
@@ -27,14 +28,16 @@ from wadi.distill.config_files import save_config
 from wadi.distill.loop import distill
 from wadi.distill.objectives import with_defaults
 from wadi.distill.presets import preset
-from wadi.distill.run_folder import WARM_START, read_stats
+from wadi.distill.run_folder import WARM_START
 from wadi.io import markdown
 
 TIMESTEPS = {1: (800,), 2: (799, 399), 4: (799, 599, 399, 199)}
 PAIRS = 1024
 GAN_WEIGHT = 0.03
-WARM_SHARE = 0.4  # of the training time
-FAKE_SHARE = 0.04  # of the training time, for the fake model alone
+WARM_SHARE = 0.4  # of the budget
+FAKE_SHARE = 0.04  # of the budget, for the fake model alone
+UPDATES = 2  # of the fake model in each step
+TRAINED, EVALUATED = 3, 1  # passes of a network with and without gradient
 METRICS = {
     "fd efficientnet-lite0": "Frechet distance, EfficientNet-Lite0",
     "fd-zoo": "Frechet distance, zoo's classifier",
@@ -55,14 +58,29 @@ class Variant:
     def name(self) -> str:
         return f"{self.steps}-step{'-gan' if self.gan else ''}"
 
-    def config(self, out: Path, seed: int, pace: dict[str, float] | None, seconds: float) -> DistillConfig:
-        """Return the settings of a run of ``seconds``; without a pace those of a short run that measures it."""
-        base = preset("zoo")
-        warm, fake_only, rest = (4, 0, 6)
-        if pace is not None:
-            warm = round(WARM_SHARE * seconds / pace["warm"])
-            fake_only = round(FAKE_SHARE * seconds / pace["fake"])
-            rest = round((1 - WARM_SHARE - FAKE_SHARE) * seconds / pace["both"])
+    @property
+    def passes(self) -> dict[str, float]:
+        """Passes of a step of the warm start, of the fake model alone, and of both updates.
+
+        On average half of the earlier timesteps are computed to generate an image. The GAN needs the features with their
+        gradient, and those of a sample in each update of the fake model.
+        """
+        earlier = (self.steps - 1) / 2 * EVALUATED
+        guided_teacher = 2 * EVALUATED
+        fake_in_loss = TRAINED if self.gan else EVALUATED
+        fake = UPDATES * TRAINED * (2 if self.gan else 1)
+        return {
+            "warm": TRAINED,
+            "fake": earlier + EVALUATED + fake,
+            "both": earlier + TRAINED + guided_teacher + fake_in_loss + fake,
+        }
+
+    def config(self, out: Path, seed: int, passes: float) -> DistillConfig:
+        """Return the settings of a run with a budget of ``passes``."""
+        base, cost = preset("zoo"), self.passes
+        warm = round(WARM_SHARE * passes / cost["warm"])
+        fake_only = round(FAKE_SHARE * passes / cost["fake"])
+        rest = round((1 - WARM_SHARE - FAKE_SHARE) * passes / cost["both"])
         return replace(
             base,
             out=str(out),
@@ -71,6 +89,7 @@ class Variant:
             objective="dmd2",
             objective_options={"gan_weight": GAN_WEIGHT} if self.gan else {},
             student=replace(base.student, timesteps=TIMESTEPS[self.steps]),
+            fake=replace(base.fake, updates=UPDATES),
             warm_start=replace(base.warm_start, pairs=PAIRS, steps=warm, fake_steps=fake_only),
             sample_every=0,
             sample_prompts=base.sample_prompts[:4],
@@ -79,27 +98,11 @@ class Variant:
         )
 
 
-def measured_pace(variant: Variant, out: Path) -> dict[str, float]:
-    """Return the seconds of a step of the warm start, of the fake model alone, and of both updates, by a short run."""
-    folder = out / "pace" / variant.name
-    config = variant.config(folder, 0, None, 0)
-    config = replace(config, warm_start=replace(config.warm_start, fake_steps=4), steps=config.steps + 4)
-    start_from_pairs(out, config)
-    distill(config)
-    times = [line["seconds"] for line in read_stats(folder / "stats.jsonl")]
-    gaps = [later - earlier for earlier, later in zip([0.0, *times], times, strict=False)]
-    return {
-        "warm": statistics.median(gaps[1:4]),
-        "fake": statistics.median(gaps[5:8]),
-        "both": statistics.median(gaps[9:]),
-    }
-
-
 def start_from_pairs(out: Path, config: DistillConfig) -> None:
     """Give a new run the common pairs, which a run of one step has made in ``out/pairs``."""
     made, folder = out / "pairs", Path(config.out)
     if not (made / WARM_START).exists():
-        distill(replace(Variant(1, False).config(made, 0, None, 0), steps=1))
+        distill(replace(Variant(1, False).config(made, 0, 100), steps=1))
     if not (folder / WARM_START).exists():
         folder.mkdir(parents=True, exist_ok=True)
         save_config(with_defaults(config), folder / "config.yaml")  # a folder without one is not a run
@@ -145,7 +148,7 @@ def seeds_text(seeds: Sequence[int]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=5, help="training time of each run")
+    parser.add_argument("--passes", type=float, default=1430, help="budget of each run")
     parser.add_argument("--steps", type=int, nargs="*", default=[1, 2, 4], choices=list(TIMESTEPS))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--count", type=int, default=512, help="images of each student")
@@ -154,18 +157,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
     variants = [Variant(steps, gan) for gan in (False, True) for steps in args.steps]
-    pace_file = args.out / "pace.json"
-    pace = json.loads(pace_file.read_text()) if pace_file.exists() else {}
-    for variant in variants:
-        if variant.name not in pace:
-            pace[variant.name] = measured_pace(variant, args.out)
-            pace_file.write_text(json.dumps(pace, indent=1))
     rows: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
     updates = {}
     for seed in args.seeds:  # all variants of a seed first, so that an early stop leaves complete comparisons
         for variant in variants:
             folder = args.out / f"{variant.name}-seed-{seed}"
-            config = variant.config(folder, seed, pace[variant.name], 60 * args.minutes)
+            config = variant.config(folder, seed, args.passes)
             start_from_pairs(args.out, config)
             updates[variant.name] = f"{config.steps} ({config.warm_start.steps})"
             distill(config)
@@ -173,12 +170,12 @@ def main() -> None:
     shipped = result_of("zoo", args.out, args.count)
     named = {"teacher, 25 steps": shipped[:1], "shipped student, one step": shipped[-1:], **rows}
     text = table({name: summary(found) for name, found in named.items()}, updates)
-    where = f"{args.minutes:g} minutes of training each. {seeds_text(args.seeds)} {args.count} images of each row. {machine()}."
+    where = f"Training of {args.passes:g} passes each. {seeds_text(args.seeds)} {args.count} images of each row. {machine()}."
     print(text, where, sep="\n\n")
     if args.table:
         markdown.write_between_markers(args.table, BEGIN, END, f"{text}\n\n{where}")
     if args.json:
-        args.json.write_text(json.dumps({"minutes": args.minutes, "machine": machine(), "pace": pace, "rows": named}, indent=1))
+        args.json.write_text(json.dumps({"passes": args.passes, "machine": machine(), "rows": named}, indent=1))
 
 
 if __name__ == "__main__":
