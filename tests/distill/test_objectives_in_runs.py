@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import tiny
 from raising import raises_naming
@@ -17,6 +20,7 @@ from wadi.distill import setup
 from wadi.distill.batch import Batch
 from wadi.distill.loop import distill
 from wadi.distill.objectives import OBJECTIVES, make_objective, with_defaults
+from wadi.distill.objectives.consistency import grid
 from wadi.distill.optimizers import initial_state
 from wadi.distill.plan.architecture import read_architecture
 from wadi.distill.plan.plan import plan_run
@@ -187,6 +191,10 @@ def test_a_student_of_two_steps_is_exported_as_a_plain_call(sd_folder, prompts_p
         ({"objective": "consistency"}, ("consistency", "warm_start.pairs")),
         ({"objective": "dmd2", "objective_options": {"real_images": "/photos"}}, ("real_images", "/photos", "gan_weight")),
         ({"objective": "dmd2", "objective_options": {"gan_weight": 0.1}, "compile": True}, ("compile", "dmd2")),
+        (
+            {"objective": "consistency", "warm_start": {**PAIRS, "weight": 0.5}, "shard": True},
+            ("shard", "consistency", "warm_start.weight"),
+        ),
         ({"student": {"timesteps": [400, 800]}}, ("[400, 800]",)),
         ({"student": {"timesteps": [800, 800]}}, ("[800, 800]",)),
         ({"student": {"timesteps": [1000, 500]}}, ("1000", "999")),
@@ -226,8 +234,9 @@ def test_a_gan_on_real_images_continues_without_their_folder(sd_folder, prompts_
     folder = real_images(tmp_path / "real")
     options = {"gan_weight": 0.1, "real_images": str(folder)}
     config = tiny.settings(
-        sd_folder, prompts_path, tmp_path / "run", objective="dmd2", objective_options=options, steps=2, checkpoint_every=1
-    )
+        sd_folder, prompts_path, tmp_path / "run", objective="dmd2", objective_options=options, steps=2, checkpoint_every=1,
+        fake={"null_probability": 0.5},
+    )  # fmt: skip
     seen = []
     with monkeypatch.context() as patch:
         plain = make_objective(config).__class__.fake_loss
@@ -236,19 +245,56 @@ def test_a_gan_on_real_images_continues_without_their_folder(sd_folder, prompts_
     backbone = from_pipeline(load_pipeline(str(sd_folder)))
     pixels = torch.stack([to_tensor(read_fitted(folder / f"{i}.png", backbone.resolution)) for i in range(3)])
     latents, prompts = backbone.encode_images(pixels), backbone.encode([f"thing {i}" for i in range(3)])
+    null, hidden = backbone.encode([""]).tensors["prompt_embeds"][0], 0
     for rows in seen:
-        for x0, prompt in zip(rows.samples, rows.sample_condition.tensors["prompt_embeds"], strict=True):
+        embedded = rows.sample_condition.tensors["prompt_embeds"]
+        for x0, prompt, unprompted in zip(rows.samples, embedded, rows.draws["null"], strict=True):
             (which,) = [i for i in range(3) if torch.allclose(x0, latents[i], atol=1e-5)]
-            torch.testing.assert_close(prompt, prompts.tensors["prompt_embeds"][which])
+            torch.testing.assert_close(prompt, null if unprompted else prompts.tensors["prompt_embeds"][which])
+            hidden += int(unprompted)
+    assert 0 < hidden < len(seen) * config.batch  # a head cannot tell images apart by the prompts that are hidden
     again = dataclasses.replace(config, out=str(tmp_path / "again"))
     with monkeypatch.context() as patch:
         at_steps(patch, [1], terminate)
         with pytest.raises(Interrupted):
             distill(again)
-    (folder / "3.png").write_bytes((folder / "0.png").read_bytes())  # a new image is not part of the run
-    (folder / "3.txt").write_text("another thing")
+    shutil.rmtree(folder)
     distill(again)
     assert_same_run(straight, tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda x0: {"x0": x0[:2]}, "(2, 4, 8, 8)"), (lambda x0: {"x0": x0.int()}, "x0"), (lambda x0: {"y": x0}, "x0"),
+        (lambda x0: {"x0": x0 * float("nan")}, "x0"),
+    ],
+)  # fmt: skip
+def test_damaged_latents_of_real_images(change, named, sd_folder, prompts_path, tmp_path):
+    options = {"gan_weight": 0.1, "real_images": str(real_images(tmp_path / "real"))}
+    config = tiny.settings(sd_folder, prompts_path, tmp_path / "run", objective="dmd2", objective_options=options, steps=1)
+    file = distill(config) / "real_images.safetensors"
+    with safe_open(file, "pt") as stored:
+        header, x0 = stored.metadata(), stored.get_tensor("x0")
+    save_file(change(x0), file, header)
+    with raises_naming(file, named):
+        distill(dataclasses.replace(config, steps=2))
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "count", "ends"),
+    [
+        ([999], 4, [0, 250, 500, 749, 999]), ([999, 749, 499, 249], 4, [0, 249, 499, 749, 999]),
+        ([999, 749, 499, 249], 8, [0, 125, 249, 375, 499, 624, 749, 874, 999]),
+    ],
+)  # fmt: skip
+def test_consistency_trains_at_every_timestep_of_the_student(timesteps, count, ends):
+    assert grid(timesteps, count) == ends
+
+
+def test_too_few_intervals_for_the_timesteps():
+    with raises_naming("solver_steps", 3, [999, 749, 499, 249]):
+        grid([999, 749, 499, 249], 3)
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "no prompt", "empty prompt", "not an image", "cache"])

@@ -90,6 +90,17 @@ def test_other_adapters_share_and_shard_their_steps_too(student, fake, sd_folder
         assert_close(others[name], tensors[name], rtol=2e-3, atol=1e-4)
 
 
+def test_several_steps_are_the_same_sharded(sd_folder, prompts_path, tmp_path):
+    """With one image on each process, some steps have no image that needs a later timestep on one of them."""
+    changes = {"student": {"timesteps": [999, 749, 499, 249], "rank": 2}, "steps": 4}
+    changes["warm_start"] = {"pairs": 0, "steps": 0, "fake_steps": 0, "weight": 0.0}
+    for name, world, own in (("alone", 1, {"batch": 2}), ("shared", 2, {"batch": 1, "shard": True})):
+        config = settings(sd_folder, prompts_path, tmp_path / name, **changes, **own)
+        codes = finish(start(world, distilled, config, log=tmp_path / f"{name}-log"))
+        assert codes == [0] * world, (tmp_path / f"{name}-log-0").read_text()
+    assert_close_runs(tmp_path / "alone", tmp_path / "shared")
+
+
 def test_a_run_on_two_is_stopped_by_one_and_resumes_to_the_bit(alone, sd_folder, prompts_path, tmp_path):
     straight, broken = (settings(sd_folder, prompts_path, tmp_path / name, batch=3) for name in ("straight", "broken"))
     one = start(2, distilled, straight, log=tmp_path / "log")

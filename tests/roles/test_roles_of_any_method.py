@@ -1,6 +1,8 @@
 """A role may carry an adapter of any PEFT method, not of LoRaD alone."""
 
+import json
 import re
+from contextlib import suppress
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from wadi.distill.objectives import make_objective
 from wadi.distill.optimizers import initial_state
 from wadi.distill.setup import attach_roles
 from wadi.distill.step import as_numbers, train_step
+from wadi.errors import WadiError
 from wadi.roles import methods
 
 TARGETS = r".*attn\d\.(to_q|to_k|to_v|to_out\.0)"
@@ -238,6 +241,46 @@ def test_a_frozen_magnitude_stays_frozen_and_in_the_file(unet, sd_folder, tmp_pa
 def test_a_method_that_cannot_adapt_a_layer_names_the_reason(unet, method, options, targets, value):
     with raises_naming(value):
         roles.attach(unet, "student", methods.adapter_config(method, "student", None, options, targets))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["dora", "dora-frozen"])
+def test_the_norms_of_dora_are_exact_in_half_precision(unet, method, dtype):
+    unet.to(dtype)
+    roles.attach(unet, "student", methods.adapter_config(method, "student", 2, {}, r".*(to_q|conv1)"))
+    magnitudes = {key: value for key, value in roles.parameters(unet, "student").items() if "magnitude" in key}
+    assert len(magnitudes) > 2
+    for key, value in magnitudes.items():
+        W = unet.get_submodule(key.split(".lora_")[0]).get_base_layer().weight.float().flatten(1)
+        torch.testing.assert_close(value.flatten(), W.norm(dim=1), rtol=1e-6, atol=0)
+
+
+HOSTILE = [
+    ("alpha_pattern", {"([a-z0-9_.]+": 1}), ("rank_pattern", {"to_q": "a"}), ("rank_pattern", ["to_q"]),
+    ("alpha_pattern", {"to_q": None}), ("rank_pattern", {"to_q": 60_000}), ("r", 60_000), ("r", 10**9), ("r", "4"), ("r", 1.5),
+    ("lora_alpha", "x"), ("lora_alpha", None), ("lora_alpha", float("nan")), ("lora_alpha", float("inf")),
+    ("use_rslora", "yes"), ("exclude_modules", 5), ("target_modules", 7), ("target_modules", None), ("target_modules", [1]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("setting", "value"), HOSTILE, ids=lambda value: str(value)[:24])
+def test_a_hostile_adapter_config_is_one_clear_error(unet, setting, value, tmp_path):
+    roles.attach(unet, "student", methods.adapter_config("lora", "student", 2, {}, TARGETS))
+    roles.save(unet, "student", tmp_path / "adapter")
+    file = tmp_path / "adapter" / roles.CONFIG
+    file.write_text(json.dumps({**json.loads(file.read_text()), setting: value}))
+    network = roles.fuse(unet, "student")
+    with pytest.raises(WadiError) as error:
+        roles.load(network, tmp_path / "adapter", "student")
+    named = str(error.value).replace("_", " ")
+    assert setting.replace("_", " ") in named or "rank" in named or "number" in named
+
+
+def test_a_pattern_that_would_match_for_ever_ends(unet):
+    """PEFT matches it itself; here it stands for no layer, or takes too long and is named."""
+    options = {"alpha_pattern": {"([a-z0-9_.]+)+!": 1}}
+    with suppress(WadiError):
+        roles.attach(unet, "student", methods.adapter_config("lora", "student", 2, options, TARGETS))
 
 
 def test_options_and_ranks_that_a_method_does_not_have_are_named():

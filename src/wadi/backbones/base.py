@@ -145,7 +145,14 @@ class Backbone(ABC):
         Raises:
             WadiError: if the pipeline's config says something else than a list of timesteps.
         """
-        return stored_timesteps(self.pipeline.config) or (schedulers.timestep_of(self.pipeline.scheduler),)
+        timesteps = stored_timesteps(self.pipeline.config) or (schedulers.timestep_of(self.pipeline.scheduler),)
+        last = Process.from_scheduler(self.pipeline.scheduler).last_timestep
+        if timesteps[0] > last:
+            raise WadiError(
+                f"model_index.json has the timesteps {list(timesteps)}, and the pipeline's schedule ends at {last}. Restore "
+                "the file as it was written."
+            )
+        return timesteps
 
     # --- prompts, predictions, images ---------------------------------------------------------------------------------------
 

@@ -135,7 +135,7 @@ def _generators_and_folders(
                 generators += _teachers(options, source)
     for _, source in sources:
         if source is not None:
-            own = options.steps is None or options.steps in (1, source.own_steps())  # a student has its guidance built in
+            own = options.steps in (None, 1) or source.is_student()  # a student has its guidance built in
             guidance = options.guidance_scale if own else source.guidance(options.guidance_scale, GUIDANCE)
             generators.append(source.plain(options.steps, guidance))
     once = {generator.key: generator for generator in generators}

@@ -23,10 +23,21 @@ NOT_SETTINGS = {  # options that images do not depend on, or that are in the man
 def image_settings(options: Any) -> dict[str, Any]:
     """Return everything apart from prompt and seed that the images depend on, as JSON values."""
     settings = {name: value for name, value in vars(options).items() if name not in NOT_SETTINGS and value not in (None, False)}
-    settings.setdefault("steps", 1)  # of a student of several steps, its timesteps tell
+    settings.setdefault("steps", trained_steps(options))
     if options.init is not None:
         settings["strength"] = strength_from(options)
     return {"student": _student_settings(options), **{name: content_of(value) for name, value in settings.items()}}
+
+
+def trained_steps(options: Any) -> int:
+    """Return the number of steps that the student was trained for, which is the default of ``--steps``."""
+    from wadi.backbones.base import stored_timesteps
+    from wadi.backbones.configs import pipeline_index
+    from wadi.pipelines.load import is_export, locate_adapter, read_student
+
+    if is_export(options.run):
+        return len(stored_timesteps(pipeline_index(options.run)) or (1,))
+    return len(read_student(locate_adapter(options.run, options.adapter, options.teacher)[0]).timesteps)
 
 
 def _student_settings(options: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ For a rectified flow, ``x0 = x_t - sigma v``, it is an Euler step from ``sigma =
 
 A student of ``N`` steps predicts ``x0``, adds noise for the next timestep, and predicts again. `LCMScheduler` and
 `FlowMatchLCMScheduler` do this in a plain call with ``num_inference_steps=N``. They choose the timesteps by their own rule, so
-a student can only have timesteps that follow it: evenly spaced ones.
+a student can only have timesteps that follow it: evenly spaced ones, or for flows also ones in a constant ratio.
 """
 
 from __future__ import annotations
@@ -120,9 +120,10 @@ def student_scheduler(scheduler: Any, timesteps: Sequence[int]) -> Any:
     last = Process.from_scheduler(scheduler).last_timestep if is_flow(scheduler) else first
     length = last if is_flow(scheduler) else last + 1
     near = [last - i * length // count for i in range(count)]
+    rule = "evenly spaced from the flow's first timestep, or in a constant ratio" if is_flow(scheduler) else "evenly spaced"
     raise WadiError(
         f"student.timesteps is {list(timesteps)}. No scheduler of diffusers generates at these in a plain call: they must be "
-        f"evenly spaced. The nearest are {near}."
+        f"{rule}. The nearest are {near}."
     )
 
 

@@ -99,7 +99,8 @@ def draw_batch(
     if samples is None:
         return batch
     drawn = Random(state.generator, state.ranks).integers(0, len(samples.x0), batch.z).cpu()
-    return replace(batch, samples=samples.x0[drawn].to(device), sample_condition=samples.conditions(drawn))
+    prompts = Condition.cat([samples.conditions(part) for part in drawn.split(config.batch)])
+    return replace(batch, samples=samples.x0[drawn].to(device), sample_condition=prompts)
 
 
 def replace_rows(condition: Condition, rows: Tensor, null: Condition) -> Condition:

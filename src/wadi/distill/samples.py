@@ -22,6 +22,7 @@ from wadi.io.progress import progress
 from wadi.io.records import parse_json
 from wadi.io.regular import read_text
 from wadi.io.tensors import read_with_metadata
+from wadi.io.weight_checks import check_finite, check_floats
 
 BATCH = 4
 
@@ -57,9 +58,14 @@ def samples_of_folder(folder: Path, conditions: Conditions, run: Run) -> Samples
         run.ranks.on_first(lambda: encode_folder(folder, backbone, path))
     remedy = "Delete the file; the same command makes it again."
     tensors, header = read_with_metadata(path, "Latents of real images", remedy)
-    if "x0" not in tensors or tensors["x0"].shape[1:] != backbone.latent_shape or "prompts" not in header:
-        raise WadiError(f"Latents of real images {str(path)!r} are damaged. {remedy}")
+    if "x0" not in tensors or "prompts" not in header:
+        raise WadiError(f"Latents of real images {str(path)!r} are damaged: they need 'x0' and 'prompts'. {remedy}")
     prompts: list[str] = parse_json(header["prompts"], list[str], f"The prompts in {str(path)!r}", remedy)
+    expected, found = (len(prompts), *backbone.latent_shape), tuple(tensors["x0"].shape)
+    if found != expected or not prompts:
+        raise WadiError(f"Latents of real images {str(path)!r} are damaged: shape {found} in place of {expected}. {remedy}")
+    check_floats(f"Latents of real images {str(path)!r}", tensors)
+    check_finite(f"Latents of real images {str(path)!r}", tensors)
     return Samples(tensors["x0"], lambda rows: backbone.encode([prompts[int(row)] for row in rows]))
 
 

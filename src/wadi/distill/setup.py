@@ -19,7 +19,7 @@ from wadi.distill.config import DistillConfig, FakeConfig, StudentConfig
 from wadi.distill.objectives import make_objective, objective_class, with_defaults
 from wadi.distill.objectives.base import Objective
 from wadi.distill.optimizers import initial_state
-from wadi.distill.run_folder import Run
+from wadi.distill.run_folder import REAL_IMAGES, Run
 from wadi.distill.samples import captioned_images
 from wadi.distill.state import TrainState, fingerprint
 from wadi.errors import WadiError
@@ -80,13 +80,18 @@ def prepare(config: DistillConfig) -> Training:
             "compiled code does not give. Set --compile false, or choose an objective without a GAN."
         )
     adapter_configs(config, {"student": "", "fake": ""})  # names unknown adapters and options before anything is loaded
+    if config.shard and not objective.generates and config.warm_start.weight > 0:
+        raise WadiError(
+            f"shard is true and warm_start.weight is {config.warm_start.weight}. With the objective {config.objective!r}, "
+            "processes would then evaluate the network at different times. Set --warm-start.weight 0, or --shard false."
+        )
     device = find_device(config.device)
     accelerator = make_accelerator(device, config.tracker, Path(config.out))
     ranks = Ranks.of_process_group()
     run = Run(config, ranks)
     console.quiet = ranks.index > 0
     prompts = open_prompts_or_cache(config.prompts, config.prompts_field)
-    check_samples(objective, config, prompts)
+    check_samples(objective, config, prompts, run)
     if ranks.count > 1:
         device = accelerator.device
     if device.type == "cpu":
@@ -181,8 +186,11 @@ def check_rank(network: Any, role: str, adapter: str, adapter_config: Any) -> No
         )
 
 
-def check_samples(objective: Objective, config: DistillConfig, prompts: Prompts | Embeddings) -> None:
-    """Raise `WadiError` if the objective needs images and the config makes none, or names a folder that cannot be used."""
+def check_samples(objective: Objective, config: DistillConfig, prompts: Prompts | Embeddings, run: Run) -> None:
+    """Raise `WadiError` if the objective needs images and the config makes none, or names a folder that cannot be used.
+
+    A run that has encoded the folder does not need it any more.
+    """
     if not objective.needs_samples:
         return
     if objective.sample_folder is None:
@@ -197,7 +205,8 @@ def check_samples(objective: Objective, config: DistillConfig, prompts: Prompts 
             f"The prompts of the images in {objective.sample_folder!r} need the text encoder, but --prompts is the embedding "
             f"cache {config.prompts!r}. Give --prompts as text."
         )
-    captioned_images(Path(objective.sample_folder))
+    if not (run.folder / REAL_IMAGES).exists():
+        captioned_images(Path(objective.sample_folder))
 
 
 def check_sizes(backbone: Backbone, config: DistillConfig) -> None:

@@ -132,7 +132,8 @@ class _Step:
         with optimizers.frozen(self.state, "fake"):  # a loss may reach through the fake model, and trains the student only
             for rows, part in batch.split(self.config.accumulate):
                 # without need of the student's images, only those of pairs are generated, for the regression that is kept
-                used = part if objective.generates else part[: len(part.target)]
+                all_used = objective.generates or objective.fake_defaults is not None
+                used = part if all_used else part[: len(part.target)]
                 x0 = self._student_images(used, trajectory[rows])
                 mine = {name: value[rows] for name, value in draws.items()}
                 loss = objective.student_loss(
@@ -157,9 +158,10 @@ class _Step:
         losses = []
         for rows, part in batch.split(self.config.accumulate):
             mine = {name: value[rows] for name, value in draws.items()}
-            loss = self.objective.fake_loss(
-                self.networks, Rows(x0[rows], condition[rows], part.samples, part.sample_condition, mine)
-            )
+            of_samples = part.sample_condition
+            if of_samples is not None:  # the same rows, so that a head cannot tell images apart by their prompts
+                of_samples = replace_rows(of_samples, mine["null"], batch.null)
+            loss = self.objective.fake_loss(self.networks, Rows(x0[rows], condition[rows], part.samples, of_samples, mine))
             optimizers.backward(self.state, "fake", loss.value / self.config.accumulate)
             losses.append(loss)
         self.stats.loss_fake = self.stats.add(losses)
@@ -221,5 +223,7 @@ class _Step:
         """Return what the student generates at the timestep of each row, from its own images at the timesteps before."""
         if len(part.z) == 0:
             return part.z
-        x_t, t = start_of(self.networks, part.condition, part.z, self.timesteps, trajectory[: len(part.z)])
+        x_t, t = start_of(
+            self.networks, part.condition, part.z, self.timesteps, trajectory[: len(part.z)], in_step=self.config.shard
+        )
         return self.networks.student(x_t, t, part.condition)

@@ -61,14 +61,27 @@ def draw_trajectory(steps: int, like: Tensor, random: Random) -> Trajectory:
 
 @torch.no_grad()
 def start_of(
-    networks: Networks, condition: Condition, z: Tensor, timesteps: Sequence[int], trajectory: Trajectory
+    networks: Networks,
+    condition: Condition,
+    z: Tensor,
+    timesteps: Sequence[int],
+    trajectory: Trajectory,
+    in_step: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``(x_t, t)``, from which each row's image is predicted at its timestep; ``(B, C, H, W)`` and ``(B,)``."""
+    """Return ``(x_t, t)``, from which each row's image is predicted at its timestep; ``(B, C, H, W)`` and ``(B,)``.
+
+    Args:
+        in_step: evaluate the student at every timestep but the last, even if no row needs it. All processes must evaluate a
+            sharded network equally often.
+    """
     x_t, t = z, torch.tensor(timesteps, device=z.device)[trajectory.index]
     for i, (now, later) in enumerate(itertools.pairwise(timesteps)):
         rows = (trajectory.index > i).nonzero().flatten()
-        if len(rows) == 0:
+        if len(rows) == 0 and not in_step:
             break
+        if len(rows) == 0:
+            networks.student(z[:1], t.new_full((1,), now), condition[:1])
+            continue
         x0 = networks.student(x_t[rows], t.new_full((len(rows),), now), condition[rows])
         noised = networks.process.add_noise(x0, trajectory.noises[i][rows], t.new_full((len(rows),), later))
         x_t = x_t.index_copy(0, rows, noised)

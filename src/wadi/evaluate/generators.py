@@ -78,6 +78,10 @@ class Source:
     def _student(self) -> dict[str, Any]:
         return {"run": self.run, "adapter": self.adapter, "teacher": self.teacher}
 
+    def is_student(self) -> bool:
+        """Return whether this is a student, or a pipeline that says so."""
+        return not self.pipeline or bool(stored_timesteps(pipeline_index(self.name)))
+
     def own_steps(self) -> int:
         """Return the number of steps that a student was trained for; 1 for a pipeline that does not say."""
         if self.pipeline:

@@ -162,6 +162,7 @@ def load(model: nn.Module, folder: Path, name: str) -> None:
             f"Adapter {str(folder)!r} is for another architecture: this model has no layer {missing_layers[0]!r}{more}. Use "
             "the teacher that the adapter was trained on."
         )
+    _check_ranks(stored, tensors, repr(str(folder)))
     attach(model, name, config)
     restore(model, name, tensors, repr(str(folder)))
 
@@ -169,6 +170,18 @@ def load(model: nn.Module, folder: Path, name: str) -> None:
 def layer_of(key: str) -> str:
     """Return the name of the layer that a tensor of an adapter file belongs to, for any method."""
     return re.split(r"\.[a-z]+_[^.]*(?:$|\.weight$)", key.removeprefix(PEFT_PREFIX))[0]
+
+
+def _check_ranks(stored: dict[str, Any], tensors: dict[str, Tensor], source: str) -> None:
+    """Raise `WadiError` if a rank exceeds every side of the stored tensors: nothing of that size is then allocated."""
+    largest = max((side for tensor in tensors.values() for side in tensor.shape), default=0)
+    ranks = [stored.get("r"), *(stored.get("rank_pattern") or {}).values()]
+    for rank in ranks:
+        if isinstance(rank, int) and rank > largest:
+            raise WadiError(
+                f"Adapter {source} has rank {rank} in its {CONFIG}, and tensors of at most {largest} rows or columns. Restore "
+                "the file as it was written."
+            )
 
 
 def _config(folder: Path, stored: dict[str, Any]) -> Any:

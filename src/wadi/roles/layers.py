@@ -87,12 +87,23 @@ def attach(model: nn.Module, name: str, config: PeftConfig, frozen: Collection[s
     for parameter in parameters(model, name).values():
         if parameter.dtype in (torch.float16, torch.bfloat16):  # some methods copy the base layer's dtype
             parameter.data = parameter.data.float()
+    _set_norms(model, name)
     for parameter in trained_before:  # injecting an adapter froze those that were there before
         parameter.requires_grad_(True)
     for _, layer in adapter_layers(model):
         for key, parameter in _parameters_of(layer, name):
             parameter.requires_grad_(key.split(".")[0] not in frozen)
     return adapted_layers(model, name)
+
+
+def _set_norms(model: nn.Module, name: str) -> None:
+    """Set DoRA's magnitudes to the norms of the base weights in float32. PEFT rounds them to half precision first."""
+    for _, layer in adapter_layers(model):
+        magnitudes = getattr(layer, "lora_magnitude_vector", {})
+        if name in magnitudes:
+            magnitude, W = magnitudes[name].weight, layer.get_base_layer().weight
+            if W.dtype in (torch.float16, torch.bfloat16):
+                magnitude.data = W.detach().float().flatten(1).norm(dim=1).view(magnitude.shape)
 
 
 def _refuse_oft_on_kernels(model: nn.Module, name: str, config: PeftConfig) -> None:
@@ -127,11 +138,12 @@ def _with_exact_names(config: PeftConfig, model: nn.Module) -> Any:
                 )
             setattr(exact, setting, "|".join(map(re.escape, matches)) if matches else None)
             names = matches if setting == "target_modules" else sorted(set(names) - set(matches))
-    if patterns := getattr(config, "rank_pattern", None):
-        ranks: dict[str, int] = {}
-        for pattern, rank in reversed(patterns.items()):  # if several match a layer, the first counts
-            ranks |= dict.fromkeys(matching_names(rf"(.*\.)?({pattern})", names, "rank_pattern"), rank)
-        exact.rank_pattern = {re.escape(name): rank for name, rank in ranks.items()}
+    for setting in ("rank_pattern", "alpha_pattern"):
+        if patterns := getattr(config, setting, None):
+            values: dict[str, int] = {}
+            for pattern, value in reversed(patterns.items()):  # if several match a layer, the first counts
+                values |= dict.fromkeys(matching_names(rf"(.*\.)?({pattern})", names, setting), value)
+            setattr(exact, setting, {re.escape(name): value for name, value in values.items()})
     return exact
 
 

@@ -19,9 +19,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from wadi.errors import WadiError, first_line, short_repr
+from wadi.io.bounds import RANK
 
 Kinds = tuple[type, ...]
 NUMBER: Kinds = (int, float)
+LARGEST = 1_000_000  # of a number among the options
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,24 @@ def default_rank(adapter: str, role: str) -> int | None:
     return None if ranks is None else ranks[role]
 
 
+def check_option(name: str, value: Any, kinds: Kinds) -> None:
+    """Raise `WadiError` unless a setting of a method has one of these types, and its numbers are in range.
+
+    Names are lists of text; the values of a mapping are ranks or the like, whole numbers from 1.
+    """
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise WadiError(f"{name} is {short_repr(value)}. It must be of type {wanted}.")
+    if isinstance(value, (list, tuple, set)) and not all(isinstance(item, str) for item in value):
+        raise WadiError(f"{name} is {short_repr(value)}. It must be a list of names.")
+    if isinstance(value, Mapping):
+        for key, number in value.items():
+            if not isinstance(key, str) or type(number) is not int or not 1 <= number <= RANK.high:
+                raise WadiError(f"{name} has {key!r}: {short_repr(number)}. It must be a whole number from 1 to {RANK.high:,}.")
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and not -LARGEST <= value <= LARGEST:
+        raise WadiError(f"{name} is {short_repr(value)}. It must be a finite number up to {LARGEST:,}.")
+
+
 def adapter_config(
     adapter: str,
     role: str,
@@ -115,9 +135,7 @@ def adapter_config(
                 f"{role}.adapter_options has {name!r}, which adapter {adapter!r} does not support. It supports "
                 f"{', '.join(found.options)}."
             )
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            wanted = " or ".join(kind.__name__ for kind in kinds)
-            raise WadiError(f"{role}.adapter_options.{name} is {value!r}. It must be of type {wanted}.")
+        check_option(f"{role}.adapter_options.{name}", value, kinds)
     settings: dict[str, Any] = {"target_modules": target_modules, **found.fixed}
     if found.ranks is not None:
         settings["r"] = found.ranks[role] if rank is None else rank
@@ -145,7 +163,9 @@ BOOKKEEPING = frozenset(
     {"peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "init_weights",
      "auto_mapping", "recompute"}
 )  # fmt: skip
-COMMON = frozenset({"target_modules", "exclude_modules", "r", "use_dora"})
+COMMON: Mapping[str, Kinds] = {
+    "target_modules": (str, list), "exclude_modules": (str, list, type(None)), "r": (int,), "use_dora": (bool,)
+}  # fmt: skip
 
 
 def stored_config(values: Mapping[str, Any], source: str) -> Any:
@@ -167,8 +187,11 @@ def stored_config(values: Mapping[str, Any], source: str) -> Any:
     defaults = config_class().to_dict()
     settings: dict[str, Any] = {}
     for name, value in values.items():
-        if name in found.options or name in COMMON:
+        kinds = COMMON.get(name) or found.options.get(name)
+        if kinds is not None:
             if name in defaults:
+                unset = value is None and defaults[name] is None and name != "target_modules"
+                check_option(f"{name} in the config of adapter {source}", value, (type(None),) if unset else kinds)
                 settings[name] = value
         elif name == "init_lora_weights" and value == "gaussian":
             continue

@@ -1,6 +1,7 @@
 """Latent consistency distillation (arXiv 2310.04378): the baseline that needs no score of the student's images.
 
-    x_t = alpha_t y + sigma_t eps,  y a sample of the teacher,  t = t_1 .. t_K, evenly spaced up to the student's first timestep
+    x_t = alpha_t y + sigma_t eps,  y a sample of the teacher,  t = t_1 .. t_K, evenly spaced up to the first timestep,
+                                    with all timesteps of the student among them
     x_s = one DDIM step of the guided teacher from x_t to the timestep s before t
     loss = mean sqrt((student(x_t, t) - stopgrad(student(x_s, s)))^2 + c^2) - c
 
@@ -9,6 +10,8 @@ At ``s = 0`` the target is the teacher's image itself. There is no fake model. T
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +39,22 @@ class ConsistencyOptions:
         require(0 < self.huber <= 1e3, "huber", self.huber, "above 0")
 
 
+def grid(timesteps: Sequence[int], count: int) -> list[int]:
+    """Return the ends of ``count`` intervals from 0 to the first of ``timesteps``: evenly spaced, and with all ``timesteps``.
+
+    Raises:
+        WadiError: if there are too few intervals for that.
+    """
+    first = timesteps[0]
+    ends = [round(i * first / count) for i in range(count + 1)]
+    nearest = [round(t * count / first) for t in timesteps]
+    for i, t in zip(nearest, timesteps, strict=True):
+        ends[i] = t
+    distinct = len(set(nearest)) == len(timesteps) and 0 not in nearest and all(a < b for a, b in itertools.pairwise(ends))
+    require(distinct, "solver_steps", count, f"large enough to keep the timesteps {list(timesteps)} apart, and at most {first}")
+    return ends
+
+
 class Consistency(Objective):
     """The loss of consistency along the teacher's own path from noise to image."""
 
@@ -55,9 +74,8 @@ class Consistency(Objective):
 
     def time(self, interval: Tensor, process: Process) -> Tensor:
         """Return the timestep at the end of an interval, ``(B,)``; 0 for interval 0."""
-        timesteps = self.config.student.timesteps
-        first = timesteps[0] if timesteps else process.last_timestep
-        return (interval * first / self.options.solver_steps).round().long()
+        timesteps = self.config.student.timesteps or (process.last_timestep,)
+        return torch.tensor(grid(timesteps, self.options.solver_steps), device=interval.device)[interval]
 
     def student_loss(self, networks: Networks, rows: Rows) -> Loss:
         """Return the loss. It does not use the student's images ``rows.x0``."""

@@ -48,6 +48,7 @@ class DMD2Options:
             value = getattr(self, name)
             require(0 <= value <= 1e6, name, value, "from 0 to 1,000,000")
         require(self.gan_lr is None or 0 < self.gan_lr <= 1e6, "gan_lr", self.gan_lr, "above 0")
+        require(self.real_images != "", "real_images", self.real_images, "a folder, or null")
         unused = self.real_images is not None and self.gan_weight == 0
         require(not unused, "real_images", self.real_images, "null where gan_weight is 0: only the GAN uses images")
 
