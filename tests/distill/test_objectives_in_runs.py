@@ -67,7 +67,11 @@ def moved(before, after):
     return any(not torch.equal(value, after[name]) for name, value in before.items())
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+def test_each_objective_of_the_package_is_tested_here():
+    assert set(ALL) == {name for name, place in OBJECTIVES.items() if place.startswith("wadi.")}
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_each_objective_trains_what_it_says(name, sd_folder, prompts_path, tmp_path):
     config = settings(sd_folder, prompts_path, tmp_path, objective=name, **ALL[name])
     backbone, objective, stats, before = one_step(sd_folder, config)
@@ -184,7 +188,7 @@ def test_a_student_of_two_steps_is_exported_as_a_plain_call(sd_folder, prompts_p
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"objective": "magic"}, ("magic", *OBJECTIVES)),
+        ({"objective": "magic"}, ("magic", *ALL)),
         ({"objective": "sid", "objective_options": {"alpah": 1.0}}, ("objective_options.alpah", "alpha")),
         ({"objective": "sid", "objective_options": {"alpha": 1000.0}}, ("objective_options.alpha", "1000")),
         ({"objective": "dmd2", "objective_options": {"gan_weight": 0.1}}, ("dmd2", "warm_start.pairs")),

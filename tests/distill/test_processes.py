@@ -98,7 +98,8 @@ def test_several_steps_are_the_same_sharded(sd_folder, prompts_path, tmp_path):
         config = settings(sd_folder, prompts_path, tmp_path / name, **changes, **own)
         codes = finish(start(world, distilled, config, log=tmp_path / f"{name}-log"))
         assert codes == [0] * world, (tmp_path / f"{name}-log-0").read_text()
-    assert_close_runs(tmp_path / "alone", tmp_path / "shared")
+    losses = [[line["loss_student"] for line in stats_of(tmp_path / name)] for name in ("alone", "shared")]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
 
 
 def test_a_run_on_two_is_stopped_by_one_and_resumes_to_the_bit(alone, sd_folder, prompts_path, tmp_path):
