@@ -20,6 +20,7 @@ from wadi.cli.parser import Command
 from wadi.cli.settings import config_from
 from wadi.distill import loop
 from wadi.distill.config_files import from_dict
+from wadi.distill.objectives import with_defaults
 from wadi.distill.presets import preset
 
 
@@ -85,7 +86,9 @@ def test_a_dry_run_prints_the_settings_and_writes_nothing(capsys, tmp_path):
         == 0
     )
     printed = from_dict(yaml.safe_load(capsys.readouterr().out))
-    assert printed == dataclasses.replace(preset("sd15"), teacher="t", prompts="p", out=str(tmp_path / "x"))
+    expected = dataclasses.replace(preset("sd15"), teacher="t", prompts="p", out=str(tmp_path / "x"))
+    assert printed == with_defaults(expected)
+    assert (printed.fake.guidance_scale, printed.fake.updates, printed.fake.weighting) == (1.5, 1, "alpha2")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -32,7 +32,7 @@ class SIM(Objective):
         process, t, condition = networks.process, rows.draws["t"], rows.condition
         x_t = process.add_noise(rows.x0, rows.draws["eps"], t)
         real = process.x0(networks.teacher(x_t, t, condition, self.config.guidance_scale), x_t, t)
-        fake = process.x0(networks.fake(x_t, t, condition, self.config.fake.guidance_scale or 1.0), x_t, t)
+        fake = process.x0(networks.fake(x_t, t, condition, self.fake_guidance_scale), x_t, t)
         distance = (fake - real).flatten(1)
         length = (distance.square().mean(1, keepdim=True) + self.options.huber**2).sqrt()
         loss = (distance / length * (rows.x0 - fake).flatten(1)).mean()

@@ -1,5 +1,6 @@
 """An objective added by a user: its page, its optimum, and a run with it, as for ours."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,16 +9,29 @@ import torch
 from exact_scores import COVARIANCE, MEAN, Toy, off, teacher_of_a_gaussian, trained
 
 import tiny
+import wadi
 from raising import raises_naming
 from runs import stats_of
 from wadi.distill.loop import distill
 from wadi.distill.objectives.base import Loss
 
+PAGE = (Path(__file__).parents[2] / "docs" / "add-an-objective.md").read_text()
+
 
 def test_the_page_shows_this_file():
-    page = (Path(__file__).parents[2] / "docs" / "add-an-objective.md").read_text()
     code = Path(sim.__file__).read_text().split('"""', 2)[2].strip()
-    assert f"```python\n{code}\n```" in page
+    assert f"```python\n{code}\n```" in PAGE
+
+
+def test_the_run_of_the_page_trains(monkeypatch, tmp_path):
+    (block,) = (code for code in PAGE.split("```python\n")[1:] if code.startswith("from dataclasses import replace"))
+    runs = []
+    monkeypatch.setattr(wadi, "distill", runs.append, raising=False)
+    exec(block.split("```")[0], {})  # the page is a file of this repository
+    (config,) = runs
+    warm = replace(config.warm_start, pairs=0, steps=0, fake_steps=0, weight=0.0)
+    short = replace(config, out=str(tmp_path / "run"), steps=1, batch=2, warm_start=warm, sample_prompts=("pear",))
+    assert "sim_length" in stats_of(distill(replace(short, lr_warmup=0)))[-1]
 
 
 def test_its_optimum_is_the_teachers_distribution():

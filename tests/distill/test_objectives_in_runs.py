@@ -20,10 +20,12 @@ from wadi.distill import setup
 from wadi.distill.batch import Batch
 from wadi.distill.loop import distill
 from wadi.distill.objectives import OBJECTIVES, make_objective, with_defaults
+from wadi.distill.objectives.base import Rows
 from wadi.distill.objectives.consistency import grid
 from wadi.distill.optimizers import initial_state
 from wadi.distill.plan.architecture import read_architecture
 from wadi.distill.plan.plan import plan_run
+from wadi.distill.random_draws import Random
 from wadi.distill.step import train_step
 from wadi.errors import Interrupted
 from wadi.io.image_folders import read_fitted, to_tensor
@@ -323,3 +325,32 @@ def test_real_images_that_cannot_be_used(damage, sd_folder, prompts_path, tmp_pa
     options = {"gan_weight": 0.1, "real_images": str(folder)}
     with raises_naming(named):
         distill(tiny.settings(sd_folder, prompts, tmp_path / "run", objective="dmd2", objective_options=options))
+
+
+@pytest.mark.parametrize("gan_weight", [0.0, 0.1])
+def test_the_fake_model_of_dmd2_may_have_guidance_0(gan_weight, sd_folder, prompts_path, tmp_path):
+    """0 is the null prompt alone; it must not read as "not set"."""
+    options = {"objective": "dmd2", "objective_options": {"gan_weight": gan_weight}, "fake": {"guidance_scale": 0.0}}
+    config = settings(sd_folder, prompts_path, tmp_path, **options)
+    backbone = from_pipeline(load_pipeline(str(sd_folder)))
+    objective = make_objective(config)
+    objective.build(backbone)
+    scales = []
+
+    class Networks:
+        process = backbone.process
+
+        def teacher(self, x_t, t, condition, guidance_scale=1.0):
+            return x_t
+
+        def fake(self, x_t, t, condition, guidance_scale=1.0):
+            scales.append(guidance_scale)
+            return x_t
+
+        def fake_with_features(self, x_t, t, condition):
+            return x_t, torch.zeros(len(x_t), 3, backbone.feature_width)
+
+    x0 = torch.ones(2, *backbone.latent_shape)
+    draws = objective.draw_student(x0, backbone.process, Random(torch.Generator().manual_seed(0)))
+    objective.student_loss(Networks(), Rows(x0, None, None, None, draws))
+    assert scales == [0.0]

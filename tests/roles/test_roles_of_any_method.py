@@ -283,6 +283,12 @@ def test_a_pattern_that_would_match_for_ever_ends(unet):
         roles.attach(unet, "student", methods.adapter_config("lora", "student", 2, options, TARGETS))
 
 
+def test_every_option_of_a_method_is_one_of_its_config():
+    for name, method in methods.METHODS.items():
+        fields = methods.adapter_config(name, "student", None, {}, TARGETS).to_dict()
+        assert set(method.options) | set(method.fixed) <= set(fields), name
+
+
 def test_options_and_ranks_that_a_method_does_not_have_are_named():
     with raises_naming("dora2", *methods.METHODS):
         methods.adapter_config("dora2", "student", None, {}, TARGETS)

@@ -33,8 +33,9 @@ def run(arguments: Arguments) -> int:
         import yaml
 
         from wadi.distill.config_files import to_dict
+        from wadi.distill.objectives import with_defaults
 
-        print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
+        print(yaml.safe_dump(to_dict(with_defaults(config)), sort_keys=False), end="")
         return 0
     return _distill(config)
 

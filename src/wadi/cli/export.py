@@ -1,4 +1,4 @@
-"""``wadi export``: write a one-step pipeline that loads without this package."""
+"""``wadi export``: write a pipeline or LoRA files that load without this package."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add_options(parser: ArgumentParser) -> None:
         "--teacher",
         type=str,
         default=None,
-        help="pipeline folder or Hub id that the rotation is applied to; default: as trained",
+        help="pipeline folder or Hub id that the adapter is merged into; default: as trained",
     )
     add("--out", type=str, required=True, help="folder to write; it must not exist")
     add(
@@ -34,11 +34,11 @@ def add_options(parser: ArgumentParser) -> None:
         help="format: diffusers (a merged pipeline) or lora (files of a student trained as lora or dora; ignores --dtype)",
     )
     add("--dtype", type=str, default="float32", help="type of the weights: float32, bfloat16 or float16")
-    add("--device", type=str, default="cpu", help="where to merge the rotation: cpu, cuda, cuda:1, ...")
+    add("--device", type=str, default="cpu", help="where to merge the adapter: cpu, cuda, cuda:1, ...")
 
 
 def run(arguments: Arguments) -> int:
-    """Merge the rotation into the teacher's weights and save the pipeline, or write the adapter as LoRA files."""
+    """Merge the adapter into the teacher's weights and save the pipeline, or write the adapter as LoRA files."""
     from wadi.backbones.saving import loading_line, save_pipeline
     from wadi.cli.generate import load_student
     from wadi.io.outputs import check_out

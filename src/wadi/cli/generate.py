@@ -83,7 +83,7 @@ def _compare(composed: Composed, prompts: list[str], out: Path, options: Any) ->
 
 
 def load_student(options: Any) -> Any:
-    """Load the one-step pipeline that ``--run``, ``--adapter`` and ``--teacher`` name."""
+    """Load the student's pipeline that ``--run``, ``--adapter`` and ``--teacher`` name."""
     from wadi.pipelines.load import load
 
     return load(options.run, adapter=options.adapter, teacher=options.teacher, **_place(options))

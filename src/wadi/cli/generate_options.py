@@ -33,7 +33,7 @@ def add_options(parser: ArgumentParser) -> None:
     run = "folder of a run or of an exported pipeline; default: the embedded student"
     add("--run", type=str, default=None, help=run)
     add("--adapter", type=str, default=None, help="folder of a student's adapter, in place of --run")
-    teacher = "pipeline folder or Hub id that the rotation is applied to; default: the one of the training"
+    teacher = "pipeline folder or Hub id that the adapter is merged into; default: the one of the training"
     add("--teacher", type=str, default=None, help=teacher)
     add("--dtype", type=str, default="float32", help="type of the weights: float32, bfloat16 or float16")
     add("--device", type=str, default=None, help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")

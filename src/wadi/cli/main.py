@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 # The command NAME is in the file NAME.py of this folder.
 COMMANDS = {
-    "distill": "train a one-step student of a teacher; the same command continues an interrupted run",
+    "distill": "train a student of one or a few steps; the same command continues an interrupted run",
     "plan": "show what a run would train and how much memory it needs, without loading weights",
     "embed": "encode prompts once, into a cache that distill trains from",
-    "generate": "generate images in one step",
-    "export": "write a one-step pipeline that loads without this package",
+    "generate": "generate images with a student",
+    "export": "write a student as a pipeline or LoRA files that load without this package",
     "extract": "make an adapter from two checkpoints, and report what changed between them",
     "import-authors": "turn the weights that the authors released into a one-step pipeline",
     "analyze": "report what distillation changed in the weights: norms, directions, ranks, angles",
@@ -86,7 +86,7 @@ def overview() -> str:
     """Return what ``wadi --help`` prints."""
     return (
         "usage: wadi COMMAND [options]    (wadi COMMAND --help lists them)\n\n"
-        "Train and use one-step text-to-image generators. Only rotation angles are trained.\n\n"
+        "Train and use text-to-image generators of one or a few steps. Only small adapters are trained.\n\n"
         f"{columns(COMMANDS)}\n\n"
         "Bad input ends with one line and exit code 2, an unexpected failure with one line and exit code 1.\n"
         "--debug, anywhere on the line, prints the traceback as well. `wadi --version` prints the version."

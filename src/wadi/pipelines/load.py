@@ -33,7 +33,7 @@ def load(
     Args:
         run: folder of a run or of an exported pipeline. Without ``run`` and ``adapter``, the embedded student is loaded.
         adapter: folder of a student's adapter.
-        teacher: pipeline folder or Hub id that the rotation is applied to; default: the one that the run or adapter names.
+        teacher: pipeline folder or Hub id that the adapter is merged into; default: the one that the run or adapter names.
         dtype: of all weights.
         device: where to put the pipeline.
     Raises:

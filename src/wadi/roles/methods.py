@@ -69,7 +69,7 @@ METHODS: Mapping[str, Method] = {
         },
     ),
     "hra": Method("HRAConfig", {"student": 16, "fake": 8}, options={"exclude_modules": (str, list), "apply_GS": (bool,)}),
-    "road": Method("RoadConfig", options={"exclude_modules": (str, list), "variant": (str,), "group_size": (int,)}),
+    "road": Method("RoadConfig", options={"variant": (str,), "group_size": (int,)}),
     "full": Method("FullConfig", options={"exclude_modules": (str, list)}),
 }  # fmt: skip
 

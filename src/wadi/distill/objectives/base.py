@@ -140,6 +140,13 @@ class Objective(ABC):
         return None
 
     @property
+    def fake_guidance_scale(self) -> float:
+        """Guidance scale of the fake model: the setting of the run, or the objective's default."""
+        scale = self.config.fake.guidance_scale
+        assert scale is not None  # `make_objective` fills in the default
+        return scale
+
+    @property
     def module_lr(self) -> float:
         """Learning rate of ``modules``."""
         return self.config.fake.lr

@@ -109,9 +109,9 @@ class DMD2(DMD):
         with torch.no_grad():
             real = networks.teacher(x_t, t, rows.condition, self.config.guidance_scale)
         fake, features = networks.fake_with_features(x_t, t, rows.condition)
-        if self.config.fake.guidance_scale != 1:
+        if self.fake_guidance_scale != 1:
             with torch.no_grad():
-                fake = networks.fake(x_t, t, rows.condition, self.config.fake.guidance_scale or 1.0)
+                fake = networks.fake(x_t, t, rows.condition, self.fake_guidance_scale)
         with torch.no_grad():
             distances = health.distance_sums(process.x0(real, x_t, t), process.x0(fake, x_t, t), t, process.num_timesteps)
         matching = gradient_loss(rows.x0, dmd_gradient(rows.x0, x_t, t, real, fake, process))

@@ -47,11 +47,10 @@ class SiD(Objective):
 
     def student_loss(self, networks: Networks, rows: Rows) -> Loss:
         """Return the loss; its graph reaches the student through ``x0``, the teacher and the fake model."""
-        process, t, scale = networks.process, rows.draws["t"], self.config.fake.guidance_scale
-        assert scale is not None
+        process, t = networks.process, rows.draws["t"]
         x_t = process.add_noise(rows.x0, rows.draws["eps"], t)
         x0_real = process.x0(networks.teacher(x_t, t, rows.condition, self.config.guidance_scale), x_t, t)
-        x0_fake = process.x0(networks.fake(x_t, t, rows.condition, scale), x_t, t)
+        x0_fake = process.x0(networks.fake(x_t, t, rows.condition, self.fake_guidance_scale), x_t, t)
         distance = x0_real - x0_fake
         terms = distance * ((x0_real - rows.x0) - self.options.alpha * distance) / mean_error(rows.x0, x0_real)
         with torch.no_grad():

@@ -32,11 +32,9 @@ class VSD(Objective):
 
     def predictions(self, networks: Networks, x_t: Tensor, t: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Return the guided predictions of teacher and fake model."""
-        scale = self.config.fake.guidance_scale
-        assert scale is not None
         return (
             networks.teacher(x_t, t, rows.condition, self.config.guidance_scale),
-            networks.fake(x_t, t, rows.condition, scale),
+            networks.fake(x_t, t, rows.condition, self.fake_guidance_scale),
         )
 
     def gradient(self, x0: Tensor, x_t: Tensor, t: Tensor, real: Tensor, fake: Tensor, networks: Networks) -> Tensor:
