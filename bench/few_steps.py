@@ -5,7 +5,7 @@
 The objective is `dmd2`, with and without the GAN head. The budget of a run is a number of passes of a batch through the
 network; a backward pass counts as two. On one machine it is the same training time, and unlike a measured time it is the
 same on each. 1430 is what the preset ``demo`` uses. All runs share the warm-start pairs of ``OUT/pairs``: making them is not
-part of the budget. An interrupted command continues where it was.
+part of the budget. An interrupted command continues where it was. The times are measured at the end, all in one loop.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import shutil
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +30,9 @@ from wadi.distill.loop import distill
 from wadi.distill.objectives import with_defaults
 from wadi.distill.presets import preset
 from wadi.distill.run_folder import WARM_START
+from wadi.evaluate.generators import Generator, Source
 from wadi.io import markdown
+from wadi.pipelines.generate import Sampling, generate_images
 
 TIMESTEPS = {1: (800,), 2: (799, 399), 4: (799, 599, 399, 199)}
 PAIRS = 1024
@@ -38,6 +41,8 @@ WARM_SHARE = 0.4  # of the budget
 FAKE_SHARE = 0.04  # of the budget, for the fake model alone
 UPDATES = 2  # of the fake model in each step
 TRAINED, EVALUATED = 3, 1  # passes of a network with and without gradient
+TEACHER = {"steps": 25, "guidance_scale": 2.5}
+ROUNDS = 20  # single images of each row that are timed
 METRICS = {
     "fd efficientnet-lite0": "Frechet distance, EfficientNet-Lite0",
     "fd-zoo": "Frechet distance, zoo's classifier",
@@ -115,17 +120,33 @@ def result_of(source: str, out: Path, count: int) -> list[dict[str, Any]]:
     if not file.exists():
         line = ["eval", source, "--protocol", "zoo", "--count", str(count), "--metrics", "fd,fd-zoo,top1,diversity"]
         line += ["--beside-teacher"] if source == "zoo" else []
-        if wadi([*line, "--speed", "10", "--device", "cpu", "--pictures", str(out / "images"), "--out", str(file)]):
+        if wadi([*line, "--device", "cpu", "--pictures", str(out / "images"), "--out", str(file)]):
             raise SystemExit(1)
     rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"]
     return rows
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Return mean and standard deviation over training runs of each metric and of the time per image."""
+    """Return mean and standard deviation over training runs of each metric."""
     values = {name: [row["metrics"][name]["value"] for row in rows] for name in METRICS}
-    values["ms"] = [row["speed"]["latency_p50_ms"] for row in rows]
     return {name: (statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else 0.0) for name, v in values.items()}
+
+
+def milliseconds(generators: dict[str, Generator]) -> dict[str, tuple[float, float]]:
+    """Return the median time of one image generated alone, and half the distance of the quartiles, of each.
+
+    They take turns, so that what else the machine does meanwhile changes all of them.
+    """
+    pipelines = {name: generator.open() for name, generator in generators.items()}
+    times: dict[str, list[float]] = {name: [] for name in generators}
+    for i in range(ROUNDS + 1):
+        for name, generator in generators.items():
+            sampling = Sampling(generator.steps, generator.guidance_scale)
+            start = time.perf_counter()
+            generate_images(pipelines[name], ["red apple"], [i], sampling)
+            times[name].append(1000 * (time.perf_counter() - start))
+    quartiles = {name: statistics.quantiles(each[1:], n=4) for name, each in times.items()}  # the first call sets things up
+    return {name: (middle, (high - low) / 2) for name, (low, middle, high) in quartiles.items()}
 
 
 def table(measured: dict[str, dict[str, tuple[float, float]]], updates: dict[str, str]) -> str:
@@ -143,7 +164,18 @@ def table(measured: dict[str, dict[str, tuple[float, float]]], updates: dict[str
 
 def seeds_text(seeds: Sequence[int]) -> str:
     """Return what ± means."""
-    return "One training seed." if len(seeds) == 1 else f"± is the standard deviation over {len(seeds)} training seeds."
+    spread = "One training seed." if len(seeds) == 1 else f"± is the standard deviation over {len(seeds)} training seeds."
+    return f"{spread} (Of ms: half the distance of the quartiles over {ROUNDS} images, first seed.)"
+
+
+def generators(out: Path, variants: Sequence[Variant], seed: int) -> dict[str, Generator]:
+    """Return what makes the images of each row of the table."""
+    embedded = Source("zoo")
+    return {
+        "teacher, 25 steps": embedded.many_steps(**TEACHER),
+        "shipped student, one step": embedded.plain(),
+        **{one.name: Source(one.name, run=str(out / f"{one.name}-seed-{seed}")).plain() for one in variants},
+    }
 
 
 def main() -> None:
@@ -169,13 +201,14 @@ def main() -> None:
             rows[variant.name] += result_of(str(folder), args.out, args.count)
     shipped = result_of("zoo", args.out, args.count)
     named = {"teacher, 25 steps": shipped[:1], "shipped student, one step": shipped[-1:], **rows}
-    text = table({name: summary(found) for name, found in named.items()}, updates)
+    ms = milliseconds(generators(args.out, variants, args.seeds[0]))
+    text = table({name: summary(found) | {"ms": ms[name]} for name, found in named.items()}, updates)
     where = f"Training of {args.passes:g} passes each. {seeds_text(args.seeds)} {args.count} images of each row. {machine()}."
     print(text, where, sep="\n\n")
     if args.table:
         markdown.write_between_markers(args.table, BEGIN, END, f"{text}\n\n{where}")
     if args.json:
-        args.json.write_text(json.dumps({"passes": args.passes, "machine": machine(), "rows": named}, indent=1))
+        args.json.write_text(json.dumps({"passes": args.passes, "machine": machine(), "rows": named, "ms": ms}, indent=1))
 
 
 if __name__ == "__main__":
