@@ -173,6 +173,35 @@ def test_weighted_adapters_are_exact_where_their_layers_and_ranks_differ(tmp_pat
     torch.testing.assert_close(loaded(x), due)
 
 
+def test_a_weighted_adapter_tells_a_layer_from_one_whose_name_ends_alike():
+    """FLUX has ``proj_out`` and ``single_transformer_blocks.0.proj_out``."""
+    blocks = nn.ModuleList([nn.ModuleDict({"proj_out": nn.Linear(6, 5)}) for _ in range(2)])
+    network = nn.ModuleDict({"blocks": blocks, "proj_out": nn.Linear(8, 12)})
+    model = peft.get_peft_model(network, LoRaDConfig(r=2, target_modules=["proj_out"]))
+    model.add_adapter("b", LoRaDConfig(r=2, rank_pattern={"^proj_out": 3}, target_modules=["proj_out"]))
+    model.add_weighted_adapter(["default", "b"], [0.5, 0.5], "sum")
+    found = {name: layer.r["sum"] for name, layer in model.base_model.model.named_modules() if isinstance(layer, LoRaDLayer)}
+    assert found == {"blocks.0.proj_out": 4, "blocks.1.proj_out": 4, "proj_out": 5}
+
+
+def test_a_weighted_adapter_that_fails_leaves_nothing(monkeypatch):
+    model = adapted(target_modules=["lin", "head"])
+    model.add_adapter("b", LoRaDConfig(r=2, target_modules=["lin", "head"]))
+    plain, calls = LoRaDLayer.update_layer, []
+
+    def second_fails(layer, name, *rest, **options):
+        calls.append(name)
+        if len(calls) == 2:
+            raise MemoryError
+        return plain(layer, name, *rest, **options)
+
+    monkeypatch.setattr(LoRaDLayer, "update_layer", second_fails)
+    with pytest.raises(MemoryError):
+        model.add_weighted_adapter(["default", "b"], [0.5, 0.5], "sum")
+    assert set(model.peft_config) == {"default", "b"}
+    assert not angles(model, "sum")
+
+
 def test_weighted_adapters_that_cannot_be():
     model = adapted()
     model.add_adapter("re", LoRaDConfig(r=2, target_modules=".*lin"))

@@ -88,7 +88,11 @@ class LoRaDModel(BaseTuner):
         """
         config, ranks = self._joint_config(adapters, weights, adapter_name, combination_type)
         self.peft_config[adapter_name] = config
-        self.inject_adapter(self.model, adapter_name)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            self.delete_adapter(adapter_name)  # some layers may have it already
+            raise
         for name, layer in self.model.named_modules():
             if isinstance(layer, LoRaDLayer) and name in ranks:
                 parts = [(a, w) for a, w in zip(adapters, weights, strict=True) if a in layer.lorad_A]
@@ -117,7 +121,8 @@ class LoRaDModel(BaseTuner):
             if isinstance(layer, LoRaDLayer) and any(a in layer.r for a in adapters)
         }
         (usual, _), *_rest = Counter(ranks.values()).most_common(1)
-        pattern = {re.escape(name): r for name, r in ranks.items() if r != usual}
+        # PEFT also matches the end of a name; with ^, ``proj_out`` does not match ``blocks.0.proj_out``
+        pattern = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != usual}
         joint = replace(
             configs[0],
             r=usual,
