@@ -3,12 +3,14 @@
 import json
 import shutil
 
+import diffusers.utils
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import tiny
+from backbones import small_pipelines
 from raising import raises_naming
 from runs import assert_same_run
 from wadi.backbones import Condition, from_pipeline, load_pipeline
@@ -169,11 +171,33 @@ def test_a_cache_of_another_encoder_is_an_error(cache, prompts, backbone, tmp_pa
         next(other.text_encoder.parameters())[0, 0] += 1
     half = load_pipeline(sd_folder, torch.float16)
     cases = ((from_pipeline(other), "text_encoder"), (from_pipeline(half), "float16"))
-    for stranger, named in (*cases, (from_pipeline(load_pipeline(sd_folder), (32, 16)), "resolution")):
+    for stranger, named in cases:
         for use in (lambda b: conditions_of(b, Embeddings(cache)), lambda b: embed_prompts(b, prompts, cache)):
             with raises_naming(cache, named):
                 use(stranger)
     conditions_of(from_pipeline(load_pipeline(sd_folder)), Embeddings(cache))  # loaded anew it is the same
+    conditions_of(from_pipeline(load_pipeline(sd_folder), (32, 16)), Embeddings(cache))  # this encoder does not know the size
+
+
+def test_a_condition_that_contains_the_size_is_of_this_size(tmp_path, prompts):
+    pipeline = small_pipelines.make("sdxl", tmp_path)
+    cache = embed_prompts(from_pipeline(pipeline, (64, 64)), prompts, tmp_path / "cache")
+    conditions_of(from_pipeline(pipeline, (64, 64)), Embeddings(cache))
+    with raises_naming(cache, "resolution", 32):
+        conditions_of(from_pipeline(pipeline, (32, 64)), Embeddings(cache))
+
+
+def test_whether_captions_were_cleaned_is_in_the_cache(tmp_path, prompts, monkeypatch):
+    backbone = from_pipeline(small_pipelines.make("pixart-alpha", tmp_path), (64, 64))
+    identities = []
+    for available in (False, True):
+        for name in ("is_bs4_available", "is_ftfy_available"):
+            monkeypatch.setattr(diffusers.utils, name, lambda available=available: available)
+        identities.append(encoder_identity(backbone))
+    with raises_naming("clean_caption"):
+        cache_module.check_encoder(tmp_path, *identities)
+    earlier = {name: value for name, value in identities[0].items() if name != "arguments"}
+    cache_module.check_encoder(tmp_path, earlier, identities[1])  # a cache of an earlier version does not say
 
 
 def test_a_cache_of_other_prompts_is_not_overwritten(backbone, cache, tmp_path):

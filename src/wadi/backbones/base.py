@@ -65,6 +65,7 @@ class Backbone(ABC):
     fake_targets: str
     no_guidance: ClassVar[float] = 0.0
     default_guidance: ClassVar[float | None] = None
+    condition_has_size: bool = False  # whether the condition of a prompt depends on `resolution`
 
     def __init__(self, pipeline: Any, resolution: tuple[int, int] | None = None) -> None:
         print_truncation_once()
@@ -172,6 +173,15 @@ class Backbone(ABC):
     @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Return the network's own prediction (see `process`), ``(B, C, H, W)`` in float32. ``t`` has shape ``(B,)``."""
+
+    def as_seen(self, x_t: Tensor) -> Tensor:
+        """Return ``x_t`` rounded to the network's dtype, in its own dtype.
+
+        A student's image is computed from its prediction *and* ``x_t``: ``(x_t - sigma eps) / alpha``. Both must belong to the
+        same ``x_t``, or the rounding error is multiplied by ``1 / alpha``. A call of the pipeline holds latents in the
+        network's dtype.
+        """
+        return x_t.to(self.network.dtype).to(x_t.dtype)
 
     def encode_defaults(self) -> dict[str, Any]:
         """Return arguments for the pipeline's ``encode_prompt``, where the pipeline's call has other defaults than it.

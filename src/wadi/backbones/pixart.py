@@ -31,6 +31,15 @@ class PixArt(Backbone):
         """See `Backbone.call`. Turns off the pipeline's resizing to the nearest training size."""
         return {**super().call, "use_resolution_binning": False, "clean_caption": self._clean_caption}
 
+    def encode_defaults(self) -> dict[str, Any]:
+        """See `Backbone.encode_defaults`. Says whether captions are cleaned, which depends on the installed libraries."""
+        return {**super().encode_defaults(), "clean_caption": self._clean_caption}
+
+    @property
+    def condition_has_size(self) -> bool:  # type: ignore[override]
+        """Whether the network takes the resolution as an input."""
+        return bool(self.network.use_additional_conditions)
+
     @property
     def _clean_caption(self) -> bool:
         """Whether a plain call cleans captions. That needs two libraries; without them it warns and encodes the raw prompt."""
@@ -45,7 +54,7 @@ class PixArt(Backbone):
             list(prompts),
             do_classifier_free_guidance=False,
             device=self.pipeline.text_encoder.device,
-            **self.encode_defaults() | {"clean_caption": self._clean_caption},
+            **self.encode_defaults(),
         )
         return Condition({"prompt_embeds": embeds, "mask": mask, **self._sizes(len(embeds), embeds.device)})
 

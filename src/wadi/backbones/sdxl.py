@@ -20,6 +20,8 @@ TIME_IDS = 6
 class StableDiffusionXL(StableDiffusion):
     """The backbone of a loaded ``StableDiffusionXLPipeline``."""
 
+    condition_has_size = True
+
     def encode_with_gradient(self, prompts: Sequence[str]) -> Condition:
         """Return ``prompt_embeds`` ``(B, tokens, width)``, ``pooled`` ``(B, width)`` and ``time_ids`` ``(B, 6)``.
 

@@ -64,13 +64,17 @@ def conditions_of(backbone: Backbone, prompts: Prompts | Embeddings) -> Conditio
 
 
 def encoder_identity(backbone: Backbone) -> dict[str, Any]:
-    """Return everything that determines the condition of a prompt: family, resolution, weights, dtypes and tokenizers."""
+    """Return everything that determines the condition of a prompt: family, weights, dtypes, tokenizers, arguments, and the
+    resolution if the condition contains it.
+    """
     parts = {
         name: part
         for name, part in backbone.pipeline.components.items()
         if part is not None and name.startswith(("text_encoder", "tokenizer"))
     }
-    identity: dict[str, Any] = {"family": type(backbone).__name__, "resolution": list(backbone.resolution)}
+    identity: dict[str, Any] = {"family": type(backbone).__name__, "arguments": backbone.encode_defaults()}
+    if backbone.condition_has_size:
+        identity["resolution"] = list(backbone.resolution)
     for name in sorted(parts):
         if name.startswith("text_encoder"):
             identity[name] = f"{fingerprint(parts[name])} {str(parts[name].dtype).removeprefix('torch.')}"

@@ -27,6 +27,9 @@ from wadi.prompts.texts import Texts
 
 MANIFEST = "cache.json"
 DIGEST = "digest"  # key in `Embeddings.encoder`: digest of the files of text encoders and tokenizers
+# Keys that are compared if both sides have them. Caches of earlier versions lack some of them, or have a resolution that the
+# conditions do not depend on; an encoder without files has no digest.
+OPTIONAL = (DIGEST, "resolution", "arguments")
 TOKENS = ("prompt_embeds", "mask")  # the tensors of a condition whose second axis is tokens
 OPEN_SHARDS = 64  # most memory maps open at once
 
@@ -169,9 +172,7 @@ def _wrong_tensor(shard: Any, names: set[str], rows: int, shapes: Mapping[str, S
 
 def check_encoder(folder: Path, cached: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Raise `WadiError` if the encoder of a cache differs from ``expected``. The message names the differences."""
-    names = {*cached, *expected}
-    if DIGEST not in cached or DIGEST not in expected:  # a cache of an earlier version, or an encoder without files
-        names.discard(DIGEST)
+    names = {*cached, *expected} - {name for name in OPTIONAL if name not in cached or name not in expected}
     different = [name for name in sorted(names) if cached.get(name) != expected.get(name)]
     if different:
         details = "; ".join(f"{name}: {cached.get(name)!r} in the cache, {expected.get(name)!r} here" for name in different)
