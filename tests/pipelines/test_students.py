@@ -8,13 +8,16 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from students import one_image, same_image, save_student
 
 import tiny
+from raising import raises_naming
 from wadi import roles
 from wadi.analysis.sources import open_teacher
 from wadi.backbones import from_pipeline, load_pipeline
 from wadi.cli.main import main
+from wadi.distill.loop import distill
 from wadi.errors import WadiError
 from wadi.pipelines.hybrid import load_any_student, load_hybrid
 from wadi.pipelines.load import is_export, load, load_teacher_pipeline
@@ -70,6 +73,20 @@ def test_run_adapter_and_a_moved_teacher_give_the_same_image(finished_run, sd_fo
         load_any_student(str(sd_folder), str(finished_run)),
     ):
         assert same_image(one_image(loaded), expected, off=0)
+
+
+def test_a_teacher_that_changed_after_the_training_is_named(sd_folder, prompts_path, tmp_path):
+    teacher = shutil.copytree(sd_folder, tmp_path / "teacher")
+    run = distill(tiny.settings(teacher, prompts_path, tmp_path / "run", steps=1))
+    load(run)
+    weights = next((teacher / "unet").glob("*.safetensors"))
+    tensors = load_file(weights)
+    last = sorted(tensors)[-1]
+    tensors[last].flatten()[-1] += 1  # one value of the last tensor
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with raises_naming(teacher, run / "student", "--teacher"):
+        load(run)
+    load(run, teacher=teacher)
 
 
 def test_an_interrupted_run_loads_from_its_config_and_student(finished_run, tmp_path):

@@ -9,6 +9,7 @@ import torch
 
 from wadi import roles
 from wadi.backbones import Backbone, from_pipeline, load_pipeline
+from wadi.backbones.digest import loaded_digest
 from wadi.distill import config_files
 from wadi.errors import WadiError
 from wadi.zoo.paths import embedded_path, resolve_teacher
@@ -37,12 +38,15 @@ def load(
         dtype: of all weights.
         device: where to put the pipeline.
     Raises:
-        WadiError: if a folder does not hold what its argument needs, or adapter and teacher do not fit.
+        WadiError: if a folder does not hold what its argument needs, adapter and teacher do not fit, or the named teacher's
+            files changed after the training. An explicit ``teacher`` may be another one.
     """
     if adapter is None and is_export(run):
         return load_pipeline(str(run), dtype, device)
     folder, base = locate_adapter(run, adapter, teacher)
     about, backbone = _open_base(folder, base, dtype, device)
+    if teacher is None:
+        _check_unchanged(folder, base, about, backbone.pipeline)
     roles.refuse_adapted(backbone.network)
     roles.load(backbone.network, folder, "student")
     roles.fuse(backbone.network, "student")
@@ -70,6 +74,17 @@ def _open_base(folder: Path, base: str, dtype: torch.dtype, device: str | torch.
     backbone = from_pipeline(load_pipeline(base, dtype, device), about.resolution)
     backbone.remember_resolution()
     return about, backbone
+
+
+def _check_unchanged(folder: Path, base: str, about: roles.About, pipeline: Any) -> None:
+    """Raise `WadiError` if the files of a student's teacher are not those that it was trained on."""
+    found = loaded_digest(pipeline)
+    if about.teacher_digest is not None and found is not None and found != about.teacher_digest:
+        raise WadiError(
+            f"The teacher {base!r} changed after student {str(folder)!r} was trained on it: the digest of its files is "
+            f"{found[:12]}, and was {about.teacher_digest[:12]}. Restore the files, or name this teacher (--teacher, teacher=) "
+            "to use the student on it as it is now."
+        )
 
 
 def is_export(run: str | Path | None) -> bool:

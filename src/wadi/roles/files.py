@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from wadi.diffusion.schedulers import check_timesteps
 from wadi.errors import WadiError, first_line
 from wadi.io.files import whole_folder
-from wadi.io.records import Count, Record, Side, read_json
+from wadi.io.records import Count, Digest, Record, Side, read_json
 from wadi.io.tensors import open_tensors
 from wadi.io.weight_checks import check_finite, check_floats, shapes, tensor_differences
 from wadi.lorad.stored import PEFT_PREFIX
@@ -110,12 +110,14 @@ class About(Record):
         timestep: the same, in files of earlier versions.
         resolution: ``(height, width)`` that it was trained at; None in adapters that do not say: the model's own.
         teacher: pipeline folder, Hub id or ``zoo``.
+        teacher_digest: of the teacher's files (`wadi.backbones.digest`); None in adapters of earlier versions.
     """
 
     timesteps: tuple[Count, ...] = ()
     timestep: Count | None = None
     resolution: tuple[Side, Side] | None = None
     teacher: str = "zoo"
+    teacher_digest: Digest | None = None
 
 
 def read_about(folder: Path) -> About:
