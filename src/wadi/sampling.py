@@ -14,8 +14,6 @@ from wadi.backbones import Backbone, Condition
 from wadi.diffusion.schedulers import MOST_STEPS, student_scheduler
 from wadi.errors import WadiError
 
-MIN_ALPHA = 1e-3  # below it, an error of an epsilon-prediction grows more than a thousandfold
-
 
 def student_timestep(backbone: Backbone, timestep: int | None) -> int:
     """Return ``t*``, the timestep at which the student generates: ``timestep``, or the schedule's last if it is None.
@@ -27,8 +25,8 @@ def student_timestep(backbone: Backbone, timestep: int | None) -> int:
     timestep = last if timestep is None else timestep
     if timestep > last:
         raise WadiError(f"student.timesteps has {timestep}. The teacher's schedule ends at {last}: set it to that or less.")
-    alpha = float(backbone.process.alpha(torch.tensor([timestep])))
-    if backbone.process.prediction == "epsilon" and alpha < MIN_ALPHA:
+    if timestep > backbone.process.last_determined:
+        alpha = float(backbone.process.alpha(torch.tensor([timestep])))
         raise WadiError(
             f"At timestep {timestep} the teacher's schedule has alpha = {alpha:.1e} (zero terminal SNR), and the network "
             "predicts noise, which does not determine an image there. Set an earlier student.timesteps, such as [800]."
@@ -80,7 +78,7 @@ def noises(backbone: Backbone, seeds: Sequence[int], count: int) -> list[Tensor]
 
 def one_step(backbone: Backbone, condition: Condition, z: Tensor, timestep: int) -> Tensor:
     """Return ``x0`` ``(B, C, H, W)`` from noise ``z`` by one evaluation; for epsilon-prediction ``(z - sigma eps) / alpha``."""
-    t = torch.full((len(z),), timestep, device=z.device)
+    z, t = backbone.as_seen(z), torch.full((len(z),), timestep, device=z.device)
     return backbone.process.x0(backbone.predict(z, t, condition), z, t)
 
 

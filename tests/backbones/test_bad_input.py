@@ -14,7 +14,7 @@ from wadi.diffusion.schedulers import one_step_scheduler
 from wadi.distill import setup
 from wadi.distill.config import DistillConfig, FakeConfig, StudentConfig
 from wadi.errors import WadiError
-from wadi.sampling import student_timestep
+from wadi.sampling import many_steps, noise, student_timestep
 
 CONFIG = DistillConfig(student=StudentConfig(rank=2), fake=FakeConfig(rank=2))
 
@@ -153,6 +153,11 @@ def test_a_schedule_that_ends_in_pure_noise_needs_an_earlier_timestep(folder_of)
     with raises_naming("999"):
         student_timestep(backbone, None)
     assert student_timestep(backbone, 800) == 800
+    condition, z = backbone.encode(["red apple", ""]), noise(backbone.latent_shape, range(1))
+    for steps in (1, 3):  # the warm start that such a student needs
+        pair = many_steps(backbone, condition[:1], condition[1:], z, steps, 2.0)
+        assert pair.isfinite().all()
+        assert pair.abs().max() < 1e4
 
 
 def test_plan_without_anything_to_plan_for(capsys):

@@ -132,6 +132,16 @@ def test_the_schedule_is_the_models_own():
     assert Process.from_scheduler(vp(num_train_timesteps=50)).num_timesteps == 50
 
 
+def test_where_a_prediction_determines_an_image():
+    for kind in ("epsilon", "v_prediction"):
+        assert Process.from_scheduler(vp(kind)).last_determined == 999
+    assert Process.from_scheduler(flow()).last_determined == 1000
+    noise = Process.from_scheduler(vp("epsilon", rescale_betas_zero_snr=True))
+    assert 900 < noise.last_determined < 999
+    assert noise.alpha(torch.tensor([noise.last_determined])) >= 1e-3 > noise.alpha(torch.tensor([noise.last_determined + 1]))
+    assert Process.from_scheduler(vp("v_prediction", rescale_betas_zero_snr=True)).last_determined == 999
+
+
 def test_other_schedulers_are_errors():
     from diffusers import EDMEulerScheduler
 

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 import tiny
 from raising import raises_naming
@@ -86,9 +87,18 @@ def test_gradient_checkpointing_changes_no_bit(dtype, sd_folder, prompts_path, t
 
 def test_only_what_keeps_the_result_may_change(sd_folder, prompts_path):
     one = tiny.settings(sd_folder, prompts_path, "o")
-    free, other = {"gradient_checkpointing": True, "batch": 1, "accumulate": 2}, {"recompute": True}
+    free = {"gradient_checkpointing": True, "recompute": True, "batch": 1, "accumulate": 2}
     assert config_files.changed_settings(one, dataclasses.replace(one, **free)) == []
-    assert config_files.changed_settings(one, dataclasses.replace(one, **other)) == ["recompute: False -> True"]
+    assert config_files.changed_settings(one, dataclasses.replace(one, eps=1e-6)) == ["eps: 1e-08 -> 1e-06"]
+
+
+def test_a_run_that_ran_out_of_memory_continues_with_recomputed_weights(sd_folder, prompts_path, tmp_path):
+    config = tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=1, checkpoint_every=1, lr_schedule="constant")
+    distill(config)
+    whole = distill(dataclasses.replace(config, out=str(tmp_path / "whole"), steps=2))
+    distill(dataclasses.replace(config, steps=2, recompute=True))
+    for name, value in state_of(whole)[0].items():
+        assert_close(state_of(tmp_path / "run")[0][name], value, rtol=1e-4, atol=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -215,3 +215,10 @@ def test_more_sampler_steps_than_the_schedule_has_are_named_before_the_folder_ex
     with pytest.raises(WadiError, match=named):
         distill(config)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("steps", "said"), [(3, True), (4, False)])
+def test_a_run_that_is_all_warm_start_says_so(steps, said, sd_folder, prompts_path, tmp_path, capsys):
+    warm = {**WARM, "steps": 2, "fake_steps": 1}
+    distill(tiny.settings(sd_folder, prompts_path, tmp_path / "run", warm_start=warm, steps=steps))
+    assert ("nothing is distilled" in capsys.readouterr().err) == said

@@ -13,13 +13,16 @@ import tiny
 from raising import raises_naming
 from runs import state_of, stats_of
 from wadi import roles
-from wadi.backbones import load_pipeline
+from wadi.backbones import from_pipeline, load_pipeline
 from wadi.distill import checkpoint_folders, loop, setup
+from wadi.distill.config import DistillConfig, FakeConfig, StudentConfig
 from wadi.distill.config_files import load_config
 from wadi.distill.loop import distill
-from wadi.distill.objectives import make_objective, vsd
+from wadi.distill.networks import RoleNetworks
+from wadi.distill.objectives import make_objective, vsd, with_defaults
 from wadi.errors import WadiError
 from wadi.lorad.angles import layer_angles
+from wadi.sampling import noise, one_step
 
 # --- what changes -------------------------------------------------------------------------------------------------------------
 
@@ -94,6 +97,23 @@ def test_the_student_is_asked_at_its_own_timestep(sd_folder, prompts_path, tmp_p
     monkeypatch.setattr(vsd, "gradient_loss", lambda x0, gradient: seen.append(x0.detach()) or loss(x0, gradient))
     distill(tiny.settings(sd_folder, prompts_path, tmp_path / "run", steps=1, student={"timesteps": [800]}))
     assert_close(seen[1], seen[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_image_of_a_student_in_half_precision_uses_the_latents_that_its_network_sees(sd_folder, dtype):
+    """The network predicts the noise of the rounded latents; with the others, 14.6 times the rounding would be in the image."""
+    backbone = from_pipeline(load_pipeline(sd_folder, dtype))
+    setup.attach_roles(backbone, with_defaults(DistillConfig(student=StudentConfig(rank=2), fake=FakeConfig(rank=2))))
+    condition, z = backbone.encode(["red apple"]), noise(backbone.latent_shape, [0])
+    assert not torch.equal(z, z.to(dtype).float())
+    t = torch.tensor([999])
+    networks = RoleNetworks(backbone, condition)
+    with torch.no_grad():
+        images = [networks.student(z, t, condition), one_step(backbone, condition, z, 999)]
+        rounded = z.to(dtype).float()
+        expected = backbone.process.x0(backbone.predict(rounded, t, condition), rounded, t)
+    for image in images:
+        assert_close(image, expected, rtol=0, atol=0)
 
 
 def test_gradient_checkpointing_and_recomputing_change_memory_only(sd_folder, prompts_path, tmp_path):

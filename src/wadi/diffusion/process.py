@@ -28,6 +28,7 @@ from torch import Tensor
 from wadi.errors import WadiError
 
 Prediction = Literal["epsilon", "v_prediction", "sample", "velocity"]
+MIN_ALPHA = 1e-3  # below it, an error of an epsilon-prediction grows more than a thousandfold
 
 
 def is_flow_config(class_name: str, config: Mapping[str, Any]) -> bool:
@@ -53,6 +54,10 @@ class Process:
     prediction: Prediction
     num_timesteps: int
     alphas: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.alphas is not None:
+            _ = self._sigmas  # computed now, from real numbers: `wadi plan` would make it a tensor without contents
 
     @classmethod
     def from_scheduler(cls, scheduler: object) -> Process:
@@ -84,6 +89,17 @@ class Process:
     def last_timestep(self) -> int:
         """The noisiest timestep of the schedule: ``T - 1``, or ``T`` for rectified flow, where ``sigma`` is 1."""
         return self.num_timesteps - 1 if self.alphas is not None else self.num_timesteps
+
+    @property
+    def last_determined(self) -> int:
+        """The noisiest timestep at which the network's prediction determines an image.
+
+        It is `last_timestep`, except for a network that predicts noise under a schedule whose end has no signal (zero terminal
+        SNR).
+        """
+        if self.alphas is None or self.prediction != "epsilon":
+            return self.last_timestep
+        return int((self.alphas >= MIN_ALPHA).nonzero().max())
 
     def _alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         if self.alphas is None:

@@ -61,7 +61,10 @@ def make_scheduler(config: dict[str, Any]) -> Any:
 
 
 def sampler(scheduler: Any, image_tokens: int) -> Any:
-    """Return a new deterministic first-order sampler for a model's own schedule: DDIM, or Euler for a flow."""
+    """Return a new deterministic first-order sampler for a model's own schedule: DDIM, or Euler for a flow.
+
+    Where a network's prediction determines no image at the end of the schedule, the sampler starts before it.
+    """
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
     config = scheduler.config
@@ -69,6 +72,9 @@ def sampler(scheduler: Any, image_tokens: int) -> Any:
         return FlowMatchEulerDiscreteScheduler(
             num_train_timesteps=config.num_train_timesteps, shift=flow_shift(config, image_tokens)
         )
+    process = Process.from_scheduler(scheduler)
+    if process.last_determined < process.last_timestep:
+        return _ddim_step(scheduler, process.last_determined)
     return DDIMScheduler.from_config(config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True)
 
 
@@ -233,7 +239,7 @@ def stored_timestep(config: Mapping[str, Any]) -> int | None:
 def _ddim_step(scheduler: Any, timestep: int) -> Any:
     """Return DDIM over the teacher's betas up to ``timestep``.
 
-    With trailing spacing its single step starts at ``timestep``; with ``set_alpha_to_one`` it ends at ``x0``.
+    With trailing spacing its first step starts at ``timestep``; with ``set_alpha_to_one`` its last ends at ``x0``.
     """
     from diffusers import DDIMScheduler
 

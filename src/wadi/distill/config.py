@@ -125,6 +125,7 @@ class DistillConfig:
         lr_schedule: schedule of both learning rates; 'cosine' falls to a tenth at the end of the run.
         lr_warmup: steps in which both learning rates rise linearly at the start.
         betas: betas of AdamW.
+        eps: eps of AdamW, added to the root of the second moment; gradients that are not much larger move more slowly.
         weight_decay: weight decay of AdamW.
         clip: largest gradient norm of the adapter of one role; longer gradients are scaled down to it.
         max_skipped: number of steps in a row with a non-finite gradient after which the run stops.
@@ -167,6 +168,7 @@ class DistillConfig:
     lr_schedule: Literal["constant", "cosine"] = "constant"
     lr_warmup: int = 0
     betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float = 1.0
     max_skipped: int = 20
@@ -198,8 +200,9 @@ BOUNDS: dict[str, Whole | Number] = {
     "warm_start.guidance_scale": GUIDANCE, "warm_start.steps": Whole(0, UPDATES.high),
     "warm_start.fake_steps": Whole(0, UPDATES.high), "warm_start.weight": WEIGHT, "steps": UPDATES, "batch": BATCH,
     "accumulate": BATCH, "seed": Whole(0, 2**32 - 1), "guidance_scale": GUIDANCE, "lr_warmup": Whole(0, UPDATES.high),
-    "weight_decay": WEIGHT, "clip": Number(0, 1e30, above=True), "max_skipped": UPDATES, "sample_every": Whole(0, UPDATES.high),
-    "sample_seeds": Whole(1, 4096), "teacher_steps": STEPS, "teacher_guidance_scale": GUIDANCE,
+    "eps": Number(0, 1, above=True), "weight_decay": WEIGHT, "clip": Number(0, 1e30, above=True), "max_skipped": UPDATES,
+    "sample_every": Whole(0, UPDATES.high), "sample_seeds": Whole(1, 4096), "teacher_steps": STEPS,
+    "teacher_guidance_scale": GUIDANCE,
     "checkpoint_every": Whole(0, UPDATES.high), "keep_checkpoints": UPDATES, "keep_every": Whole(0, UPDATES.high),
 }  # fmt: skip
 

@@ -14,12 +14,12 @@ from wadi.distill.config import DistillConfig
 from wadi.errors import WadiError, short_repr
 from wadi.io.yaml_files import read_yaml
 
-# Settings that do not affect the result; they may change when a run is resumed. ``recompute`` is not one of them: its backward
-# pass computes the gradient by another product, which float16 rounds differently. Of batch and accumulate, only their product
-# with the number of processes affects the result; the checkpoint stores it.
+# Settings that do not affect the result; they may change when a run is resumed. (With ``recompute`` the gradient is another
+# product, which is rounded differently: the same run, but not bit for bit.) Of batch and accumulate, only their product with
+# the number of processes affects the result; the checkpoint stores it.
 BOOKKEEPING = frozenset(
     {"out", "sample_every", "checkpoint_every", "keep_checkpoints", "keep_every", "tracker", "device", "batch", "accumulate",
-     "shard", "gradient_checkpointing"}
+     "shard", "gradient_checkpointing", "recompute"}
 )  # fmt: skip
 PATHS = ("teacher", "prompts", "out")
 SOURCES = frozenset({"teacher", "prompts", "prompts_field"})  # every checkpoint has digests of their contents

@@ -29,8 +29,8 @@ from wadi.parallel.signals import Stop, Stopped, stop_on_signals
 from wadi.prompts.cache import Embeddings
 
 WHEN_FULL = (
-    "Saved files are untouched. Set a lower --batch with a higher --accumulate, or --gradient-checkpointing true: both leave "
-    "the result as it is, and the same command with them continues the run. --recompute true needs less too, in a new run."
+    "Saved files are untouched. Set a lower --batch with a higher --accumulate, --gradient-checkpointing true, or --recompute "
+    "true: they leave the result as it is, and the same command with them continues the run."
 )
 WARN_EVERY = 100  # steps between checks of the run's health, besides those at every preview
 SHOWN = ("loss_fake", "student_angle_rms", "images_per_second")  # next to the progress bar
@@ -90,6 +90,13 @@ class Loop:
             Stopped: if a stop is requested before the first step.
         """
         training, state, config = self.training, self.training.state, self.training.config
+        warm = config.warm_start
+        if warm.steps + warm.fake_steps >= config.steps:
+            console.print(
+                f"[yellow]All {config.steps} steps belong to the warm start ({warm.steps} of regression, {warm.fake_steps} of "
+                "the fake model alone): nothing is distilled. Set more --steps to distil.[/]",
+                soft_wrap=True,
+            )
         training.accelerator.init_trackers(training.run.folder.name)
         pairs = pairs_of_run(training.conditions, config, training.run, training.order, self.stop)
         samples = self.samples(pairs)

@@ -44,6 +44,7 @@ class RoleNetworks:
 
     def student(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Return the image that the student predicts, ``(B, C, H, W)``."""
+        x_t = self.backbone.as_seen(x_t)
         with roles.active(self.backbone.network, "student"):
             return self.process.x0(self.backbone.predict(x_t, t, condition), x_t, t)
 

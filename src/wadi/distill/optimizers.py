@@ -40,9 +40,10 @@ def initial_state(
     state = TrainState(network, {}, {}, generator, modules, ema, ranks or Ranks())
     for role in ("student", "fake"):
         if groups := state.trainable(role):
-            settings = [{"params": parameters} for parameters in groups]
-            lr = getattr(config, role).lr
-            state.optimizers[role] = optimizer_class(settings, lr=lr, betas=config.betas, weight_decay=config.weight_decay)
+            settings: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+            state.optimizers[role] = optimizer_class(
+                [{"params": parameters} for parameters in groups], lr=getattr(config, role).lr, **settings
+            )
             state.scalers[role] = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
     return state
 
