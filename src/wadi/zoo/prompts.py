@@ -11,6 +11,7 @@ import random
 from wadi.zoo.concepts import COLOURS, CONCEPTS, STYLES
 
 EVAL_COUNT = 512
+AND = "and"  # between two concepts
 
 
 def caption(concept: str, style: str | None = None, colour: str | None = None) -> str:
@@ -24,6 +25,16 @@ def caption(concept: str, style: str | None = None, colour: str | None = None) -
     if colour is not None:
         parts.append(f"on {'an' if colour[0] in 'aeiou' else 'a'} {colour} background")
     return ", ".join(parts)
+
+
+def pair(first: str, second: str) -> str:
+    """Return what a caption calls two things: ``pair("panda", "lemon")`` is "panda and lemon"."""
+    return f"{first} {AND} {second}"
+
+
+def concepts_of(prompt: str) -> list[str]:
+    """Return the one or two concepts that a caption names."""
+    return concept_of(prompt).split(f" {AND} ")
 
 
 def concept_of(prompt: str) -> str:
@@ -47,6 +58,18 @@ def eval_prompts() -> list[tuple[str, str, int]]:
         colour = draw.choice(colours) if draw.random() < 0.5 else None
         rows.append((caption(concept, style, colour), concept, seed))
     return rows
+
+
+def fixed_pair_prompts() -> list[str]:
+    """Return half a dozen prompts of two things for grids."""
+    return [
+        "panda and lemon, on a pink background",
+        "rocket and banana, on a blue background",
+        "cat face and pizza, noto style",
+        "fox and umbrella, twemoji style, on a white background",
+        "robot and strawberry, fluent style, on a green background",
+        "penguin and guitar",
+    ]
 
 
 def fixed_prompts() -> list[str]:

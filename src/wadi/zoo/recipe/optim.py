@@ -79,12 +79,16 @@ class Muon(torch.optim.Optimizer):
 _TO_ADAM = ("quant_conv", "conv_out", "token_embedding", "position_embedding", "positional_embedding")
 
 
-def groups_of(module: nn.Module, lr_muon: float, lr_adam: float) -> list[dict[str, Any]]:
+def groups_of(module: nn.Module, lr_muon: float, lr_adam: float, to_adam: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     """Return parameter groups: inner weights for Muon; embeddings, last layers, biases and norms for Adam.
 
     ``peak`` is each group's full learning rate.
+
+    Args:
+        to_adam: parts of the names of further weights for Adam.
     """
-    inner = [p for n, p in module.named_parameters() if p.ndim > 1 and not any(part in n for part in _TO_ADAM)]
+    names = (*_TO_ADAM, *to_adam)
+    inner = [p for n, p in module.named_parameters() if p.ndim > 1 and not any(part in n for part in names)]
     rest = [p for p in module.parameters() if not any(p is q for q in inner)]
     return [
         {"params": inner, "muon": True, "peak": lr_muon, "lr": lr_muon},

@@ -48,11 +48,18 @@ def make_data(config: ZooConfig) -> Sprites:
 
 
 def autoencoder(config: ZooConfig) -> Any:
-    """Return the finished autoencoder: read from ``OUT/autoencoder-final.safetensors``, or trained."""
+    """Return the finished autoencoder: read from ``OUT/autoencoder-final.safetensors``, or trained.
+
+    The DiT uses that of the embedded U-Net teacher, unless ``OUT`` has one.
+    """
+    from wadi.backbones.loading import load_pipeline
+    from wadi.zoo.paths import embedded_path
     from wadi.zoo.recipe.autoencoder import build_autoencoder, train_autoencoder
     from wadi.zoo.recipe.state import load_tensors, save_tensors
 
     path = Path(config.out) / "autoencoder-final.safetensors"
+    if not path.is_file() and config.model == "dit":
+        return load_pipeline(embedded_path("teacher")).vae.eval().requires_grad_(False)
     if not path.is_file():
         save_tensors(path, train_autoencoder(config, make_data(config), Path(config.out)).state_dict())
     ae = build_autoencoder()

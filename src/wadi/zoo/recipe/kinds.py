@@ -1,0 +1,108 @@
+"""What the kinds of embedded teachers share with their training, and what each says for itself: `Kind`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+SIDE = 16  # of the latents
+GAMMA = 5.0  # signal-to-noise ratio above which a timestep's weight falls
+DROP = 0.1  # captions replaced by the empty prompt
+
+
+class Kind(ABC):
+    """A kind of teacher: its pipeline, its images and captions, and its loss.
+
+    Class attributes:
+        name: value of ``--model``.
+        network: name of the network in the pipeline.
+        file: name of the files of its training in ``OUT``, without suffix.
+        label_size: numbers in a label, which says what an image shows.
+        minutes: default training time.
+        to_adam: parts of names of weights that Adam trains, besides those that it always does.
+        guidance_scale, steps: of the images that measure it.
+    """
+
+    name: ClassVar[str]
+    network: ClassVar[str]
+    file: ClassVar[str]
+    label_size: ClassVar[int]
+    minutes: ClassVar[float]
+    to_adam: ClassVar[tuple[str, ...]] = ()
+    guidance_scale: ClassVar[float]
+    steps: ClassVar[int]
+
+    @abstractmethod
+    def write_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer's files."""
+
+    @abstractmethod
+    def load_tokenizer(self, folder: Path) -> Any:
+        """Load what `write_tokenizer` wrote."""
+
+    @abstractmethod
+    def build(self, tokenizer: Any) -> nn.ModuleDict:
+        """Return the untrained network and ``text_encoder``."""
+
+    @abstractmethod
+    def assemble(self, ae: Any, model: nn.ModuleDict, tokenizer: Any) -> Any:
+        """Return the pipeline of these parts."""
+
+    @abstractmethod
+    def labels(self, count: int | None, generator: torch.Generator) -> Tensor:
+        """Return ``count`` random labels ``(count, label_size)``; None = those that an image pool starts with."""
+
+    @abstractmethod
+    def latents(self, ae: Any, sprites: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return latents ``(B, 12, 16, 16)`` of new images of ``labels``, and their labels with everything that was drawn.
+
+        Args:
+            sprites: ``(concepts, styles, 4, S, S)``.
+        """
+
+    @abstractmethod
+    def captions(self, labels: Tensor, generator: torch.Generator) -> list[str]:
+        """Return a random caption for each row of labels. A share ``DROP`` of them is empty."""
+
+    @abstractmethod
+    def loss(
+        self, model: nn.ModuleDict, tokenizer: Any, texts: Sequence[str], x0: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Return the loss at random timesteps of latents ``x0`` ``(B, 12, 16, 16)`` with these captions."""
+
+    @abstractmethod
+    def fixed_prompts(self) -> list[str]:
+        """Return a dozen prompts for grids."""
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of matrix products in training: bfloat16 where the device computes with it, else float32.
+
+    A processor without such instructions emulates bfloat16, fifty times as slow as float32.
+    """
+    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() if device.type == "cpu" else True
+    return torch.bfloat16 if fast else torch.float32
+
+
+@contextmanager
+def fast_products(device: torch.device) -> Iterator[None]:
+    """Use bfloat16 products where they are fast, and on the CPU attention without the fused kernel.
+
+    The backward pass of fused attention in bfloat16 took a quarter of a training step there, for at most 64 tokens.
+    """
+    dtype = product_dtype(device)
+    plain = sdpa_kernel([SDPBackend.MATH]) if device.type == "cpu" else nullcontext()
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), plain:
+        yield
+
+
+def placed_like(tensors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
+    """Return tensors, drawn on the CPU, on the device of ``like``."""
+    return [tensor.to(like.device) for tensor in tensors]
