@@ -12,7 +12,7 @@ from raising import raises_naming
 from wadi.zoo import judge
 from wadi.zoo.concepts import CANDIDATES, COLOURS, CONCEPTS, STYLES
 from wadi.zoo.prompts import caption, training_prompts
-from wadi.zoo.recipe import autoencoder, judge_training, teacher, text
+from wadi.zoo.recipe import autoencoder, judge_training, teacher, text, unet
 from wadi.zoo.recipe.icons import SIDE, Sprites
 
 
@@ -119,32 +119,32 @@ class Oracle:
 
 
 def test_v_loss_is_the_weighted_error_of_the_velocity():
-    alphas_cumprod = teacher.build_scheduler().alphas_cumprod
+    alphas_cumprod = unet.build_scheduler().alphas_cumprod
     x0 = torch.randn(64, 12, 16, 16, generator=torch.Generator().manual_seed(0))
 
     def loss(error):
         oracle = Oracle(x0, alphas_cumprod, error)
-        return teacher.v_loss(oracle, None, x0, alphas_cumprod, torch.Generator().manual_seed(1)), oracle.t
+        return unet.v_loss(oracle, None, x0, alphas_cumprod, torch.Generator().manual_seed(1)), oracle.t
 
     right, t = loss(0.0)
     assert right < 1e-6
     snr = alphas_cumprod[t] / (1 - alphas_cumprod[t])
-    weight = ((1 + teacher.GAMMA) / (1 + snr)).clamp(max=1)
+    weight = ((1 + unet.GAMMA) / (1 + snr)).clamp(max=1)
     assert loss(0.5)[0] == pytest.approx(0.25 * float(weight.mean()), rel=1e-3)
 
 
 def test_timesteps_cover_the_schedule_and_crowd_in_its_middle():
-    t = teacher.timesteps(100_000, 1000, torch.Generator().manual_seed(0))
+    t = unet.timesteps(100_000, 1000, torch.Generator().manual_seed(0))
     assert t.min() == 0
     assert t.max() == 999
     share = torch.histc(t.float(), 10, 0, 1000) / len(t)
-    density = (1 + teacher.FOCUS) / (1 - teacher.FOCUS)
+    density = (1 + unet.FOCUS) / (1 - unet.FOCUS)
     assert share[[4, 5]].mean() / share[[0, 9]].mean() == pytest.approx(density, rel=0.2)
-    assert (teacher.timesteps(48, 1000, torch.Generator()).diff() > 0).all()
+    assert (unet.timesteps(48, 1000, torch.Generator()).diff() > 0).all()
 
 
 def test_schedule_is_stable_diffusions_and_a_run_starts_at_the_last_timestep():
-    scheduler = teacher.build_scheduler()
+    scheduler = unet.build_scheduler()
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
     assert torch.allclose(scheduler.alphas_cumprod.double(), (1 - betas).cumprod(0), rtol=1e-4)
     scheduler.set_timesteps(25)
@@ -166,9 +166,9 @@ def test_captions_of_the_pool_tell_the_truth_and_a_tenth_are_dropped():
     sizes = torch.tensor([len(CONCEPTS), len(STYLES), len(COLOURS)])
     labels = (torch.rand(4000, 3, generator=generator) * sizes).long()
     names, styles, colours = list(CONCEPTS), list(STYLES), list(COLOURS)
-    drawn = teacher.draw_captions(labels, generator)
+    drawn = unet.draw_captions(labels, generator)
     dropped = sum(text == "" for text in drawn) / len(drawn)
-    assert abs(dropped - teacher.DROP) < 0.02
+    assert abs(dropped - unet.DROP) < 0.02
     for (c, s, k), words in zip(labels.tolist(), drawn, strict=True):
         choices = [caption(names[c], a, b) for a in (None, styles[s]) for b in (None, colours[k])]
         assert words in ("", *choices)
@@ -180,8 +180,8 @@ def test_fresh_latents_are_of_the_sprites_they_are_labelled_with(ae):
     art = torch.zeros(2, 2, 4, SIDE, SIDE, dtype=torch.uint8)
     art[1, 1] = 255
     concept, style = torch.tensor([0, 1]), torch.tensor([0, 1])
-    z, labels = teacher.new_latents(ae, art, concept, style, torch.Generator().manual_seed(0))
-    again, _ = teacher.new_latents(ae, art, torch.tensor([0, 0]), style, torch.Generator().manual_seed(0))
+    z, labels = unet.new_latents(ae, art, concept, style, torch.Generator().manual_seed(0))
+    again, _ = unet.new_latents(ae, art, torch.tensor([0, 0]), style, torch.Generator().manual_seed(0))
     assert labels[:, 0].tolist() == [0, 1]
     assert labels[:, 1].tolist() == [0, 1]
     assert torch.allclose(z[0], again[0], atol=1e-5)

@@ -59,6 +59,16 @@ class Classifier(nn.Module):
         best = torch.cat([self.logits(part).argmax(1) for part in images.split(batch)]).tolist()
         return sum(self.concepts[i] == name for i, name in zip(best, concepts, strict=True)) / len(concepts)
 
+    @torch.no_grad()
+    def top2(self, images: Tensor, pairs: list[tuple[str, str]], batch: int = 128) -> float:
+        """Return the share of images whose two most probable concepts are the given two, in either order.
+
+        It needs a judge that learned images of two things.
+        """
+        best = torch.cat([self.logits(part).topk(2).indices for part in images.split(batch)]).tolist()
+        named = [{self.concepts[i] for i in two} for two in best]
+        return sum(found == set(pair) for found, pair in zip(named, pairs, strict=True)) / len(pairs)
+
 
 def channels_last(classifier: Any) -> Any:
     """Return the classifier with its weights in channels-last memory format."""

@@ -11,6 +11,7 @@ import random
 from wadi.zoo.concepts import COLOURS, CONCEPTS, STYLES
 
 EVAL_COUNT = 512
+EVAL_PAIRS = 256
 AND = "and"  # between two concepts
 
 
@@ -57,6 +58,19 @@ def eval_prompts() -> list[tuple[str, str, int]]:
         style = draw.choice(styles) if draw.random() < 0.5 else None
         colour = draw.choice(colours) if draw.random() < 0.5 else None
         rows.append((caption(concept, style, colour), concept, seed))
+    return rows
+
+
+def eval_pair_prompts() -> list[tuple[str, tuple[str, str], int]]:
+    """Return the ``EVAL_PAIRS`` fixed ``(prompt, two concepts, seed)`` of the evaluation of a teacher that knows pairs."""
+    draw = random.Random("eval pair prompts")
+    names, styles, colours = list(CONCEPTS), list(STYLES), list(COLOURS)
+    rows = []
+    for seed in range(EVAL_PAIRS):
+        first, second = draw.sample(names, 2)
+        style = draw.choice(styles) if draw.random() < 0.5 else None
+        colour = draw.choice(colours) if draw.random() < 0.5 else None
+        rows.append((caption(pair(first, second), style, colour), (first, second), seed))
     return rows
 
 

@@ -34,6 +34,7 @@ class DiTTeacher(Kind):
     label_size = 4  # first concept, second or -1, style, colour
     minutes = 240.0
     to_adam = ("shared", "embed_tokens", "relative_attention_bias", "scale_shift_table", "pos_embed", "transformer.proj_out")
+    shows_pairs = True
     guidance_scale, steps = 3.0, 20
 
     def write_tokenizer(self, folder: Path) -> None:

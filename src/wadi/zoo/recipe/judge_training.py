@@ -1,4 +1,7 @@
-"""Train the judge on compositions of the sprites. Half of them pass through the autoencoder first."""
+"""Train the judge on compositions of the sprites. Half of them pass through the autoencoder first.
+
+The judge of the DiT learns scenes of one or two things; each of two things has the probability 1/2.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from wadi.distill.schedules import cosine, rise
 from wadi.io.progress import progress
 from wadi.zoo.concepts import CONCEPTS, STYLES
 from wadi.zoo.judge import Classifier, channels_last
+from wadi.zoo.recipe import scenes
 from wadi.zoo.recipe.autoencoder import decode, encode
 from wadi.zoo.recipe.compose import compose, random_pose
 from wadi.zoo.recipe.icons import Sprites
@@ -35,11 +39,26 @@ def save_classifier(folder: Path, classifier: Classifier) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def labelled(sprites: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return ``count`` compositions and their concepts, from ``sprites (concepts, styles, 4, S, S)``."""
+def labelled(sprites: Tensor, count: int, generator: torch.Generator, pairs: float | None = None) -> tuple[Tensor, Tensor]:
+    """Return ``count`` compositions and their concepts, from ``sprites (concepts, styles, 4, S, S)``.
+
+    Args:
+        pairs: share of scenes with two things, for the judge of the DiT; None = compositions of one.
+    Returns:
+        Images ``(count, 3, 64, 64)`` and labels ``(count, 2)``: the concept and -1, or both concepts.
+    """
+    if pairs is not None:
+        labels = scenes.random_labels(count, generator, pairs)
+        return scenes.random_scenes(sprites, labels, generator), labels[:, :2]
     concept = torch.randint(len(CONCEPTS), (count,), generator=generator)
     style = torch.randint(len(STYLES), (count,), generator=generator)
-    return compose(sprites[concept, style], random_pose(count, generator)), concept
+    return compose(sprites[concept, style], random_pose(count, generator)), torch.stack([concept, -torch.ones_like(concept)], 1)
+
+
+def target_of(labels: Tensor) -> Tensor:
+    """Return the distribution ``(B, concepts)`` that the judge learns for labels ``(B, 2)``."""
+    present = F.one_hot(labels.clamp_min(0), len(CONCEPTS)) * (labels >= 0)[:, :, None]
+    return present.sum(1) / (labels >= 0).sum(1, keepdim=True)
 
 
 @torch.no_grad()
@@ -62,26 +81,28 @@ def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
 def train_classifier(config: ZooConfig, ae: Any, sprites: Sprites, out: Path) -> Classifier:
     """Train for ``config.steps_classifier`` steps, resuming from ``out``."""
     torch.manual_seed(config.seed)
+    pairs = share_of_pairs(config)
     art = sprites.pixels[sprites.of_concepts()]
     model = channels_last(Classifier(list(CONCEPTS)))
     optimiser = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.02)
-    average, path = Average(model, 0.995), out / "classifier.safetensors"
+    average, path = Average(model, 0.995), out / ("classifier.safetensors" if pairs is None else "classifier-dit.safetensors")
     step = (resume_run(path, model, optimiser, average) or {"step": 0})["step"]
     generator = torch.Generator().manual_seed(config.seed + 1 + step)
     last = config.steps_classifier
     if step < last:
-        pool, labels = labelled(art, POOL, generator)
+        pool, labels = labelled(art, POOL, generator, pairs)
         pool[::2] = torch.cat([through_autoencoder(ae, part, generator) for part in pool[::2].split(64)])
     with progress("classifier", last, step) as bar:
         while step < last:
             for group in optimiser.param_groups:
                 group["lr"] = LR * rise(step + 1, 60) * cosine(step, last)
             where = (step * FRESH + torch.arange(FRESH)) % len(pool)
-            images, labels[where] = labelled(art, FRESH, generator)
+            images, labels[where] = labelled(art, FRESH, generator, pairs)
             images[::2] = through_autoencoder(ae, images[::2], generator)
             pool[where] = images
             index = torch.randint(len(pool), (96,), generator=generator)
-            loss = F.cross_entropy(model(degrade(pool[index], generator)), labels[index], label_smoothing=0.05)
+            logits = model(degrade(pool[index], generator))
+            loss = F.cross_entropy(logits, target_of(labels[index]), label_smoothing=0.05)
             loss.backward()
             optimiser.step()
             optimiser.zero_grad()
@@ -91,11 +112,16 @@ def train_classifier(config: ZooConfig, ae: Any, sprites: Sprites, out: Path) ->
             if step % 200 == 0 or step == last:
                 save_run(path, model, optimiser, average, step=step)
     average.copy_to(model)
-    return settle(model, art, generator)
+    return settle(model, art, generator, pairs)
+
+
+def share_of_pairs(config: ZooConfig) -> float | None:
+    """Return the share of images with two things that the judge of ``config.model`` learns from; None = compositions of one."""
+    return None if config.model == "unet" else scenes.PAIRS
 
 
 @torch.no_grad()
-def settle(model: Classifier, art: Tensor, generator: torch.Generator) -> Classifier:
+def settle(model: Classifier, art: Tensor, generator: torch.Generator, pairs: float | None = None) -> Classifier:
     """Measure the batch statistics again: those kept during training belong to the weights before averaging."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
@@ -103,7 +129,7 @@ def settle(model: Classifier, art: Tensor, generator: torch.Generator) -> Classi
         norm.momentum = None  # a plain mean over the batches below
     model.train()
     for _ in range(24):
-        model(degrade(labelled(art, 96, generator)[0], generator))
+        model(degrade(labelled(art, 96, generator, pairs)[0], generator))
     return model.eval().requires_grad_(False)
 
 
@@ -113,7 +139,18 @@ def accuracy_on_data(classifier: Classifier, ae: Any, sprites: Sprites, count: i
     The second number is the accuracy on the same images after the autoencoder.
     """
     generator = torch.Generator().manual_seed(987654321)
-    images, concept = labelled(sprites.pixels[sprites.of_concepts()], count, generator)
-    names = [classifier.concepts[i] for i in concept.tolist()]
+    images, labels = labelled(sprites.pixels[sprites.of_concepts()], count, generator)
+    names = [classifier.concepts[i] for i in labels[:, 0].tolist()]
     decoded = torch.cat([through_autoencoder(ae, part, generator, noise=0.0) for part in images.split(64)])
     return classifier.top1(images, names), classifier.top1(decoded, names)
+
+
+def pair_accuracy_on_data(classifier: Classifier, ae: Any, sprites: Sprites, count: int = 2048) -> tuple[float, float]:
+    """Return how often both things of ``count`` scenes that were never used in training are named: before and after the
+    autoencoder.
+    """
+    generator = torch.Generator().manual_seed(987654321)
+    images, labels = labelled(sprites.pixels[sprites.of_concepts()], count, generator, pairs=1.0)
+    pairs = [(classifier.concepts[i], classifier.concepts[j]) for i, j in labels.tolist()]
+    decoded = torch.cat([through_autoencoder(ae, part, generator, noise=0.0) for part in images.split(64)])
+    return classifier.top2(images, pairs), classifier.top2(decoded, pairs)

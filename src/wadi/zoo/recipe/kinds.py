@@ -27,6 +27,7 @@ class Kind(ABC):
         label_size: numbers in a label, which says what an image shows.
         minutes: default training time.
         to_adam: parts of names of weights that Adam trains, besides those that it always does.
+        shows_pairs: whether its images may show two things.
         guidance_scale, steps: of the images that measure it.
     """
 
@@ -36,6 +37,7 @@ class Kind(ABC):
     label_size: ClassVar[int]
     minutes: ClassVar[float]
     to_adam: ClassVar[tuple[str, ...]] = ()
+    shows_pairs: ClassVar[bool] = False
     guidance_scale: ClassVar[float]
     steps: ClassVar[int]
 

@@ -33,7 +33,8 @@ def train(config: ZooConfig) -> Path:
 
 def weights_folder(config: ZooConfig) -> Path:
     """Return the folder of the shipped weights."""
-    return Path(config.weights) if config.weights else Path(config.out) / "weights"
+    default = Path(config.out) / ("weights" if config.model == "unet" else f"weights-{config.model}")
+    return Path(config.weights) if config.weights else default
 
 
 def make_data(config: ZooConfig) -> Sprites:
@@ -68,7 +69,7 @@ def autoencoder(config: ZooConfig) -> Any:
 
 
 def teacher(config: ZooConfig) -> None:
-    """Train the U-Net and the text encoder, or continue."""
+    """Train the network and its text encoder, or continue."""
     from wadi.zoo.recipe.teacher import train_teacher
 
     train_teacher(config, autoencoder(config), make_data(config), Path(config.out))
@@ -85,9 +86,9 @@ def classifier(config: ZooConfig) -> None:
 def export(config: ZooConfig) -> None:
     """Write ``teacher/``, measure it and the classifier as they load from disk, and write the card and ``quality.json``."""
     from wadi.zoo.recipe.export import export_pipeline, measure_quality, write_card
-    from wadi.zoo.recipe.teacher import load_trained
+    from wadi.zoo.recipe.teacher import kind_of, load_trained
 
-    folder = weights_folder(config)
-    pipe, note = load_trained(autoencoder(config), Path(config.out))
+    folder, kind = weights_folder(config), kind_of(config.model)
+    pipe, note = load_trained(autoencoder(config), Path(config.out), kind)
     export_pipeline(pipe, folder / "teacher")
-    write_card(folder, measure_quality(folder, make_data(config)) | {"minutes_teacher": note["elapsed"] / 60})
+    write_card(folder, measure_quality(folder, make_data(config), kind) | {"minutes_teacher": note["elapsed"] / 60}, kind)

@@ -84,9 +84,25 @@ class Average:
             parameter.copy_(self.values[name])
 
 
+def own_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's state with each tensor once: a T5 encoder has its embedding under two names."""
+    state: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in module.state_dict().items():
+        if tensor.data_ptr() not in seen:
+            state[name] = tensor
+            seen.add(tensor.data_ptr())
+    return state
+
+
+def load_own_state(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load what `own_state` returned, or a module's named parameters."""
+    module.load_state_dict({**module.state_dict(), **{name: state[name] for name in own_state(module)}})
+
+
 def save_run(path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, average: Average, **note: Any) -> None:
     """Write one file with everything that a stage needs to continue: weights, average, optimiser moments, ``note``."""
-    tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
+    tensors = {f"model.{k}": v for k, v in own_state(module).items()}
     tensors |= {f"average.{k}": v for k, v in average.values.items()}
     tensors |= moments_of(optimiser, "optimiser.")
     save_tensors(path, tensors, {"average_steps": average.steps, **note})
@@ -97,7 +113,7 @@ def resume_run(path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, 
     if not path.is_file():
         return None
     tensors, note = load_tensors(path)
-    module.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+    load_own_state(module, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
     average.values = {k[8:]: v for k, v in tensors.items() if k.startswith("average.")}
     average.steps = note["average_steps"]
     restore_moments(optimiser, tensors, "optimiser.")

@@ -20,11 +20,8 @@ def vocabulary() -> list[tuple[str, float]]:
     """
     words = sorted({word.strip(",") for prompt in training_prompts() for word in prompt.split()} | {AND})
     letters = [character for character in string.printable if not character.isspace()]
-    return [
-        *((piece, 0.0) for piece in SPECIAL),
-        *((f"▁{word}", -5.0) for word in words),
-        *((x, -10.0) for x in ("▁", *letters)),
-    ]
+    pieces = {0.0: SPECIAL, -5.0: [f"▁{word}" for word in words], -10.0: ["▁", *letters]}
+    return [(piece, score) for score, group in pieces.items() for piece in group]
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -18,7 +18,7 @@ from wadi.zoo.recipe.autoencoder import CHANNELS
 from wadi.zoo.recipe.icons import Sprites
 from wadi.zoo.recipe.kinds import SIDE, Kind, product_dtype
 from wadi.zoo.recipe.optim import Muon, groups_of
-from wadi.zoo.recipe.state import Average, Budget, load_tensors, resume_run, save_run
+from wadi.zoo.recipe.state import Average, Budget, load_own_state, load_tensors, resume_run, save_run
 
 if TYPE_CHECKING:
     from wadi.zoo.recipe.config import ZooConfig
@@ -33,14 +33,14 @@ def kind_of(model: str) -> Kind:
 
 
 @torch.no_grad()
-def sample(pipe: Any, prompts: list[str], seeds: list[int], kind: Kind, batch: int = 32) -> Tensor:
-    """Return images ``(N, 3, 64, 64)`` in [0, 1] in the steps and at the guidance of ``kind``, with a generator for each image."""
+def sample(pipe: Any, prompts: list[str], seeds: list[int], kind: Kind, batch: int = 32, steps: int | None = None) -> Tensor:
+    """Return images ``(N, 3, 64, 64)`` in [0, 1] in the steps and at the guidance of ``kind``, one generator for each."""
     parts, call = [], from_pipeline(pipe).guided_call(kind.guidance_scale)
     for i in range(0, len(prompts), batch):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[i : i + batch]]
         run = pipe(
             prompts[i : i + batch],
-            num_inference_steps=kind.steps,
+            num_inference_steps=steps or kind.steps,
             generator=generators,
             output_type="pt",
             **call,
@@ -75,12 +75,7 @@ def load_trained(ae: Any, out: Path, kind: Kind) -> tuple[Any, dict[str, Any]]:
     model = kind.build(tokenizer).eval()
     for name, module in model.items():
         prefix = f"average.{name}."
-        average = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        # `Average` has each parameter once; the state of a T5 encoder has its embedding under two names
-        missing, unexpected = module.load_state_dict(average, strict=False)
-        names = dict(module.named_parameters(remove_duplicate=False))
-        assert not unexpected
-        assert all(any(names[name] is names[other] for other in average) for name in missing if name in names), missing
+        load_own_state(module, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     return kind.assemble(ae, model, tokenizer), note
 
 
