@@ -71,6 +71,22 @@ def test_a_step_is_the_same_however_its_images_are_shared(world, changes, alone,
     assert_close_runs(alone, tmp_path / "run")
 
 
+def distilled_in_small_parts(config, *rest):
+    from wadi.distill import warm_start
+
+    warm_start.BATCH = 2
+    return distilled(config, *rest)
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_each_process_makes_its_share_of_the_pairs(shard, alone, sd_folder, prompts_path, tmp_path):
+    """Three parts on two processes: the second has one less, and repeats one to keep step."""
+    config = settings(sd_folder, prompts_path, tmp_path / "run", batch=3, shard=shard)
+    codes = finish(start(2, distilled_in_small_parts, config, log=tmp_path / "log"))
+    assert codes == [0, 0], (tmp_path / "log-0").read_text()
+    assert_close_runs(alone, tmp_path / "run")
+
+
 @pytest.mark.parametrize(("student", "fake"), [("full", "dora-frozen"), ("hra", "lora")])
 def test_other_adapters_share_and_shard_their_steps_too(student, fake, sd_folder, prompts_path, tmp_path):
     """Sharded, the teacher's weights are gathered for the change of the weights as well."""

@@ -18,7 +18,7 @@ from runs import WARM, assert_same_run, at_steps, state_of, terminate
 from wadi import roles
 from wadi.distill import checkpoint_folders, loop
 from wadi.distill.loop import distill
-from wadi.errors import Interrupted
+from wadi.errors import Interrupted, WadiError
 
 # --- resuming -----------------------------------------------------------------------------------------------------------------
 
@@ -114,6 +114,50 @@ def test_a_stop_while_pairs_are_made_loses_nothing(sd_folder, prompts_path, tmp_
     assert all(torch.equal(pairs[0][key], pairs[1][key]) for key in ("z", "rows"))
     assert_close(pairs[0]["x0"], pairs[1]["x0"], rtol=1e-3, atol=1e-3)  # made in other batches, so to rounding
     assert state_of(tmp_path / "broken")[1] == state_of(tmp_path / "straight")[1]
+
+
+def test_pairs_are_saved_as_they_are_made(sd_folder, prompts_path, tmp_path, monkeypatch):
+    from wadi.distill import warm_start
+    from wadi.distill.run_folder import WARM_START_PARTS
+
+    monkeypatch.setattr(warm_start, "BATCH", 2)
+    plain, calls = warm_start.many_steps, []
+
+    def stopping_in_the_third(*arguments):
+        calls.append(len(arguments[3]))
+        if len(calls) == 3:
+            terminate()
+        return plain(*arguments)
+
+    monkeypatch.setattr(warm_start, "many_steps", stopping_in_the_third)
+    warm = {**WARM, "pairs": 7}
+    config = tiny.settings(sd_folder, prompts_path, tmp_path / "run", warm_start=warm, batch=3)
+    with pytest.raises(Interrupted):
+        distill(config)
+    assert len(list((tmp_path / "run" / WARM_START_PARTS).iterdir())) == 2
+    distill(config)
+    assert calls == [2, 2, 2, 2, 1]  # the third was not finished
+    assert not (tmp_path / "run" / WARM_START_PARTS).exists()
+    distill(dataclasses.replace(config, out=str(tmp_path / "straight")))
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+
+def test_a_damaged_part_of_the_pairs_is_named(sd_folder, prompts_path, tmp_path, monkeypatch):
+    from wadi.distill import warm_start
+    from wadi.distill.run_folder import WARM_START_PARTS
+
+    monkeypatch.setattr(warm_start, "BATCH", 2)
+    config = tiny.settings(sd_folder, prompts_path, tmp_path / "run", warm_start={**WARM, "pairs": 4}, batch=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(warm_start, "_join", lambda *a: (_ for _ in ()).throw(WadiError("full")))
+        with pytest.raises(WadiError, match="full"):
+            distill(config)
+    part = tmp_path / "run" / WARM_START_PARTS / "000001.safetensors"
+    part.write_bytes(part.read_bytes()[:-9])
+    with raises_naming(part):
+        distill(config)
+    part.unlink()
+    distill(config)
 
 
 KILLED = """

@@ -30,6 +30,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what some network f
 ROLES = ("student", "fake")  # the adapter folders of a run
 STEP_0 = "step-0000000"  # its checkpoint holds no training yet
 WARM_START = "warm_start.safetensors"
+WARM_START_PARTS = "warm_start_parts"  # folder of the pairs that are made so far
 REAL_IMAGES = "real_images.safetensors"
 _FIRST_FILES = rf"{re.escape(LOCK)}|\.config\.yaml\..*tmp"
 
@@ -109,8 +110,9 @@ class Run:
                     *self.samples.glob("step-*.png"),
                 ):
                     path.unlink(missing_ok=True)
-                if (self.checkpoints / STEP_0).exists():
-                    remove_folder(self.checkpoints / STEP_0)
+                for folder in (self.checkpoints / STEP_0, self.folder / WARM_START_PARTS):
+                    if folder.exists():
+                        remove_folder(folder)
             except OSError as error:
                 raise write_error(self.folder, error) from error
 

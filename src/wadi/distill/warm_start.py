@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +12,9 @@ from torch import Tensor
 from wadi import roles
 from wadi.distill.conditions import Conditions
 from wadi.distill.config import DistillConfig, WarmStartConfig
-from wadi.distill.run_folder import WARM_START, Run
+from wadi.distill.run_folder import WARM_START, WARM_START_PARTS, Run
 from wadi.errors import WadiError
-from wadi.io.files import write_whole
+from wadi.io.files import remove_folder, write_whole
 from wadi.io.progress import progress
 from wadi.io.regular import require_file
 from wadi.parallel.signals import Stop
@@ -41,39 +42,67 @@ class Pairs:
 def pairs_of_run(conditions: Conditions, config: DistillConfig, run: Run, order: PromptOrder, stop: Stop) -> Pairs | None:
     """Return the pairs of a run, made once and stored in its folder; None if the config wants none. Communicates.
 
-    Every process makes the same pairs, and the first one writes them.
+    Each process makes its share. Every ``BATCH`` pairs are saved at once, so a run that was stopped meanwhile continues there.
 
     Raises:
         Stopped: if a signal requests a stop meanwhile.
-        WadiError: if the stored pairs are damaged.
+        WadiError: if the stored pairs are damaged, or the disk is full.
     """
     if config.warm_start.pairs == 0:
         return None
-    path = run.folder / WARM_START
+    path, parts = run.folder / WARM_START, run.folder / WARM_START_PARTS
     if not run.ranks.on_first(path.exists):
         rows = order.rows(0, config.warm_start.pairs)
-        pairs = make_pairs(conditions, rows, config.warm_start, config.seed * 1_000_003, stop)
-        run.ranks.on_first(lambda: save_pairs(pairs, path))
+        files = [parts / f"{number:06d}.safetensors" for number in range(-(-len(rows) // BATCH))]
+        make_pairs(conditions, rows, config.warm_start, config.seed * 1_000_003, stop, files)
+        run.ranks.on_first(lambda: _join(files, path))
     return load_pairs(path, torch.device("cpu"))
 
 
-def make_pairs(conditions: Conditions, rows: Tensor, config: WarmStartConfig, seed: int, stop: Stop) -> Pairs:
-    """Generate the teacher's samples for the prompts ``rows`` from noise of the seeds ``seed, seed + 1, ...``.
+def make_pairs(
+    conditions: Conditions, rows: Tensor, config: WarmStartConfig, seed: int, stop: Stop, files: Sequence[Path]
+) -> None:
+    """Generate the teacher's samples for the prompts ``rows`` from noise of the seeds ``seed, seed + 1, ...``. Communicates.
 
+    Args:
+        files: file of each ``BATCH`` rows. Those that exist are kept.
     Raises:
         Stopped: if a signal requests a stop; checked before each step of the sampler.
+        WadiError: if the disk is full.
     """
-    backbone = conditions.backbone
-    device = next(backbone.network.parameters()).device
-    z = noise(backbone.latent_shape, range(seed, seed + len(rows))).to(device)
-    null, samples = backbone.encode([""]), []
-    with roles.active(backbone.network, None), progress("warm-start pairs", len(rows)) as bar:
-        for part in torch.arange(len(rows)).split(BATCH):
-            condition = conditions(rows[part])
-            steps, guidance_scale = config.sampler_steps, config.guidance_scale
-            samples.append(many_steps(backbone, condition, null, z[part], steps, guidance_scale, stop.raise_if_requested))
-            bar.advance(by=len(part))
-    return Pairs(z, torch.cat(samples), rows)
+    backbone, ranks = conditions.backbone, stop.ranks
+    missing = [number for number, file in enumerate(files) if not file.exists()]
+    ranks.wait_for_all()  # all have looked before one writes
+    null, all_rows = backbone.encode([""]), torch.arange(len(rows))
+    done = len(rows) - sum(len(all_rows[number * BATCH : (number + 1) * BATCH]) for number in missing)
+    with roles.active(backbone.network, None), progress("warm-start pairs", len(rows), done) as bar:
+        for first in range(0, len(missing), ranks.count):
+            mine = first + ranks.index
+            # a process without a part of its own repeats the last: all must evaluate a sharded network equally often
+            number = missing[min(mine, len(missing) - 1)]
+            part = all_rows[number * BATCH : (number + 1) * BATCH]
+            z = noise(backbone.latent_shape, [seed + int(row) for row in part]).to(backbone.device)
+            x0 = many_steps(
+                backbone,
+                conditions(rows[part]),
+                null,
+                z,
+                config.sampler_steps,
+                config.guidance_scale,
+                stop.raise_if_requested,
+            )
+            if mine < len(missing):
+                files[number].parent.mkdir(parents=True, exist_ok=True)
+                save_pairs(Pairs(z, x0, rows[part]), files[number])
+            bar.advance(by=len(part) * min(ranks.count, len(missing) - first))
+    ranks.wait_for_all()
+
+
+def _join(files: Sequence[Path], path: Path) -> None:
+    """Write the pairs of all ``files`` to ``path``, and remove them."""
+    parts = [load_pairs(file, torch.device("cpu")) for file in files]
+    save_pairs(Pairs(*(torch.cat([getattr(part, name) for part in parts]) for name in ("z", "x0", "rows"))), path)
+    remove_folder(files[0].parent)
 
 
 def save_pairs(pairs: Pairs, path: Path) -> None:
