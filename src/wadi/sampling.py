@@ -14,6 +14,8 @@ from wadi.backbones import Backbone, Condition
 from wadi.diffusion.schedulers import MOST_STEPS, student_scheduler
 from wadi.errors import WadiError
 
+DECODED_PIXELS = 2**20  # at once
+
 
 def student_timestep(backbone: Backbone, timestep: int | None) -> int:
     """Return ``t*``, the timestep at which the student generates: ``timestep``, or the schedule's last if it is None.
@@ -139,7 +141,17 @@ def many_steps(
     return x_t
 
 
+def images_at_once(backbone: Backbone, pixels: int, most: int = 16) -> int:
+    """Return how many images have ``pixels`` in all: from one to ``most``."""
+    height, width = backbone.resolution
+    return min(max(1, pixels // (height * width)), most)
+
+
 @torch.no_grad()
-def decode_in_batches(backbone: Backbone, latents: Tensor, batch: int = 16) -> Tensor:
-    """Return images in ``[0, 1]`` on the CPU, ``(B, 3, height, width)``."""
+def decode_in_batches(backbone: Backbone, latents: Tensor) -> Tensor:
+    """Return images in ``[0, 1]`` on the CPU, ``(B, 3, height, width)``.
+
+    A megapixel is decoded at once. The decoder of Stable Diffusion needs 3 GiB for it in float32, often more than a step.
+    """
+    batch = images_at_once(backbone, DECODED_PIXELS)
     return torch.cat([backbone.decode(part).cpu() for part in latents.split(batch)])

@@ -1,10 +1,12 @@
 """The sample grids: each image is of its own prompt, seed, role and guidance; ratios are the student's to the teacher's."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.testing import assert_close
 
-from wadi import roles
+from wadi import roles, sampling
 from wadi.backbones import from_pipeline, load_pipeline
 from wadi.distill import health, preview
 from wadi.io import grids
@@ -82,3 +84,23 @@ def test_the_ratios_are_the_students_to_the_teachers(backbone, prepared, timeste
     assert stats["diversity_ratio"] == pytest.approx(health.pixel_diversity(student) / health.pixel_diversity(prepared.teacher))
     assert abs(stats["contrast_ratio"] - 1) > 1e-3
     assert picture.width > 3 * grids.SHOWN_WIDTH
+
+
+def test_large_images_are_decoded_one_by_one(backbone, monkeypatch):
+    counts, decode = [], backbone.decode
+    monkeypatch.setattr(backbone, "decode", lambda latents: counts.append(len(latents)) or decode(latents))
+    latents = noise(backbone.latent_shape, range(5))
+    height, width = backbone.resolution
+    whole = sampling.decode_in_batches(backbone, latents)
+    for images, parts in ((2, [2, 2, 1]), (0.5, [1] * 5)):
+        counts.clear()
+        monkeypatch.setattr(sampling, "DECODED_PIXELS", int(images * height * width))
+        assert_close(sampling.decode_in_batches(backbone, latents), whole, rtol=0, atol=1e-4)
+        assert counts == parts
+
+
+@pytest.mark.parametrize(("side", "decoded", "generated"), [(64, 16, 16), (512, 4, 16), (1024, 1, 4), (4096, 1, 1)])
+def test_as_many_images_at_once_as_their_size_allows(side, decoded, generated):
+    model = SimpleNamespace(resolution=(side, side))
+    assert sampling.images_at_once(model, sampling.DECODED_PIXELS) == decoded
+    assert sampling.images_at_once(model, preview.GENERATED_PIXELS) == generated

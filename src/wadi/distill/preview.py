@@ -14,10 +14,10 @@ from wadi.backbones import Backbone, Condition
 from wadi.distill import health
 from wadi.io import grids
 from wadi.io.progress import progress
-from wadi.sampling import decode_in_batches, few_steps, many_steps, noises
+from wadi.sampling import decode_in_batches, few_steps, images_at_once, many_steps, noises
 
 SHOWN_SEEDS = 2  # images per prompt in the grid; the diversity metric uses all
-BATCH = 16
+GENERATED_PIXELS = 2**22  # at once: 16 images of 512 x 512
 
 
 @dataclass
@@ -65,7 +65,7 @@ def generate_teacher_images(
     condition = encoded[rows]
     images, start = [], time.perf_counter()
     with roles.active(backbone.network, None), progress("teacher's grid", len(z), quiet=quiet) as bar:
-        for part in torch.arange(len(z), device=device).split(BATCH):
+        for part in torch.arange(len(z), device=device).split(images_at_once(backbone, GENERATED_PIXELS)):
             latents = many_steps(backbone, condition[part], null, z[part], steps, guidance_scale, between)
             images.append(decode_in_batches(backbone, latents))
             bar.advance(by=len(part))
@@ -102,7 +102,8 @@ def generate_few_steps(
     """
     start, images = time.perf_counter(), []
     with roles.active(backbone.network, role):
-        for part in torch.arange(len(condition), device=noises[0].device).split(BATCH):
+        rows = torch.arange(len(condition), device=noises[0].device)
+        for part in rows.split(images_at_once(backbone, GENERATED_PIXELS)):
             if between is not None:
                 between()
             z, *later = (noise[part] for noise in noises)
