@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/demo
 
-.PHONY: install install-test demo test slow lint clean
+.PHONY: install install-test demo test slow lint docs clean
 
 install: $(VENV)/.installed
 install-test: $(VENV)/.installed-test
@@ -17,6 +17,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@
 
 # A multi-step teacher becomes a one-step student, in minutes on two cores.
@@ -34,5 +38,10 @@ lint: install-test
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
+# The docs site, in build/site. A broken link or anchor is an error.
+docs: $(VENV)/.installed-docs
+	$(VENV)/bin/python docs/_site/prepare.py build/docs
+	$(VENV)/bin/zensical build --strict
+
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
