@@ -22,6 +22,7 @@ RANKS = (
     {"extras", "convert", "metrics", "analysis"},
     {"pipelines"},
     {"evaluate"},
+    {"study"},
     {"cli"},
     {"__main__"},
 )

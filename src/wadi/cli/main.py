@@ -29,6 +29,7 @@ COMMANDS = {
     "control": "make condition images, train and evaluate ControlNets for a teacher or a student",
     "invert-relation": "learn a token for a relation from images that share it",
     "dreambooth": "teach a model one subject from a few images; its one-step student can then generate it",
+    "study": "train, evaluate and analyse a grid of settings and seeds; collect one table",
     "report": "write report.html of a run",
     "zoo": "train the embedded teacher, list its prompts, embed a student",
 }

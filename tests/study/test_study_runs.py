@@ -1,0 +1,197 @@
+"""Studies of tiny runs: results, failures, continuation. Commands run in this process, except where one is killed."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+
+from raising import raises_naming
+from wadi.cli.main import main
+from wadi.errors import WadiError
+from wadi.study.engines import in_process, run_here
+from wadi.study.file import study_from
+from wadi.study.jobs import job_of, run_job
+from wadi.study.plan import describe
+from wadi.study.run import plan, run_study
+
+
+@pytest.fixture
+def contents(sd_folder, prompts_path):
+    """The contents of a study of two ranks and two seeds, some seconds a run."""
+    base = {
+        "teacher": str(sd_folder), "prompts": str(prompts_path), "steps": 2, "batch": 2, "device": "cpu", "sample_every": 0,
+        "checkpoint_every": 1, "sample_prompts": ["red apple"], "sample_seeds": 1, "teacher_steps": 1, "fake.rank": 2,
+        "student.lr": 1e-3,
+    }  # fmt: skip
+    evaluation = {
+        "protocol": str(prompts_path), "reference": "teacher", "metrics": ["fd"], "features": "zoo", "size": 32,
+        "teacher_steps": 1,
+    }  # fmt: skip
+    return {"base": base, "grid": {"student.rank": [2, 4]}, "seeds": [0, 1], "eval": evaluation}
+
+
+def here(calls=None):
+    """Run commands in this process; ``calls`` receives them."""
+
+    def execute(words, log):
+        if calls is not None:
+            calls.append((words[0], log.stem))
+        return main(words)
+
+    return partial(run_here, execute=execute)
+
+
+def quiet(*_):
+    pass
+
+
+def test_a_study_gives_tables_figures_and_ordinary_runs(contents, tmp_path, capsys):
+    calls, out = [], tmp_path / "out"
+    rows = run_study(study_from(contents), out, here(calls), "ranks", quiet)
+    assert [(row.cell, row.seed, row.status) for row in rows] == [(f"rank={r}", s, "done") for r in (2, 4) for s in (0, 1)]
+    assert [name for name, _ in calls] == ["distill", "eval", "analyze"] * 4
+    assert rows[0].values["parameters"] * 2 == rows[2].values["parameters"]
+    assert all(row.values["steps"] == 2 and row.values["direction_change"] > 0 for row in rows)
+    results = json.loads((out / "results.json").read_text())
+    metric = next(name for name in rows[0].values if name.startswith("fd"))
+    measured = [row.values[metric] for row in rows]
+    assert results["cells"]["rank=2"][metric]["mean"] == pytest.approx(sum(measured[:2]) / 2)
+    (pair,) = (pair for pair in results["pairs"] if pair["value"] == metric)
+    assert pair["mean"] == pytest.approx((measured[2] - measured[0] + measured[3] - measured[1]) / 2)
+    with open(out / "runs.csv") as stream:
+        assert [line["seed"] for line in csv.DictReader(stream)] == ["0", "1", "0", "1"]
+    assert "rank=4" in (out / "results.md").read_text()
+    assert "<svg" in (html := (out / "results.html").read_text()) or "data:image/png" in html
+    names = {path.stem for path in (out / "figures").glob("*.png")}
+    assert any(name.startswith("quality-fd") for name in names)
+    assert "direction-change" in names
+    assert main(["report", str(out / "runs" / "rank=2--seed-0")]) == 0
+
+    # a finished study runs nothing again; a seed more runs only its own
+    calls.clear()
+    run_study(study_from(contents), out, here(calls), "ranks", quiet)
+    assert calls == []
+    run_study(study_from({**contents, "seeds": [0, 1, 2], "grid": {"student.rank": [2, 4]}}), out, here(calls), "ranks", quiet)
+    assert {log for _, log in calls} == {"rank=2--seed-2", "rank=4--seed-2"}
+
+    # another study does not touch the folder
+    for changes, named in (
+        ({"grid": {"student.rank": [2]}}, "rank=4"),
+        ({"base": {**contents["base"], "student.lr": 0.5}}, "student.lr"),
+        ({"eval": {**contents["eval"], "count": 3}}, "eval.count"),
+        ({"seeds": [5]}, 2),
+    ):
+        with raises_naming(str(out), named) if changes != {"seeds": [5]} else raises_naming(str(out), "seed"):
+            run_study(study_from({**contents, **changes}), out, here(), "ranks", quiet)
+
+
+def test_a_folder_of_something_else_is_refused(contents, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with raises_naming(str(tmp_path), "notes.txt"):
+        run_study(study_from(contents), tmp_path, here(), "ranks", quiet)
+
+
+def test_a_cell_that_cannot_run_is_reported_and_the_rest_goes_on(contents, tmp_path, capsys):
+    contents |= {"grid": {"student.target_modules": ["nothing_like_this", r".*to_q"]}, "seeds": [0], "analysis": False}
+    rows = run_study(study_from(contents), tmp_path / "out", here(), "cells", quiet)
+    assert [row.status for row in rows] == ["failed", "done"]
+    assert rows[0].error.startswith("distill")
+    assert "failed" in (tmp_path / "out" / "runs.csv").read_text()
+    lines = describe(plan(study_from(contents), tmp_path / "out", here()))
+    assert "cannot run" in lines
+
+
+def test_the_error_of_a_command_is_the_one_that_it_printed(contents, tmp_path):
+    from wadi.study.cells import expand
+    from wadi.study.folder import open_folder
+
+    study = study_from({**contents, "base": {**contents["base"], "teacher": str(tmp_path)}})
+    cells = expand(study)
+    open_folder(tmp_path / "out", study, cells)
+    state = run_job(job_of(tmp_path / "out", cells[0], 0, None, False), in_process())
+    assert state.failed == "distill"
+    assert str(tmp_path) in state.error
+    assert not state.interrupted
+
+
+def test_a_budget_of_minutes_sets_the_steps_by_a_short_run(contents, tmp_path, capsys):
+    contents |= {"budget": {"minutes": 0.005}, "seeds": [0], "analysis": False, "grid": {"student.rank": [2]}}
+    (row,) = run_study(study_from(contents), tmp_path / "out", here(), "time", quiet)
+    assert row.status == "done"
+    assert row.values["steps"] > 2
+    assert row.values["minutes"] == pytest.approx(0.005, rel=2)
+
+
+def test_a_plan_counts_runs_and_hours(contents, tmp_path, capsys):
+    calls = []
+    plans = plan(study_from(contents), tmp_path / "out", here(calls))
+    assert {log for _, log in calls} == {"rank=2--trial", "rank=4--trial"}
+    assert [(of.runs, of.left) for of in plans] == [(2, 2), (2, 2)]
+    assert all(of.seconds > 0 for of in plans)
+    assert f"{sum(2 * of.seconds for of in plans) / 3600:.2f} hours" in describe(plans)
+    assert f"{sum(2 * of.seconds for of in plans) / 7200:.2f} hours" in describe(plans, workers=2)
+
+
+def test_a_full_disk_ends_the_study_with_one_error(contents, tmp_path, full_disk, capsys):
+    study = study_from({**contents, "seeds": [0], "analysis": False})
+    with full_disk(100), pytest.raises(WadiError):
+        run_study(study, tmp_path / "out", here(), "disk", quiet)
+    with full_disk(20_000):  # settings and states fit, adapters do not
+        rows = run_study(study, tmp_path / "out", here(), "disk", quiet)
+    assert [row.status for row in rows] == ["failed", "failed"]
+    assert {row.status for row in run_study(study, tmp_path / "out", here(), "disk", quiet)} == {"done"}
+
+
+def test_a_killed_study_leaves_no_process_and_continues(contents, tmp_path, capsys):
+    import yaml
+
+    contents |= {"grid": {"student.rank": [2]}, "seeds": [0], "analysis": False}
+    contents["base"] |= {"steps": 400}
+    file, out = tmp_path / "long.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(contents))
+    command = [sys.executable, "-m", "wadi", "study", str(file), "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    checkpoints = out / "runs" / "rank=2--seed-0" / "checkpoints"
+    end = time.monotonic() + 120
+    while not list(checkpoints.glob("step-*")) and time.monotonic() < end:
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    calls = []
+    for _ in range(50):  # the training ends with the study
+        saved = max(checkpoints.glob("step-*"))
+        time.sleep(0.3)
+        if saved == max(checkpoints.glob("step-*")):
+            break
+    (row,) = run_study(study_from(contents), out, here(calls), "long", quiet)
+    assert row.status == "done"
+    assert [name for name, _ in calls] == ["distill", "eval"]
+    steps = [json.loads(line)["step"] for line in (out / "runs" / "rank=2--seed-0" / "stats.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 401))
+
+
+def test_a_second_study_on_the_same_folder_is_refused(contents, tmp_path):
+    from wadi.study.folder import locked
+
+    with locked(tmp_path / "out"), raises_naming(str(tmp_path / "out")):
+        run_study(study_from(contents), tmp_path / "out", here(), "twice", quiet)
+
+
+def test_the_command_says_by_its_exit_code_that_runs_failed(contents, tmp_path, capsys, monkeypatch):
+    import yaml
+
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(contents))
+    monkeypatch.setattr("wadi.study.engines.run_here", lambda jobs, workers: here()(jobs, workers))
+    contents |= {"grid": {"student.target_modules": ["nothing_like_this", r".*to_q"]}, "seeds": [0], "analysis": False}
+    file.write_text(yaml.safe_dump(contents))
+    assert main(["study", str(file), "--out", str(tmp_path / "out")]) == 3
+    assert "nothing_like_this" in capsys.readouterr().out
+    assert main(["study", str(file), "--out", str(tmp_path / "out2"), "--cpus", "2"]) == 2
+    assert main(["study", str(file), "--out", str(tmp_path / "out2"), "--jobs", "2", "--address", "auto"]) == 2
