@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -34,7 +35,7 @@ def run_here(jobs: Sequence[Job], workers: int = 1, execute: Execute | None = No
     with stop_on_signals() as stop, ThreadPoolExecutor(workers) as pool:
         act = execute or in_process(stop, threads=None if workers == 1 else max(1, _cores() // workers))
         waiting = iter(jobs)
-        running = {pool.submit(run_job, job, act): job for job, _ in zip(waiting, range(workers), strict=False)}
+        running = {pool.submit(run_job, job, act): job for job in itertools.islice(waiting, workers)}
         while running:
             ended, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
             for future in ended:

@@ -138,6 +138,8 @@ def run_job(job: Job, execute: Execute) -> State:
 
 def _message(log: Path, offset: int, code: int) -> str:
     """Return the error that a command printed, or its last line."""
+    if not log.exists():
+        return f"exit code {code}"
     with open(log, "rb") as stream:
         stream.seek(offset)
         lines = [line.strip() for line in stream.read().decode(errors="replace").splitlines() if line.strip()]
