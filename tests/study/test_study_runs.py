@@ -11,14 +11,14 @@ from functools import partial
 
 import pytest
 
-from raising import raises_naming
 from wadi.cli.main import main
 from wadi.errors import WadiError
+from wadi.study.cells import expand
 from wadi.study.engines import in_process, run_here
 from wadi.study.file import study_from
+from wadi.study.folder import opened
 from wadi.study.jobs import job_of, run_job
-from wadi.study.plan import describe
-from wadi.study.run import plan, run_study
+from wadi.study.run import run_study
 
 
 @pytest.fixture
@@ -75,69 +75,15 @@ def test_a_study_gives_tables_figures_and_ordinary_runs(contents, tmp_path, caps
     assert "direction-change" in names
     assert main(["report", str(out / "runs" / "rank=2--seed-0")]) == 0
 
-    # a finished study runs nothing again; a seed more runs only its own
-    calls.clear()
-    run_study(study_from(contents), out, here(calls), "ranks", quiet)
-    assert calls == []
-    run_study(study_from({**contents, "seeds": [0, 1, 2], "grid": {"student.rank": [2, 4]}}), out, here(calls), "ranks", quiet)
-    assert {log for _, log in calls} == {"rank=2--seed-2", "rank=4--seed-2"}
-
-    # another study does not touch the folder
-    for changes, named in (
-        ({"grid": {"student.rank": [2]}}, "rank=4"),
-        ({"base": {**contents["base"], "student.lr": 0.5}}, "student.lr"),
-        ({"eval": {**contents["eval"], "count": 3}}, "eval.count"),
-        ({"seeds": [5]}, 2),
-    ):
-        with raises_naming(str(out), named) if changes != {"seeds": [5]} else raises_naming(str(out), "seed"):
-            run_study(study_from({**contents, **changes}), out, here(), "ranks", quiet)
-
-
-def test_a_folder_of_something_else_is_refused(contents, tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    with raises_naming(str(tmp_path), "notes.txt"):
-        run_study(study_from(contents), tmp_path, here(), "ranks", quiet)
-
-
-def test_a_cell_that_cannot_run_is_reported_and_the_rest_goes_on(contents, tmp_path, capsys):
-    contents |= {"grid": {"student.target_modules": ["nothing_like_this", r".*to_q"]}, "seeds": [0], "analysis": False}
-    rows = run_study(study_from(contents), tmp_path / "out", here(), "cells", quiet)
-    assert [row.status for row in rows] == ["failed", "done"]
-    assert rows[0].error.startswith("distill")
-    assert "failed" in (tmp_path / "out" / "runs.csv").read_text()
-    lines = describe(plan(study_from(contents), tmp_path / "out", here()))
-    assert "cannot run" in lines
-
 
 def test_the_error_of_a_command_is_the_one_that_it_printed(contents, tmp_path):
-    from wadi.study.cells import expand
-    from wadi.study.folder import open_folder
-
     study = study_from({**contents, "base": {**contents["base"], "teacher": str(tmp_path)}})
     cells = expand(study)
-    open_folder(tmp_path / "out", study, cells)
-    state = run_job(job_of(tmp_path / "out", cells[0], 0, None, False), in_process())
+    with opened(tmp_path / "out", study, cells):
+        state = run_job(job_of(study, tmp_path / "out", cells[0], 0, "one", evaluated=False), in_process())
     assert state.failed == "distill"
     assert str(tmp_path) in state.error
     assert not state.interrupted
-
-
-def test_a_budget_of_minutes_sets_the_steps_by_a_short_run(contents, tmp_path, capsys):
-    contents |= {"budget": {"minutes": 0.05}, "seeds": [0], "analysis": False, "grid": {"student.rank": [2]}}
-    (row,) = run_study(study_from(contents), tmp_path / "out", here(), "time", quiet)
-    assert row.status == "done"
-    assert row.values["steps"] > 2
-    assert row.values["minutes"] == pytest.approx(0.05, rel=2)
-
-
-def test_a_plan_counts_runs_and_hours(contents, tmp_path, capsys):
-    calls = []
-    plans = plan(study_from(contents), tmp_path / "out", here(calls))
-    assert {log for _, log in calls} == {"rank=2--trial", "rank=4--trial"}
-    assert [(of.runs, of.left) for of in plans] == [(2, 2), (2, 2)]
-    assert all(of.seconds > 0 for of in plans)
-    assert f"{sum(2 * of.seconds for of in plans) / 3600:.2f} hours" in describe(plans)
-    assert f"{sum(2 * of.seconds for of in plans) / 7200:.2f} hours" in describe(plans, workers=2)
 
 
 def test_a_full_disk_ends_the_study_with_one_error(contents, tmp_path, full_disk, capsys):
@@ -150,6 +96,7 @@ def test_a_full_disk_ends_the_study_with_one_error(contents, tmp_path, full_disk
     assert {row.status for row in run_study(study, tmp_path / "out", here(), "disk", quiet)} == {"done"}
 
 
+@pytest.mark.slow
 def test_a_killed_study_leaves_no_process_and_continues(contents, tmp_path, capsys):
     import yaml
 
@@ -177,13 +124,6 @@ def test_a_killed_study_leaves_no_process_and_continues(contents, tmp_path, caps
     assert [name for name, _ in calls] == ["distill", "eval"]
     steps = [json.loads(line)["step"] for line in (out / "runs" / "rank=2--seed-0" / "stats.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 41))
-
-
-def test_a_second_study_on_the_same_folder_is_refused(contents, tmp_path):
-    from wadi.study.folder import locked
-
-    with locked(tmp_path / "out"), raises_naming(str(tmp_path / "out")):
-        run_study(study_from(contents), tmp_path / "out", here(), "twice", quiet)
 
 
 def test_the_command_says_by_its_exit_code_that_runs_failed(contents, tmp_path, capsys, monkeypatch):

@@ -21,7 +21,7 @@ from wadi.analysis.sources import AdaptedNetwork, Network, open_student, open_te
 from wadi.backbones.lazy_tensors import LazyTensors
 from wadi.errors import WadiError
 from wadi.io.progress import progress
-from wadi.roles.change import compare_rows
+from wadi.roles.change import angles_of, compare_rows, norm_change_of_noise
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Layer:
         undefined: rows of zero norm, which are left out wherever a direction is needed.
         norm_mean, norm_std: over rows; None if no row has a norm. Standard deviations are those of the population.
         direction_mean, direction_std: the same for the direction.
+        angle_mean: mean over rows of the angle between teacher and student, in radians.
+        norm_chance: the norm change that noise with the same direction changes would have.
         energy: cumulative energy of the residual at `spectrum.FRACTIONS` of full rank; None if the residual is only rounding.
         energy_30: cumulative energy at 30 % of full rank.
         energy_missing: by how much the true ``energy_30`` may be larger; 0 if exact.
@@ -48,6 +50,8 @@ class Layer:
     norm_std: float | None
     direction_mean: float | None
     direction_std: float | None
+    angle_mean: float | None
+    norm_chance: float | None
     energy: tuple[float | None, ...] | None
     energy_30: float | None
     energy_missing: float
@@ -191,7 +195,8 @@ def measure_layer(
         energy_30, missing = spectrum.energy_at(energies, full)
     return Layer(
         name, kind(name, W.ndim), block(name), shape, rows.undefined, *_mean_and_std(rows.norm),
-        *_mean_and_std(rows.direction), energy, energy_30, missing, is_exact, layer_angles,
+        *_mean_and_std(rows.direction), _mean_and_std(angles_of(rows.direction))[0],
+        _mean_and_std(norm_change_of_noise(rows.direction, shape[1]))[0], energy, energy_30, missing, is_exact, layer_angles,
     )  # fmt: skip
 
 
@@ -214,7 +219,7 @@ def _check_finite(name: str, W: Tensor, S: Tensor) -> None:
 
 def groups_table(analysis: Analysis, key: str) -> list[dict[str, Any]]:
     """Return the means by ``kind`` or ``block``, as figures and tables show them."""
-    metrics = ("norm_mean", "norm_std", "direction_mean", "direction_std", "energy_30")
+    metrics = ("norm_mean", "norm_std", "norm_chance", "direction_mean", "direction_std", "angle_mean", "energy_30")
     return [
         {key: name, "layers": len(group), **{metric: analysis.mean(metric, group) for metric in metrics}}
         for name, group in analysis.by(key).items()

@@ -27,12 +27,16 @@ KNOWN = (
 DEFINITIONS = {
     "norm_mean": "mean over a layer's rows of abs(|s| - |w|) / |w|; _std: standard deviation over them",
     "direction_mean": "mean over a layer's rows of 1 - cos(w, s); _std: standard deviation over them",
+    "angle_mean": "mean over a layer's rows of the angle between w and s, in radians",
+    "norm_chance": "norm_mean if s were w with noise that gives the same direction changes",
     "energy": "cumulative energy of the residual s/|s| - w/|w| at energy_fractions of full rank; energy_30: at 30 %",
     "energy_missing": "by how much the true energy_30 may be larger; 0 where the spectrum is exact",
     "effective_rank": "exp of the entropy of the singular values of Theta taken as shares of their sum",
     "summary": "means over layers",
 }
-_SUMMARY = ("norm_mean", "norm_std", "direction_mean", "direction_std", "energy_30", "energy_missing")
+_SUMMARY = (
+    "norm_mean", "norm_std", "norm_chance", "direction_mean", "direction_std", "angle_mean", "energy_30", "energy_missing",
+)  # fmt: skip
 
 
 def write(analysis: Analysis, folder: Path) -> list[Path]:
@@ -94,7 +98,7 @@ def markdown(analysis: Analysis) -> str:
     parts = [
         f"{len(analysis.layers)} layers; means over layers.\n",
         markdown_table(("", "mean over a layer's rows", "standard deviation over them"), changes),
-        f"\n{_ratio(analysis.mean('direction_mean'), analysis.mean('norm_mean'))} Energy of the direction residual in the "
+        f"\n{_ratio(analysis)} Energy of the direction residual in the "
         f"top 30 % of singular values: {percent(analysis.mean('energy_30'), 1)}{_uncertain(analysis)}.\n",
         "![Norm and direction change](figure-1a.png)\n\n![Energy over rank](figure-1b.png)",
         *(f"{_groups(analysis, key)}\n\n![By {key}](by-{key}.png)" for key in ("kind", "block")),
@@ -106,11 +110,15 @@ def markdown(analysis: Analysis) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _ratio(direction: float | None, norm: float | None) -> str:
+def _ratio(analysis: Analysis) -> str:
+    direction, norm = analysis.mean("direction_mean"), analysis.mean("norm_mean")
     if direction is None or norm is None:
         return "No layer has rows to compare."
+    if norm <= 1e-6:
+        return "Norms changed by rounding at most."
     return (
-        f"Direction change over norm change: {direction / norm:.3g}." if norm > 1e-6 else "Norms changed by rounding at most."
+        f"Direction change over norm change: {direction / norm:.3g}. The mean angle is {analysis.mean('angle_mean'):.3g} rad. "
+        f"Noise with the same direction changes would change norms by {percent(analysis.mean('norm_chance'), 3)}."
     )
 
 

@@ -142,7 +142,7 @@ class Run:
         def take() -> None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                descriptors.extend(_lock(path))
+                descriptors.extend(lock_file(path))
             except OSError as error:
                 raise write_error(self.folder, error) from error
             if not descriptors:
@@ -223,7 +223,7 @@ def _as_line(stats: dict[str, float]) -> str:
     return json.dumps({name: value for name, value in stats.items() if math.isfinite(value)}) + "\n"
 
 
-def _lock(path: Path) -> list[int]:
+def lock_file(path: Path) -> list[int]:
     """Lock a file and return its descriptor; an empty list if another process has the lock."""
     try:
         import fcntl

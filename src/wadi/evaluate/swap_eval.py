@@ -28,13 +28,12 @@ from wadi.evaluate.result_table import table
 from wadi.io import grids
 from wadi.io.files import sha256
 from wadi.io.images import read_image
-from wadi.io.metric_names import metric_label
+from wadi.io.metric_names import lower_is_better, metric_label
 from wadi.pipelines.hybrid import load_any_student, load_hybrid
 from wadi.zoo.paths import NAME as ZOO
 from wadi.zoo.paths import resolve_teacher
 
 SHOWN = 8  # columns of Figure 1d
-LOWER_IS_BETTER = ("fid", "kid", "fd", "kd")
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ def write_swaps(swaps: SwapResult, folder: Path) -> None:
 
 
 def _title(metric: str) -> str:
-    better = "lower" if metric.split()[0].split("-")[0] in LOWER_IS_BETTER else "higher"
+    better = "lower" if lower_is_better(metric) else "higher"
     return f"{metric_label(metric)}\n({better} is better)"
 
 

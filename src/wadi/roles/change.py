@@ -14,6 +14,7 @@ and leaves such rows out and counts them. `mean_changes` is the fast form for a 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -60,6 +61,25 @@ def compare_rows(W: Tensor, S: Tensor, device: torch.device | str = "cpu") -> Ro
         residual[start : start + step] = E
         undefined += int((~directed).sum())
     return Rows(torch.cat(norms), torch.cat(directions), residual, undefined)
+
+
+def angles_of(direction: Tensor) -> Tensor:
+    """Return the angles in radians of direction changes ``1 - cos``, ``(m,)``, without the loss of ``acos`` at small ones."""
+    return 2 * (direction / 2).sqrt().clamp(max=1).asin()
+
+
+def norm_change_of_noise(direction: Tensor, fan_in: int) -> Tensor:
+    """Return the norm changes that noise would have on average, whose direction changes are ``direction`` ``(m,)``.
+
+    Isotropic noise on a row ``w`` of n weights adds a part along ``w``, with the variance ``s^2 |w|^2``, and ``n - 1`` parts
+    across it, which together have ``(n - 1) s^2 |w|^2``. To second order the parts across give the direction change ``d = (n -
+    1) s^2 / 2`` and lengthen the row by as much, so its norm changes by the absolute value of a normal variable with mean
+    ``d`` and variance ``2 d / (n - 1)``. This is its mean, as a share of ``|w|``.
+    """
+    d = direction
+    std = (2 * d / max(1, fan_in - 1)).sqrt()
+    ratio = torch.where(std > 0, d / std, 0.0)
+    return std * math.sqrt(2 / math.pi) * (-ratio.square() / 2).exp() + d * torch.erf(ratio / math.sqrt(2))
 
 
 @torch.no_grad()

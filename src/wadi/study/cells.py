@@ -67,9 +67,26 @@ def with_length(config: DistillConfig, steps: int) -> DistillConfig:
     return replace(config, steps=steps, warm_start=replace(warm, **phases))
 
 
+def with_value(cell: Cell, setting: str, value: Any) -> Cell:
+    """Return the cell with another value of one setting, by its dotted name.
+
+    Raises:
+        WadiError: if the value is of a wrong type or out of bounds.
+    """
+    config = from_dict(merge_settings(to_dict(cell.config), _nested({setting: value})))
+    return Cell(cell.name, {**cell.varied, setting: value}, config)
+
+
+def value_of(config: DistillConfig, setting: str) -> Any:
+    """Return the value of a setting by its dotted name; None if there is no such setting."""
+    return flat_settings(to_dict(config)).get(setting)
+
+
 def _cell(study: Study, name: str, own: dict[str, Any]) -> Cell:
     try:
-        return Cell(name, own, _config(study, own))
+        cell = Cell(name, own, _config(study, own))
+        _check_tuned(study, cell)
+        return cell
     except WadiError as error:
         raise WadiError(f"Cell {name!r}: {error}") from error
 
@@ -97,6 +114,17 @@ def _config(study: Study, own: Mapping[str, Any]) -> DistillConfig:
         of_role = getattr(config, role)
         adapter_config(of_role.adapter, role, of_role.rank, of_role.adapter_options, "x")
     return with_length(config, study.budget.steps) if study.budget.steps is not None else config
+
+
+def _check_tuned(study: Study, cell: Cell) -> None:
+    """Raise `WadiError` unless each value that tuning will try is possible."""
+    tune = study.tune
+    if tune.factors and not isinstance(start := value_of(cell.config, tune.setting), float):
+        raise WadiError(
+            f"tune.setting is {tune.setting!r}, whose value is {start!r}. It must be a setting with a decimal number."
+        )
+    for factor in tune.factors:
+        with_value(cell, tune.setting, factor * start)
 
 
 def _check_different(cells: list[Cell]) -> None:

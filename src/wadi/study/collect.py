@@ -12,7 +12,7 @@ from wadi.distill.run_folder import read_stats
 from wadi.errors import WadiError, first_line
 from wadi.evaluate.result import read_result
 from wadi.io.metric_names import metric_label
-from wadi.io.records import read_json
+from wadi.io.records import asdict, read_json
 from wadi.study.cells import Cell
 from wadi.study.jobs import RESULT, Job, State
 
@@ -20,7 +20,11 @@ from wadi.study.jobs import RESULT, Job, State
 LABELS = {
     "parameters": "trained parameters", "share": "share of the network's parameters", "steps": "steps",
     "minutes": "minutes of training", "direction_change": "direction change", "norm_change": "norm change",
-    "energy_30": "energy in 30 % of the rank",
+    "norm_chance": "norm change of noise", "angle": "angle in radians", "energy_30": "energy in 30 % of the rank",
+}  # fmt: skip
+ANALYSED = {
+    "direction_change": "direction_mean", "norm_change": "norm_mean", "norm_chance": "norm_chance", "angle": "angle_mean",
+    "energy_30": "energy_30",
 }  # fmt: skip
 
 
@@ -77,19 +81,23 @@ def _row(cell: Cell, seed: int, job: Job, sizes: dict[str, float], failures: dic
 
 def _values(job: Job, state: State) -> tuple[dict[str, float], str | None]:
     """Return what the finished commands of a run measured, and the hash of the protocol."""
-    run, values, protocol = job.folder / "runs" / job.name, dict[str, float](), None
+    values, protocol = dict[str, float](), None
     if "distill" in state.seconds:
-        last = read_stats(run / "stats.jsonl")[-1]
+        last = read_stats(job.run / "stats.jsonl")[-1]
         values |= {"steps": last["step"], "minutes": last["seconds"] / 60}
     if "eval" in state.seconds:
-        result = read_result(run / "eval" / RESULT)
+        result = read_result(job.run / "eval" / RESULT)
         (row,) = result.rows
         values |= {name: number.value for name, number in row.metrics.items()}
         protocol = result.hash
     if "analyze" in state.seconds:
-        summary = read_json(run / "analysis" / "analysis.json", Analysis).summary
-        found = {"direction_change": summary.direction_mean, "norm_change": summary.norm_mean, "energy_30": summary.energy_30}
-        values |= {name: value for name, value in found.items() if value is not None}
+        means = asdict(read_json(job.run / "analysis" / "analysis.json", Analysis).summary)
+        values |= {name: means[key] for name, key in ANALYSED.items() if means[key] is not None}
+        if (job.run / "analysis" / "swap.json").exists():
+            _, *hybrids = read_result(job.run / "analysis" / "swap.json").rows
+            for row in hybrids:  # "teacher's norms, put back"
+                own = {f"{name} with {row.name.partition(',')[0]}": number.value for name, number in row.metrics.items()}
+                values |= own
     return values, protocol
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Cells = Mapping[str, Mapping[str, Spread]]
 COSTS = ("parameters", "minutes", "steps")
-PERCENT = ("direction_change", "norm_change", "share")
+PERCENT = ("direction_change", "norm_change", "norm_chance", "share")
 
 
 def draw_all(cells: Cells, metrics: Sequence[str], folder: Path) -> list[Path]:
@@ -30,7 +30,8 @@ def draw_all(cells: Cells, metrics: Sequence[str], folder: Path) -> list[Path]:
         if shown:
             paths += scatter(cells, shown, folder, f"quality-{metric.replace(' ', '-')}")
     if any({"direction_change", "norm_change"} <= values.keys() for values in cells.values()):
-        paths += scatter(cells, [("norm_change", "direction_change")], folder, "direction-change")
+        shown = [("norm_change", other) for other in ("direction_change", "angle", "norm_chance")]
+        paths += scatter(cells, shown, folder, "direction-change")
     for diversity in (name for name in metrics if name.startswith("diversity")):
         others = [(name, diversity) for name in metrics if name != diversity]
         if others:

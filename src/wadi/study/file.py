@@ -12,7 +12,8 @@ from wadi.errors import WadiError, short_repr
 from wadi.io.bounds import BATCH, COUNT, GUIDANCE, STEPS, UPDATES, Number, Whole
 from wadi.io.yaml_files import read_yaml
 
-MINUTES = Number(0, 1e6, above=True)
+MINUTES, FACTOR, SHARE = Number(0, 1e6, above=True), Number(0, 1e6, above=True), Number(0, 1, above=True)
+SINGLE = ("fid", "kid", "fd", "kd", "fd-zoo", "top1", "clip", "hpsv2", "imagereward", "pickscore", "aesthetic")  # metrics
 EVAL_BOUNDS: dict[str, Whole | Number] = {
     "count": COUNT, "set": Whole(0, 10**12), "size": Whole(1, 8192), "k": Whole(1, 10_000), "speed": Whole(0, 10_000),
     "teacher_steps": STEPS, "teacher_guidance_scale": GUIDANCE, "draw_batch": BATCH, "batch": BATCH,
@@ -66,6 +67,26 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Tune:
+    """One setting of each cell is chosen by trials before its runs: trainings with a seed that is not reported.
+
+    Args:
+        setting: dotted name of a setting with a decimal number.
+        factors: each cell's own value is multiplied by each of them, so all cells have the same number of trials; empty = no
+            tuning.
+        seed: training seed of the trials.
+        metric: one of ``eval.metrics``; the value with the best result is chosen.
+        share: length of a trial, as a share of a run's.
+    """
+
+    setting: str = "student.lr"
+    factors: tuple[float, ...] = ()
+    seed: int = 1000
+    metric: str = "fd"
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
 class Study:
     """The contents of a study's file.
 
@@ -76,7 +97,9 @@ class Study:
         seeds: training seeds; every cell is trained with each of them.
         eval: options of ``wadi eval``.
         analysis: whether to compare each student's weights with the teacher's.
+        swap: whether to evaluate each student with the teacher's norms or directions put back, too.
         budget: length of every run.
+        tune: how to choose a setting of each cell.
         baseline: name of the cell that the report compares the others with; None = the first one.
     """
 
@@ -86,7 +109,9 @@ class Study:
     seeds: tuple[int, ...] = ()
     eval: EvalSettings = field(default_factory=EvalSettings)
     analysis: bool = True
+    swap: bool = False
     budget: Budget = field(default_factory=Budget)
+    tune: Tune = field(default_factory=Tune)
     baseline: str | None = None
 
 
@@ -115,6 +140,9 @@ def study_from(values: Mapping[str, Any]) -> Study:
     _check_seeds(study)
     _check_grid(study)
     _check_eval(study.eval)
+    _check_tune(study)
+    if study.swap and not study.analysis:
+        raise WadiError("swap is true, but analysis is false. The hybrids are part of the analysis: set analysis: true.")
     if study.budget.steps is not None and study.budget.minutes is not None:
         raise WadiError(f"budget has both steps ({study.budget.steps}) and minutes ({study.budget.minutes}). Give one of them.")
     if study.budget.steps is not None:
@@ -144,6 +172,24 @@ def _check_grid(study: Study) -> None:
     for name, settings in study.cells.items():
         if not isinstance(settings, Mapping):
             raise WadiError(f"cells.{name} is {short_repr(settings)}. It must be a mapping of settings to values.")
+
+
+def _check_tune(study: Study) -> None:
+    tune = study.tune
+    if not tune.factors:
+        return
+    for factor in tune.factors:
+        FACTOR.check("tune.factors", factor)
+    if len(set(tune.factors)) < max(2, len(tune.factors)):
+        raise WadiError(f"tune.factors is {list(tune.factors)}. Give at least two different numbers, each once.")
+    Whole(0, 2**32 - 1).check("tune.seed", tune.seed)
+    SHARE.check("tune.share", tune.share)
+    if tune.seed in study.seeds:
+        raise WadiError(f"tune.seed is {tune.seed}, which is also under seeds. Results of a seed that chose settings flatter.")
+    if study.eval.metrics and tune.metric not in study.eval.metrics:
+        raise WadiError(f"tune.metric is {tune.metric!r}, but eval.metrics has {', '.join(study.eval.metrics)}. Add it there.")
+    if tune.metric not in SINGLE:
+        raise WadiError(f"tune.metric is {tune.metric!r}. Use one of {', '.join(SINGLE)}.")
 
 
 def _check_eval(settings: EvalSettings) -> None:

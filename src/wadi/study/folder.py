@@ -4,20 +4,20 @@ study.json            cells with all their settings, seeds, evaluation, budget
 runs/CELL--seed-0/    an ordinary run, with the result of `wadi eval` in eval/ and that of `wadi analyze` in analysis/
 state/                how far each run is, how long it took, and why it failed
 configs/, logs/       the settings file and the output of each run
-images/               generated images, the reference's included
+images/, pairs/       generated images, the reference's included; pairs of warm starts, shared by the runs of a seed
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from wadi.distill.config_files import to_dict
+from wadi.distill.run_folder import lock_file
 from wadi.errors import WadiError
 from wadi.evaluate.generated import differences
 from wadi.io.files import write_whole
@@ -30,78 +30,65 @@ FILE, LOCK = "study.json", ".lock"
 SHOWN = 3  # differences in a message
 
 
-def open_folder(folder: Path, study: Study, cells: Sequence[Cell]) -> None:
-    """Create the folder of a study, or check that an existing one belongs to it. More cells and seeds may be added.
+@contextmanager
+def opened(folder: Path, study: Study, cells: Sequence[Cell]) -> Iterator[None]:
+    """Create the folder of a study, or check that an existing one belongs to it. Within the block no other study can use it.
+
+    The same study may have more cells and seeds than before.
 
     Raises:
-        WadiError: if the folder holds another study or other files (the message names the differences), or cannot be written.
+        WadiError: if the folder holds another study or other files (the message names the differences), another process uses
+            it, or it cannot be written.
     """
-    new = as_json(_contents(study, cells))
     check_writable(folder, folder=True)
+    new = as_json(_contents(study, cells))
+    changed = _check(folder, new)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptors = lock_file(folder / LOCK)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    if not descriptors:
+        raise WadiError(f"Another process runs the study in {str(folder)!r}. Wait for it, stop it, or choose another --out.")
+    try:
+        if changed:
+            write_whole(folder / FILE, (json.dumps(new, indent=1) + "\n").encode())
+        yield
+    finally:
+        with suppress(OSError):
+            (folder / LOCK).unlink()
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _check(folder: Path, new: dict[str, Any]) -> bool:
+    """Return whether the file of the study has to be written. Raise `WadiError` if the folder belongs to something else."""
     file = folder / FILE
-    if file.exists():
-        old = read_json(file, dict[str, Any], "Study folder", remedy="Choose a new --out.")
-        if not isinstance(old.get("cells"), dict):
-            raise WadiError(f"{str(file)!r} is not the file of a study. Choose a new --out.")
-        if missing := [name for name in old["cells"] if name not in new["cells"]]:
-            raise WadiError(
-                f"--out {str(folder)!r} contains another study: its cell {missing[0]!r} is not in this one. Cells can be "
-                "added to a study, not taken away: choose a new --out."
-            )
-        kept = {**new, "cells": {name: new["cells"][name] for name in old["cells"]}, "seeds": old.get("seeds")}
-        if changed := differences(old, kept):
-            more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
-            raise WadiError(
-                f"--out {str(folder)!r} contains a study with other settings: {'; '.join(changed[:SHOWN])}{more}. Choose a new "
-                "--out, or restore the settings."
-            )
-        if lost := [seed for seed in old.get("seeds", []) if seed not in new["seeds"]]:
-            raise WadiError(
-                f"--out {str(folder)!r} contains runs with seed {lost[0]}. Keep it under seeds, or choose a new --out."
-            )
-        if old == new:
-            return
-    elif folder.exists() and (others := sorted({path.name for path in folder.iterdir()} - JUNK - {LOCK})):
-        raise WadiError(f"--out {str(folder)!r} contains {others[0]!r} and is not a study. Choose a new folder.")
-    write_whole(file, (json.dumps(new, indent=1) + "\n").encode())
+    if not file.exists():
+        others = sorted({path.name for path in folder.iterdir()} - JUNK - {LOCK}) if folder.exists() else []
+        if others:
+            raise WadiError(f"--out {str(folder)!r} contains {others[0]!r} and is not a study. Choose a new folder.")
+        return True
+    old = read_json(file, dict[str, Any], "Study folder", remedy="Choose a new --out.")
+    cells, seeds = old.get("cells"), old.get("seeds")
+    if not isinstance(cells, dict) or not isinstance(seeds, list):
+        raise WadiError(f"{str(file)!r} is not the file of a study. Choose a new --out.")
+    if missing := [name for name in cells if name not in new["cells"]] + [seed for seed in seeds if seed not in new["seeds"]]:
+        what = "cell" if isinstance(missing[0], str) else "seed"
+        raise WadiError(
+            f"--out {str(folder)!r} contains another study: its {what} {missing[0]!r} is not in this one. Cells and seeds can "
+            "be added to a study, not taken away: choose a new --out."
+        )
+    if changed := differences(old, {**new, "cells": {name: new["cells"][name] for name in cells}, "seeds": seeds}):
+        more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+        raise WadiError(
+            f"--out {str(folder)!r} contains a study with other settings: {'; '.join(changed[:SHOWN])}{more}. Choose a new "
+            "--out, or restore the settings."
+        )
+    return bool(old != new)
 
 
 def _contents(study: Study, cells: Sequence[Cell]) -> dict[str, Any]:
-    budget = to_dict(study.budget)
-    return {
-        "cells": {cell.name: to_dict(cell.config) for cell in cells},
-        "seeds": list(study.seeds),
-        "eval": to_dict(study.eval),
-        "analysis": study.analysis,
-        "budget": budget,
-    }
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Within the block no other process can run the same study. The lock ends with the process.
-
-    Raises:
-        WadiError: if another process has the lock, or the folder cannot be written.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows: each run has a lock of its own
-        yield
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise write_error(folder, error) from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise WadiError(
-                    f"Another process runs the study in {str(folder)!r}. Wait for it, stop it, or choose another --out."
-                ) from error
-        yield  # some network file systems have no locks; each run has one of its own
-    finally:
-        os.close(descriptor)
+    settings = {name: to_dict(getattr(study, name)) for name in ("eval", "budget", "tune")}
+    flags = {"analysis": study.analysis, "swap": study.swap}
+    return {"cells": {cell.name: to_dict(cell.config) for cell in cells}, "seeds": list(study.seeds), **flags, **settings}

@@ -5,6 +5,7 @@ A state is written after every command, so a killed study repeats at most one of
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -13,20 +14,23 @@ from pathlib import Path
 
 import msgspec
 
+from wadi.distill.config import DistillConfig
 from wadi.distill.config_files import save_config
+from wadi.distill.run_folder import WARM_START
 from wadi.errors import WadiError
 from wadi.evaluate.protocols import NAMES
 from wadi.io.files import write_whole
 from wadi.io.records import Finite, Record, asdict, read_json
+from wadi.io.regular import read_bytes
 from wadi.study.cells import Cell
-from wadi.study.file import EvalSettings
+from wadi.study.file import EvalSettings, Study
 from wadi.study.folder import FILE
 from wadi.zoo.paths import absolute_source
 
 Execute = Callable[[list[str], Path], int]  # runs ``wadi WORDS`` with its output in a log file; returns the exit code
 INTERRUPTED = (-2, -15, -1, 129, 130, 143)  # exit codes of a command that a signal stopped
 RESULT = "study.json"  # of `wadi eval`, in the folder eval/ of the run
-SAID = 500  # characters of an error in a report
+LONGEST = 500  # characters of an error in a report
 
 
 class State(Record):
@@ -46,22 +50,36 @@ class State(Record):
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a study: a cell and a seed. All paths are absolute, so that any machine that sees the folder can run it.
+    """One training run and what follows it. All paths are absolute: any machine that sees the folder can run it.
 
     Attributes:
         name: of the run's folder, state and log.
         folder: of the study.
+        config: settings of the run.
         commands: names and words of the commands, in order.
+        share_pairs: whether to take the pairs of a warm start from another run of the study that made the same ones.
     """
 
     name: str
     folder: Path
+    config: DistillConfig
     commands: tuple[tuple[str, tuple[str, ...]], ...]
+    share_pairs: bool = True
+
+    @property
+    def run(self) -> Path:
+        """The folder of the run."""
+        return self.folder / "runs" / self.name
 
     @property
     def state_file(self) -> Path:
         """The file with the state of the run."""
         return self.folder / "state" / f"{self.name}.json"
+
+    @property
+    def log(self) -> Path:
+        """The file with the output of the commands."""
+        return self.folder / "logs" / f"{self.name}.log"
 
     def state(self) -> State:
         """Return how far the run is."""
@@ -74,35 +92,40 @@ class Job:
         """Return whether all commands have finished."""
         return {name for name, _ in self.commands} <= self.state().seconds.keys()
 
+    @property
+    def shared_pairs(self) -> Path | None:
+        """The study's file of the warm-start pairs that this run needs; None if it needs none, or makes its own."""
+        config, warm = self.config, self.config.warm_start
+        if not self.share_pairs or not warm.pairs:
+            return None
+        about = (config.teacher, config.prompts, config.prompts_field, config.seed, config.resolution, config.dtype,
+                 warm.pairs, warm.sampler_steps, warm.guidance_scale)  # fmt: skip
+        return self.folder / "pairs" / f"{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.safetensors"
 
-def job_of(folder: Path, cell: Cell, seed: int, evaluation: EvalSettings | None, analysis: bool, name: str = "") -> Job:
-    """Write the settings file of a run and return its job.
+
+def job_of(
+    study: Study, folder: Path, cell: Cell, seed: int, name: str, *, evaluated: bool = True, analysed: bool = True
+) -> Job:
+    """Return the job that trains a cell with a seed.
 
     Args:
-        evaluation: None = no evaluation.
-        name: default is the cell's name and the seed.
-    Raises:
-        WadiError: if the file cannot be written.
+        evaluated, analysed: whether the training is followed by an evaluation, and by the analysis that the study asks for.
     """
-    folder, name = folder.resolve(), name or run_name(cell, seed)
-    run = folder / "runs" / name
-    config = replace(
-        cell.config,
-        seed=seed,
-        out=str(run),
-        teacher=absolute_source(cell.config.teacher),
-        prompts=_absolute(cell.config.prompts),
-    )
-    settings = folder / "configs" / f"{name}.yaml"
-    save_config(config, settings)
-    device = () if config.device is None else ("--device", config.device)
-    commands = [("distill", ("distill", "--config", str(settings)))]
-    if evaluation is not None:
-        words = (*_absolute_eval(evaluation).words(), *device, "--pictures", str(folder / "images"))
-        commands.append(("eval", ("eval", str(run), *words, "--out", str(run / "eval" / RESULT))))
-    if analysis:
-        commands.append(("analyze", ("analyze", config.teacher, str(run), "--out", str(run / "analysis"), *device)))
-    return Job(name, folder, tuple(commands))
+    folder = folder.resolve()
+    run, own = folder / "runs" / name, cell.config
+    teacher = absolute_source(own.teacher)
+    config = replace(own, seed=seed, out=str(run), teacher=teacher, prompts=_absolute(own.prompts))
+    device = () if own.device is None else ("--device", own.device)
+    images = ("--pictures", str(folder / "images"))
+    commands = [("distill", ("distill", "--config", str(folder / "configs" / f"{name}.yaml")))]
+    evaluation = _absolute_eval(study.eval)
+    if evaluated:
+        words = ("eval", str(run), *evaluation.words(), *device, *images, "--out", str(run / "eval" / RESULT))
+        commands.append(("eval", words))
+    if analysed and study.analysis:
+        words = ("analyze", teacher, str(run), "--out", str(run / "analysis"), *device)
+        commands.append(("analyze", (*words, *_swap_words(evaluation), *images) if study.swap else words))
+    return Job(name, folder, config, tuple(commands))
 
 
 def run_name(cell: Cell, seed: int) -> str:
@@ -114,26 +137,44 @@ def run_job(job: Job, execute: Execute) -> State:
     """Run the commands of a job that have not finished yet, up to the first that fails. Return the state, which is also saved.
 
     Raises:
-        WadiError: if the folder of the study is not visible here, or its state cannot be written.
+        WadiError: if the folder of the study is not visible here, or cannot be written.
     """
     if not (job.folder / FILE).is_file():
         raise WadiError(f"{str(job.folder)!r} is not visible on this machine. Put --out on storage that all machines share.")
-    log = job.folder / "logs" / f"{job.name}.log"
     state = State(seconds=job.state().seconds)
     for name, words in job.commands:
         if name in state.seconds:
             continue
-        start, offset = time.perf_counter(), log.stat().st_size if log.exists() else 0
-        code = execute(list(words), log)
+        if name == "distill":
+            save_config(job.config, job.folder / "configs" / f"{job.name}.yaml")
+            _take_pairs(job)
+        start, offset = time.perf_counter(), job.log.stat().st_size if job.log.exists() else 0
+        code = execute(list(words), job.log)
         if code:
             state.failed, state.interrupted = name, code in INTERRUPTED
-            state.error = _message(log, offset, code)
+            state.error = _message(job.log, offset, code)
         else:
             state.seconds[name] = time.perf_counter() - start
         write_whole(job.state_file, (json.dumps(asdict(state), indent=1) + "\n").encode())
         if code:
             break
+        if name == "distill":
+            _give_pairs(job)
     return state
+
+
+def _take_pairs(job: Job) -> None:
+    """Give a new run the pairs that an earlier run of the study made from the same teacher, prompts and seed."""
+    from wadi.distill.objectives import with_defaults
+
+    if job.shared_pairs is not None and job.shared_pairs.exists() and not (job.run / "config.yaml").exists():
+        save_config(with_defaults(job.config), job.run / "config.yaml")  # a folder without one is not a run
+        write_whole(job.run / WARM_START, read_bytes(job.shared_pairs))
+
+
+def _give_pairs(job: Job) -> None:
+    if job.shared_pairs is not None and not job.shared_pairs.exists() and (job.run / WARM_START).exists():
+        write_whole(job.shared_pairs, read_bytes(job.run / WARM_START))
 
 
 def _message(log: Path, offset: int, code: int) -> str:
@@ -145,9 +186,9 @@ def _message(log: Path, offset: int, code: int) -> str:
         lines = [line.strip() for line in stream.read().decode(errors="replace").splitlines() if line.strip()]
     errors = [line.removeprefix("wadi: ") for line in lines if line.startswith("wadi: ")]
     if errors:
-        return errors[-1][:SAID]
+        return errors[-1][:LONGEST]
     killed = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-    return f"{killed}{': ' + lines[-1][:SAID] if lines else ''}"
+    return f"{killed}{': ' + lines[-1][:LONGEST] if lines else ''}"
 
 
 def _absolute(path: str) -> str:
@@ -158,3 +199,14 @@ def _absolute(path: str) -> str:
 def _absolute_eval(settings: EvalSettings) -> EvalSettings:
     protocol = settings.protocol if settings.protocol in NAMES else _absolute(settings.protocol)
     return replace(settings, protocol=protocol, reference=settings.reference and _absolute(settings.reference))
+
+
+def _swap_words(settings: EvalSettings) -> tuple[str, ...]:
+    """Return the words of ``wadi analyze`` that evaluate hybrids on the prompts and metrics of the evaluation."""
+    given = {
+        "prompts": None if settings.protocol in NAMES else settings.protocol, "count": settings.count,
+        "metrics": ",".join(settings.metrics) or None, "steps": settings.teacher_steps,
+        "guidance-scale": settings.teacher_guidance_scale, "draw-batch": settings.draw_batch,
+    }  # fmt: skip
+    options = [(f"--{name}", str(value)) for name, value in given.items() if value is not None]
+    return ("--swap-eval", *(word for option in options for word in option))

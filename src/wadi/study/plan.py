@@ -1,71 +1,151 @@
-"""Say how many runs a study has, and how long they take, from finished runs or from short ones."""
+"""Say how many runs a study has, and how long they take: from short runs that measure one step of each kind."""
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+from wadi.distill.config import DistillConfig
+from wadi.distill.config_files import flat_settings, to_dict
+from wadi.distill.run_folder import WARM_START, read_stats
 from wadi.study.cells import Cell
-from wadi.study.jobs import Job
-from wadi.study.trials import Trial
+from wadi.study.engines import Engine
+from wadi.study.file import Study
+from wadi.study.jobs import Job, State, job_of
+
+STEPS = 3  # of each phase of a run; the first one is slower than the others and does not count
+# Settings that do not change how long a step takes. Cells that differ in them alone share one measurement.
+FREE = (
+    "seed", "out", "steps", "student.lr", "fake.lr", "warm_start.pairs", "warm_start.steps", "warm_start.fake_steps",
+    "lr_schedule", "lr_warmup", "betas", "weight_decay", "clip", "student.ema",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class CellPlan:
-    """The remaining runs of a cell.
+class Timing:
+    """The measurement of a cell.
 
     Attributes:
-        seconds: of one run with evaluation and analysis; None if its trial failed.
-        source: what ``seconds`` was measured on.
-        pairs: number of warm-start pairs that ``seconds`` leaves out.
-        error: of the trial.
+        step: seconds of a step of the warm start, of the fake model alone, and of both models; None if there is none.
+        around: seconds of a run besides its steps and pairs: loading, image grids, saving.
+        pair: seconds of a warm-start pair.
+        after: seconds of each command that follows the training, as far as they were measured.
+        error: why the short run failed; None = it did not.
     """
 
-    name: str
-    runs: int
-    left: int
-    seconds: float | None
-    source: str
-    pairs: int = 0
+    step: tuple[float | None, float | None, float | None] = (None, None, None)
+    around: float = 0.0
+    pair: float = 0.0
+    after: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
 
+    def seconds(self, config: DistillConfig) -> float:
+        """Return how long all steps of a run take."""
+        steps = zip(_phases(config), self.step, strict=True)
+        return sum(count * step for count, step in steps if step is not None)
 
-def plan_study(runs: Sequence[tuple[Cell, int, Job]], trials: Mapping[str, Trial]) -> list[CellPlan]:
-    """Return the plan of each cell. Finished runs count before trials."""
-    after = min((trial.after for trial in trials.values() if trial.after is not None), default=0.0)
-    plans = []
-    for cell in {cell.name: cell for cell, _, _ in runs}.values():
-        jobs = [job for of, _, job in runs if of.name == cell.name]
-        finished = [sum(job.state().seconds.values()) for job in jobs if job.done()]
-        left, trial = len(jobs) - len(finished), trials.get(cell.name)
-        if finished:
-            plans.append(CellPlan(cell.name, len(jobs), left, statistics.fmean(finished), "finished runs"))
-        elif trial is None or trial.step is None:
-            error = None if trial is None else f"{trial.state.failed}: {trial.state.error}"
-            plans.append(CellPlan(cell.name, len(jobs), left, None, "no measurement", error=error))
-        else:
-            seconds = trial.step * cell.config.steps + trial.around + after
-            plans.append(CellPlan(cell.name, len(jobs), left, seconds, "a short run", cell.config.warm_start.pairs))
-    return plans
+    def steps_in(self, minutes: float, config: DistillConfig) -> int:
+        """Return how many steps fit into ``minutes`` if the phases keep their shares; at least one."""
+        return max(1, int(60 * minutes * config.steps / self.seconds(config)))
 
 
-def describe(plans: Sequence[CellPlan], workers: int = 1) -> str:
-    """Return the plan as text: a line for each cell, then the sum.
+def measure(study: Study, cells: Sequence[Cell], folder: Path, engine: Engine) -> dict[str, Timing]:
+    """Make the short runs that have not been made yet, and return the measurements by name of cell.
+
+    The first one is followed by evaluation and analysis, whose durations count for all cells.
+
+    Raises:
+        WadiError: if the folder of the study cannot be written.
+        Interrupted: see `wadi.study.engines.run_here`.
+    """
+    keys, jobs = {cell.name: _key(cell.config) for cell in cells}, dict[str, Job]()
+    for cell in cells:
+        if keys[cell.name] not in jobs:
+            short, first = replace(cell, config=short_config(cell.config)), not jobs
+            name = f"{cell.name}--timing"
+            job = job_of(study, folder, short, study.seeds[0], name, evaluated=first, analysed=first)
+            jobs[keys[cell.name]] = replace(job, share_pairs=False)
+    states = {job.name: state for job, state in engine([job for job in jobs.values() if not job.done()])}
+    timings = {key: _timing(job, states.get(job.name) or job.state()) for key, job in jobs.items()}
+    after = {name: seconds for timing in timings.values() for name, seconds in timing.after.items()}
+    return {name: replace(timings[key], after=after) for name, key in keys.items()}
+
+
+def short_config(config: DistillConfig) -> DistillConfig:
+    """Return the settings of a short run: a few steps of each phase, few pairs, image grids at the start and the end only."""
+    warm, fake, both = (min(count, STEPS) for count in _phases(config))
+    pairs = min(config.warm_start.pairs, 2 * config.batch * config.accumulate)
+    return replace(
+        config, steps=warm + fake + both, warm_start=replace(config.warm_start, pairs=pairs, steps=warm, fake_steps=fake),
+        sample_every=0, checkpoint_every=0, keep_every=0, tracker=None,
+    )  # fmt: skip
+
+
+def describe(jobs: Iterable[Job], timings: Mapping[str, Timing], cell_of: Mapping[str, str], workers: int = 1) -> str:
+    """Return the plan as text: a line for each cell, then the sum. A finished run counts as nothing.
 
     Args:
-        workers: number of runs at once, which is assumed not to slow them down.
+        jobs: all trainings of the study.
+        timings: by name of cell.
+        cell_of: the cell of each job, by their names.
+        workers: number of runs at once, as in the measurement.
     """
-    width = max(len(plan.name) for plan in plans)
-    lines = []
-    for plan in plans:
-        time = "cannot run" if plan.error else "unknown" if plan.seconds is None else f"{plan.seconds / 60:8.1f} min each"
-        reason = f": {plan.error}" if plan.error else f" ({plan.source})"
-        lines.append(f"{plan.name:<{width}}  {plan.left:3} of {plan.runs} runs left  {time}{reason}")
-    left = sum(plan.left for plan in plans if plan.seconds is not None)
-    hours = sum(plan.left * plan.seconds for plan in plans if plan.seconds is not None) / 3600 / workers
+    names, total, pairs, lines = list(dict.fromkeys(cell_of.values())), 0.0, dict[Path, float](), []
+    left = [job for job in jobs if not job.done()]
+    for name in names:
+        own, timing = [job for job in left if cell_of[job.name] == name], timings[name]
+        if timing.error is not None:
+            lines.append((name, f"{len(own):3} runs  cannot run: {timing.error}"))
+            continue
+        seconds = [_seconds(job, timing) for job in own]
+        pairs |= {job.shared_pairs: timing.pair * job.config.warm_start.pairs for job in own if job.shared_pairs is not None}
+        total += sum(seconds)
+        each = f"  {statistics.fmean(seconds) / 60:6.1f} min each" if seconds else ""
+        lines.append((name, f"{len(own):3} runs{each}"))
+    made = sum(seconds for file, seconds in pairs.items() if not file.exists())
+    width = max(len(name) for name in names)
     at_once = f", {workers} at once" if workers > 1 else ""
-    lines.append(f"{left} runs, about {hours:.2f} hours{at_once}.")
-    if any(plan.pairs for plan in plans if plan.left):
-        lines.append("The time to generate the pairs of a warm start is not included until a run of the cell has finished.")
-    return "\n".join(lines)
+    count = sum(timings[cell_of[job.name]].error is None for job in left)
+    return "\n".join(
+        [f"{name:<{width}}  {text}" for name, text in lines]
+        + ([f"pairs of warm starts, shared by cells  {made / 60:6.1f} min"] if made else [])
+        + [f"{count} runs, about {(total + made) / 3600 / workers:.2f} hours{at_once}."]
+    )
+
+
+def _phases(config: DistillConfig) -> tuple[int, int, int]:
+    """Return the number of steps of the warm start, of the fake model alone, and of both models."""
+    warm = min(config.warm_start.steps, config.steps)
+    fake = min(config.warm_start.fake_steps, config.steps - warm)
+    return warm, fake, config.steps - warm - fake
+
+
+def _key(config: DistillConfig) -> str:
+    cost = {name: value for name, value in flat_settings(to_dict(config)).items() if name not in FREE}
+    return json.dumps([cost, [bool(count) for count in _phases(config)], bool(config.warm_start.pairs)], sort_keys=True)
+
+
+def _seconds(job: Job, timing: Timing) -> float:
+    after = sum(timing.after.get(name, 0.0) for name, _ in job.commands)
+    return timing.seconds(job.config) + timing.around + after
+
+
+def _timing(job: Job, state: State) -> Timing:
+    if state.failed is not None or "distill" not in state.seconds:
+        return Timing(error=f"{state.failed}: {state.error}")
+    steps = [line["seconds"] for line in read_stats(job.run / "stats.jsonl")]
+    durations = [after - before for before, after in zip([0.0, *steps], steps, strict=False)]
+    step, start = list[float | None](), 0
+    for count in _phases(job.config):
+        own = durations[start : start + count]
+        step.append(statistics.fmean(own[1:] or own) if own else None)
+        start += count
+    pairs, making = job.config.warm_start.pairs, 0.0
+    if pairs:  # they are made right after the settings are written
+        making = (job.run / WARM_START).stat().st_mtime - (job.run / "config.yaml").stat().st_mtime
+    around = max(0.0, state.seconds["distill"] - steps[-1] - making)
+    after = {name: seconds for name, seconds in state.seconds.items() if name != "distill"}
+    return Timing((step[0], step[1], step[2]), around, making / pairs if pairs else 0.0, after)

@@ -14,34 +14,48 @@ from wadi.distill.report.page import STYLE
 from wadi.io import markdown
 from wadi.io.figures import csv_table
 from wadi.io.files import write_whole
+from wadi.io.records import asdict
 from wadi.study import figures
-from wadi.study.collect import LABELS, RunRow, label, metrics_of
-from wadi.study.summary import Pair, Spread, against, pairs, summarize
+from wadi.study.collect import ANALYSED, LABELS, RunRow, label, metrics_of
+from wadi.study.summary import Pair, Spread, pairs, summarize
+from wadi.study.tune import Choice
 
+HYBRID = " with "  # in the names of metrics of a student with the teacher's norms or directions put back
 NOTE = (
     "± is the standard deviation over training seeds. A difference compares runs with the same seed; ± is its standard error."
 )
 
 
-def write_results(rows: Sequence[RunRow], folder: Path, title: str, baseline: str | None = None) -> list[Path]:
+def write_results(
+    rows: Sequence[RunRow], folder: Path, title: str, baseline: str | None = None, choices: Mapping[str, Choice] | None = None
+) -> list[Path]:
     """Write all tables and figures into ``folder``; return the paths of the tables.
 
     Args:
-        baseline: the cell that Markdown and HTML compare the others with; None = the first one.
+        baseline: the cell that the others are compared with; None = the first one.
+        choices: what tuning chose, by name of cell.
     Raises:
         WadiError: if a file cannot be written.
     """
-    cells, found, metrics = summarize(rows), pairs(rows), metrics_of(rows)
+    baseline, choices = baseline or rows[0].cell, choices or {}
+    cells, found, metrics = summarize(rows), pairs(rows, baseline), metrics_of(rows)
     names = [name for name in (*LABELS, *metrics) if any(name in values for values in cells.values())]
-    shown = against(found, baseline or rows[0].cell)
-    images = figures.draw_all(cells, metrics, folder / "figures")
-    tables = [summary_table(cells, names, rows), pairs_table(shown, [n for n in names if n in metrics or n == "minutes"])]
+    hybrids = [name for name in metrics if HYBRID in name]
+    images = figures.draw_all(cells, [name for name in metrics if name not in hybrids], folder / "figures")
+    of_weights = [name for name in names if name in ANALYSED or name in hybrids]
+    of_runs = [name for name in names if name not in of_weights]
+    tables = [
+        summary_table(cells, of_runs, rows),
+        summary_table(cells, of_weights, rows) if of_weights else [[]],
+        pairs_table(found, baseline, [name for name in of_runs if name in metrics or name == "minutes"]),
+        choices_table(choices),
+    ]
     failed = [row for row in rows if row.status == "failed"]
     contents = {
         "runs.csv": csv_table([run_line(row, [*LABELS, *metrics]) for row in rows]),
         "cells.csv": csv_table(cell_lines(cells, names)),
         "pairs.csv": csv_table([dataclasses.asdict(pair) for pair in found]),
-        "results.json": (json.dumps(as_json(rows, cells, found), indent=1, allow_nan=False) + "\n").encode(),
+        "results.json": (json.dumps(as_json(rows, cells, found, choices), indent=1, allow_nan=False) + "\n").encode(),
         "results.md": _markdown(title, tables, failed, [f"figures/{path.name}" for path in images]).encode(),
         "results.html": _html(title, tables, failed, images).encode(),
     }
@@ -69,12 +83,15 @@ def cell_lines(cells: Mapping[str, Mapping[str, Spread]], names: Sequence[str]) 
     return lines
 
 
-def as_json(rows: Sequence[RunRow], cells: Mapping[str, Mapping[str, Spread]], found: Sequence[Pair]) -> dict[str, Any]:
+def as_json(
+    rows: Sequence[RunRow], cells: Mapping[str, Mapping[str, Spread]], found: Sequence[Pair], choices: Mapping[str, Choice]
+) -> dict[str, Any]:
     """Return all results as plain values."""
     return {
         "runs": [dataclasses.asdict(row) for row in rows],
         "cells": {cell: {n: dataclasses.asdict(of) for n, of in values.items()} for cell, values in cells.items()},
         "pairs": [dataclasses.asdict(pair) for pair in found],
+        "tuned": {cell: asdict(choice) for cell, choice in choices.items()},
     }
 
 
@@ -87,13 +104,27 @@ def summary_table(cells: Mapping[str, Mapping[str, Spread]], names: Sequence[str
     return table
 
 
-def pairs_table(shown: Sequence[Pair], names: Sequence[str]) -> list[list[str]]:
-    """Return the table of differences from the baseline, its header first; only the header if there are none."""
-    table = [[f"difference from {shown[0].cell}" if shown else "difference", "seeds", *map(label, names)]]
-    for other in dict.fromkeys(pair.other for pair in shown):
-        own = {pair.value: pair for pair in shown if pair.other == other}
-        table.append([other, str(max(pair.count for pair in own.values())), *(_difference(own.get(name)) for name in names)])
+def pairs_table(found: Sequence[Pair], baseline: str, names: Sequence[str]) -> list[list[str]]:
+    """Return the table of differences from the baseline, its header first."""
+    table = [[f"difference from {baseline}", "seeds", *map(label, names)]]
+    for cell in dict.fromkeys(pair.cell for pair in found):
+        own = {pair.value: pair for pair in found if pair.cell == cell}
+        table.append([cell, str(max(pair.count for pair in own.values())), *(_difference(own.get(name)) for name in names)])
     return table
+
+
+def choices_table(choices: Mapping[str, Choice]) -> list[list[str]]:
+    """Return the table of what tuning tried and chose, its header first."""
+    table = [["tuned on a seed of its own", "tried, and the metric that it reached", "chosen"]]
+    for cell, of in choices.items():
+        tried = [f"{value:g}: {_score(score)}" for value, score in zip(of.values, of.scores, strict=True)]
+        chosen = "none" if of.chosen is None else f"{of.chosen:g}" + (", at the edge" if of.at_edge else "")
+        table.append([cell, f"{of.setting}, {label(of.metric) if of.metric else of.error}: {', '.join(tried)}", chosen])
+    return table
+
+
+def _score(score: float | None) -> str:
+    return "failed" if score is None else f"{score:.4g}"
 
 
 def _number(name: str, of: Spread | None) -> str:

@@ -115,6 +115,8 @@ class Summary(Record):
     direction_mean: float | None
     direction_std: float | None
     energy_30: float | None
+    angle_mean: float | None = None  # earlier versions did not measure these two
+    norm_chance: float | None = None
 
 
 class Analysis(Record):
