@@ -12,7 +12,6 @@ import yaml
 
 from raising import raises_naming
 from wadi.cli.main import main
-from wadi.study.cells import expand
 from wadi.study.file import study_from
 from wadi.study.run import run_study
 
@@ -69,28 +68,20 @@ def test_something_that_is_no_cluster_is_named(study_file, tmp_path, capsys, mon
 
 
 @pytest.mark.slow
-def test_a_study_survives_a_killed_worker(tmp_path, monkeypatch, capsys):
+def test_a_study_survives_a_killed_worker(contents, tmp_path, monkeypatch):
     """Two runs at once; the worker of one is killed after its first checkpoint, and its run continues from there."""
     pytest.importorskip("ray")
     from wadi.study.ray_engine import cluster
 
-    base = {
-        "preset": "demo", "batch": 2, "steps": 30, "warm_start": {"pairs": 0, "steps": 0, "fake_steps": 0, "weight": 0.0},
-        "checkpoint_every": 2, "sample_every": 0, "sample_prompts": ["red apple"], "sample_seeds": 1, "teacher_steps": 1,
-        "device": "cpu", "fake.rank": 2,
-    }  # fmt: skip
-    study = study_from({
-        "base": base, "grid": {"student.rank": [2, 4]}, "seeds": [0], "analysis": False,
-        "eval": {"count": 16, "metrics": ["top1"]},
-    })  # fmt: skip
-    assert len(expand(study)) == 2
-    out, killed = tmp_path / "out", []
+    contents |= {"seeds": [0], "analysis": False}
+    contents["base"] |= {"steps": 40, "checkpoint_every": 10}
+    study, out, killed = study_from(contents), tmp_path / "out", []
 
     def kill_worker():
         run = out / "runs" / "rank=2--seed-0"
         while not killed:
             time.sleep(0.1)
-            if any(path.name > "step-0000001" for path in run.glob("checkpoints/step-*")):
+            if any(path.name > "step-0000000" for path in run.glob("checkpoints/step-*")):
                 training = int((run / ".lock").read_text().split()[1])
                 with open(f"/proc/{training}/stat") as stream:
                     worker = int(stream.read().rpartition(")")[2].split()[1])
@@ -104,7 +95,7 @@ def test_a_study_survives_a_killed_worker(tmp_path, monkeypatch, capsys):
         rows = run_study(study, out, engine, "cluster", lambda line: None)
     assert killed
     assert [row.status for row in rows] == ["done", "done"]
-    assert [row.values["steps"] for row in rows] == [30, 30]
+    assert [row.values["steps"] for row in rows] == [40, 40]
     assert "Continuing" in (out / "logs" / "rank=2--seed-0.log").read_text()
     with raises_naming("--cpus", 4096), cluster("local", cpus=4096):
         pass

@@ -21,21 +21,6 @@ from wadi.study.jobs import job_of, run_job
 from wadi.study.run import run_study
 
 
-@pytest.fixture
-def contents(sd_folder, prompts_path):
-    """The contents of a study of two ranks and two seeds, some seconds a run."""
-    base = {
-        "teacher": str(sd_folder), "prompts": str(prompts_path), "steps": 2, "batch": 2, "device": "cpu", "sample_every": 0,
-        "checkpoint_every": 1, "sample_prompts": ["red apple"], "sample_seeds": 1, "teacher_steps": 1, "fake.rank": 2,
-        "student.lr": 1e-3, "student.rank": 2,
-    }  # fmt: skip
-    evaluation = {
-        "protocol": str(prompts_path), "reference": "teacher", "metrics": ["fd"], "features": "zoo", "size": 32,
-        "teacher_steps": 1,
-    }  # fmt: skip
-    return {"base": base, "grid": {"student.rank": [2, 4]}, "seeds": [0, 1], "eval": evaluation}
-
-
 def here(calls=None):
     """Run commands in this process; ``calls`` receives them."""
 
@@ -101,14 +86,14 @@ def test_a_killed_study_leaves_no_process_and_continues(contents, tmp_path, caps
     import yaml
 
     contents |= {"grid": {"student.rank": [2]}, "seeds": [0], "analysis": False}
-    contents["base"] |= {"steps": 40}
+    contents["base"] |= {"steps": 40, "checkpoint_every": 10}
     file, out = tmp_path / "long.yaml", tmp_path / "out"
     file.write_text(yaml.safe_dump(contents))
     command = [sys.executable, "-m", "wadi", "study", str(file), "--out", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     checkpoints = out / "runs" / "rank=2--seed-0" / "checkpoints"
     end = time.monotonic() + 120
-    while not list(checkpoints.glob("step-*")) and time.monotonic() < end:
+    while not any(path.name > "step-0000000" for path in checkpoints.glob("step-*")) and time.monotonic() < end:
         time.sleep(0.1)
     process.kill()
     process.wait()

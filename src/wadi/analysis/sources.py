@@ -13,6 +13,7 @@ from wadi import roles
 from wadi.backbones.lazy_tensors import LazyTensors, network_weights
 from wadi.backbones.weight_files import split_variant
 from wadi.errors import WadiError
+from wadi.lorad.pairing import stored_pairing, with_partners_together
 from wadi.lorad.rotation import Factor, pair_angles, rotate
 from wadi.lorad.stored import PEFT_PREFIX
 from wadi.roles import methods
@@ -37,7 +38,9 @@ class AdaptedNetwork(Mapping[str, Tensor]):
     """
 
     def __init__(self, base: LazyTensors, folder: Path) -> None:
-        roles.check_lorad(folder, roles.read_config(folder))
+        config = roles.read_config(folder)
+        roles.check_lorad(folder, config)
+        self.pairing = stored_pairing(config, str(folder))
         self.base, self.stored = base, LazyTensors([folder / roles.WEIGHTS])
         names = {key: key.removeprefix(PEFT_PREFIX).rpartition(".lorad_") for key in self.stored}
         if unknown := sorted(key for key, (layer, _, end) in names.items() if not layer or end not in ("A", "B")):
@@ -66,7 +69,8 @@ class AdaptedNetwork(Mapping[str, Tensor]):
         A, B = (self.stored[self._keys[layer, end]] for end in "AB")
         factor, W = Factor(A, B, 1.0), self.base[name].float()
         theta = pair_angles([factor])
-        return RotatedLayer(W, rotate(W, theta), factor, theta)
+        R = with_partners_together(lambda W: rotate(W, theta), W, self.pairing)
+        return RotatedLayer(W, R, factor, theta)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor without reading it."""

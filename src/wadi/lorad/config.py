@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from peft.config import PeftConfig
 
 from wadi.errors import WadiError
+from wadi.lorad.pairing import NEIGHBOURS, PAIRINGS
 from wadi.lorad.registry import NAME, add_peft_type
 
 BIAS = ("none", "all", "lorad_only")
@@ -33,6 +34,8 @@ class LoRaDConfig(PeftConfig):
         bias: biases to train: ``"none"``, ``"all"`` or ``"lorad_only"`` (the biases of rotated layers).
         init_weights: True starts at the base model (``A`` zero, ``B`` Xavier-uniform); False at random
             angles.
+        pairing: which columns share an angle: ``"neighbours"`` (the paper), ``"halves"`` (column ``j`` and ``j + fan_in // 2``,
+            as in rotary embeddings) or ``"random"`` (fixed pairs).
         recompute: False keeps the rotated weight for the backward pass, which takes the memory of one weight per
             layer. True keeps nothing of that size and rotates again.
         excess_rank: behaviour if ``r`` exceeds ``min(out, fan_in // 2)``, the rank of a full angle matrix.
@@ -42,7 +45,8 @@ class LoRaDConfig(PeftConfig):
     Raises:
         WadiError: if a rank is not positive; if a value is not one of the choices above; if
             ``layers_to_transform`` or ``layers_pattern`` is combined with a regular expression; if
-            ``layers_pattern`` is set without ``layers_to_transform``.
+            ``layers_pattern`` is set without ``layers_to_transform``; if ``recompute`` is combined with another pairing than
+            neighbours.
     """
 
     r: int = field(default=8, metadata=_help("Rank of the angle matrix."))
@@ -67,6 +71,7 @@ class LoRaDConfig(PeftConfig):
     )
     bias: str = field(default="none", metadata=_help("Biases to train: 'none', 'all' or 'lorad_only'."))
     init_weights: bool = field(default=True, metadata=_help("True starts at the base model, False at random angles."))
+    pairing: str = field(default=NEIGHBOURS, metadata=_help("Columns that share an angle: 'neighbours', 'halves' or 'random'."))
     recompute: bool = field(
         default=False, metadata=_help("Keep nothing of a weight's size for the backward pass; rotate again.")
     )
@@ -110,9 +115,11 @@ class LoRaDConfig(PeftConfig):
                 raise WadiError(f"LoRaD: {where} is {r!r}. A rank is a positive integer: try 16, or 256 as in the paper.")
 
     def _check_choices(self) -> None:
-        for name, choices in (("bias", BIAS), ("excess_rank", EXCESS_RANK)):
+        for name, choices in (("bias", BIAS), ("excess_rank", EXCESS_RANK), ("pairing", PAIRINGS)):
             if getattr(self, name) not in choices:
                 raise WadiError(f"LoRaD: {name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}.")
+        if self.recompute and self.pairing != NEIGHBOURS:
+            raise WadiError(f"LoRaD: recompute works only with pairing 'neighbours', not {self.pairing!r}. Leave one out.")
 
     def _check_layers(self) -> None:
         if isinstance(self.target_modules, str):

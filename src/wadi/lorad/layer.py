@@ -1,7 +1,7 @@
 """Linear and Conv2d layers whose weight is rotated by LoRaD adapters.
 
-All adapters of a layer rotate in the same fixed planes (neighbouring columns). So the angles of active adapters
-add, a scale multiplies them, and unmerging rotates back. The layer's product is computed once, with the
+All adapters of a layer rotate in the same fixed planes (by default, of neighbouring columns). So the angles of active
+adapters add, a scale multiplies them, and unmerging rotates back. The layer's product is computed once, with the
 rotated weight, in the dtype of the input (under autocast, in autocast's dtype).
 """
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from wadi.errors import WadiError
 from wadi.lorad.config import LoRaDConfig
 from wadi.lorad.float32_layer import Float32Layer, Float32Parameters
+from wadi.lorad.pairing import with_partners_together
 from wadi.lorad.rotation import Convolution, Factor, pair_angles, product, recomputed_product, rotate, rotated_weight
 
 
@@ -30,7 +31,7 @@ class LoRaDLayer(Float32Layer):
     """
 
     adapter_layer_names = ("lorad_A", "lorad_B")
-    other_param_names = ("r", "scaling", "recompute")
+    other_param_names = ("r", "scaling", "recompute", "pairing")
 
     def __init__(self, base_layer: nn.Module, quantization_backend: Any = None) -> None:
         self.base_layer = base_layer
@@ -39,6 +40,7 @@ class LoRaDLayer(Float32Layer):
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.recompute: dict[str, bool] = {}
+        self.pairing: dict[str, str] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._merged_scaling: dict[str, float] = {}
@@ -59,7 +61,7 @@ class LoRaDLayer(Float32Layer):
         """Add an adapter of rank ``r``. ``key`` is the layer's name in error messages."""
         r = self._checked_rank(r, config, key or type(self.get_base_layer()).__name__)
         self.r[adapter_name], self.scaling[adapter_name] = r, 1.0
-        self.recompute[adapter_name] = config.recompute
+        self.recompute[adapter_name], self.pairing[adapter_name] = config.recompute, config.pairing
         _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.lorad_A[adapter_name] = nn.Parameter(torch.zeros(self.out_features, r, dtype=dtype))
@@ -101,6 +103,20 @@ class LoRaDLayer(Float32Layer):
         scaling = self.scaling if scaling is None else scaling
         return [Factor(self.lorad_A[name], self.lorad_B[name], scaling[name]) for name in names]
 
+    def _pairing(self, names: Sequence[str]) -> str:
+        """Return the pairing of adapters that rotate together. Raise `WadiError` if they differ: their angles do not add."""
+        pairing, *others = dict.fromkeys(self.pairing[name] for name in names)
+        if others:
+            raise WadiError(
+                f"LoRaD: adapters {', '.join(names)} have the pairings {pairing} and {others[0]}. Only adapters of one pairing "
+                "can be active or merged together."
+            )
+        return pairing
+
+    def _rotate(self, W: Tensor, names: Sequence[str], scaling: dict[str, float] | None = None) -> Tensor:
+        theta = pair_angles(self._factors(names, scaling))
+        return with_partners_together(lambda W: rotate(W, theta), W, self._pairing(names))
+
     def _live_weight(self) -> Tensor:
         """Return the base weight with its autograd history, dequantised if necessary."""
         if self.quantization_backend is not None:
@@ -112,7 +128,7 @@ class LoRaDLayer(Float32Layer):
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """Return ``R - W`` for one adapter at its scale, with the shape and dtype of the current base weight ``W``."""
         W = self.get_base_weight()
-        return rotate(W, pair_angles(self._factors([adapter_name]))) - W
+        return self._rotate(W, [adapter_name]) - W
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
@@ -127,7 +143,7 @@ class LoRaDLayer(Float32Layer):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.lorad_A]
         if not names:
             return
-        R = rotate(self.get_base_weight(), pair_angles(self._factors(names)))
+        R = self._rotate(self.get_base_weight(), names)
         if safe_merge and not torch.isfinite(R).all():
             raise WadiError(f"NaNs detected in the merged weights. The adapter {' + '.join(names)} seems to be broken")
         self.set_base_weight(R)
@@ -141,7 +157,7 @@ class LoRaDLayer(Float32Layer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         back = {name: -self._merged_scaling.pop(name) for name in self.merged_adapters}
-        self.set_base_weight(rotate(self.get_base_weight(), pair_angles(self._factors(list(back), back))))
+        self.set_base_weight(self._rotate(self.get_base_weight(), list(back), back))
         self.merged_adapters.clear()
 
     # --- forward ------------------------------------------------------------------------------------------
@@ -171,7 +187,8 @@ class LoRaDLayer(Float32Layer):
         x, conv = self._convolution(x)
         if any(self.recompute[name] for name in names) and torch.is_grad_enabled():
             return recomputed_product(x, W, bias, conv, factors)
-        return product(x, rotated_weight(W, factors, dtype), bias, conv)
+        R = with_partners_together(lambda W: rotated_weight(W, factors, dtype), W, self._pairing(names))
+        return product(x, R, bias, conv)
 
     def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """Use adapter ``adapter_names[k]`` for sample ``k`` of the batch (``"__base__"``: no adapter)."""

@@ -162,12 +162,12 @@ def _with_adapter_names(_layer: nn.Module, args: Any, kwargs: Any, adapter_names
 
 def _joint_targets(configs: list[Any]) -> set[str] | str:
     """Return targets that match every layer that any of ``configs`` matches."""
-    selection = [(c.exclude_modules, c.layers_to_transform, c.layers_pattern) for c in configs]
+    selection = [(c.exclude_modules, c.layers_to_transform, c.layers_pattern, c.pairing) for c in configs]
     kinds = {type(c.target_modules) for c in configs}
     if any(s != selection[0] for s in selection) or len(kinds) != 1:
         raise WadiError(
             "LoRaD: add_weighted_adapter needs adapters that agree in exclude_modules, layers_to_transform, "
-            "layers_pattern and in the kind of target_modules (lists, or regular expressions)."
+            "layers_pattern, pairing and in the kind of target_modules (lists, or regular expressions)."
         )
     if kinds == {str}:
         return "|".join(f"({c.target_modules})" for c in configs)

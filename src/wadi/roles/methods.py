@@ -50,7 +50,7 @@ LORA: Mapping[str, Kinds] = {**PATTERNS, "alpha_pattern": (dict,), "lora_alpha":
 SMALL = {"student": 64, "fake": 16}
 
 METHODS: Mapping[str, Method] = {
-    "lorad": Method("LoRaDConfig", {"student": 256, "fake": 32}, options=PATTERNS),
+    "lorad": Method("LoRaDConfig", {"student": 256, "fake": 32}, options={**PATTERNS, "pairing": (str,)}),
     "lora": Method("LoraConfig", SMALL, options=LORA),
     "dora": Method("LoraConfig", SMALL, {"use_dora": True}, LORA),
     "dora-frozen": Method("LoraConfig", SMALL, {"use_dora": True}, LORA, frozen=("lora_magnitude_vector",)),

@@ -19,7 +19,7 @@ from wadi.distill.config_files import save_config
 from wadi.distill.run_folder import WARM_START
 from wadi.errors import WadiError
 from wadi.evaluate.protocols import NAMES
-from wadi.io.files import write_whole
+from wadi.io.files import remove_folder, write_whole
 from wadi.io.records import Finite, Record, asdict, read_json
 from wadi.io.regular import read_bytes
 from wadi.study.cells import Cell
@@ -58,6 +58,7 @@ class Job:
         config: settings of the run.
         commands: names and words of the commands, in order.
         share_pairs: whether to take the pairs of a warm start from another run of the study that made the same ones.
+        keep_checkpoints: whether they stay when all commands have finished; those of a trial only take space.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Job:
     config: DistillConfig
     commands: tuple[tuple[str, tuple[str, ...]], ...]
     share_pairs: bool = True
+    keep_checkpoints: bool = True
 
     @property
     def run(self) -> Path:
@@ -160,6 +162,8 @@ def run_job(job: Job, execute: Execute) -> State:
             break
         if name == "distill":
             _give_pairs(job)
+    if state.failed is None and not job.keep_checkpoints and (job.run / "checkpoints").exists():
+        remove_folder(job.run / "checkpoints")
     return state
 
 

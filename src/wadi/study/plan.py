@@ -67,7 +67,7 @@ def measure(study: Study, cells: Sequence[Cell], folder: Path, engine: Engine) -
             short, first = replace(cell, config=short_config(cell.config)), not jobs
             name = f"{cell.name}--timing"
             job = job_of(study, folder, short, study.seeds[0], name, evaluated=first, analysed=first)
-            jobs[keys[cell.name]] = replace(job, share_pairs=False)
+            jobs[keys[cell.name]] = replace(job, share_pairs=False, keep_checkpoints=False)
     states = {job.name: state for job, state in engine([job for job in jobs.values() if not job.done()])}
     timings = {key: _timing(job, states.get(job.name) or job.state()) for key, job in jobs.items()}
     after = {name: seconds for timing in timings.values() for name, seconds in timing.after.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from wadi.errors import WadiError
@@ -47,7 +48,8 @@ def trial_jobs(study: Study, cell: Cell, folder: Path) -> dict[float, Job]:
     for factor in sorted(tune.factors):
         value = float(f"{factor * value_of(cell.config, tune.setting):.4g}")
         name = f"{cell.name}--tune-{value:g}"
-        jobs[value] = job_of(study, folder, with_value(short, tune.setting, value), tune.seed, name, analysed=False)
+        job = job_of(study, folder, with_value(short, tune.setting, value), tune.seed, name, analysed=False)
+        jobs[value] = replace(job, keep_checkpoints=False)
     return jobs
 
 

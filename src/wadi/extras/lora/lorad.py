@@ -10,6 +10,7 @@ from wadi import roles
 from wadi.errors import WadiError
 from wadi.extras.lora import ADAPTER_NAME
 from wadi.extras.lora.file import read_settings
+from wadi.lorad.pairing import NEIGHBOURS, stored_pairing
 from wadi.lorad.stored import layer_factors, set_scale
 
 
@@ -50,9 +51,15 @@ def student_angles(network: nn.Module, folder: Path) -> dict[str, Tensor]:
     """Return the angles ``(out, fan_in // 2)`` of each layer of a student's adapter folder.
 
     Raises:
-        WadiError: if the folder contains no LoRaD adapter, or one that does not fit ``network``.
+        WadiError: if the folder contains no LoRaD adapter, or one that does not fit ``network``, or whose pairs are not
+            neighbours.
     """
-    _, tensors = roles.read(folder)
+    config, tensors = roles.read(folder)
+    if (pairing := stored_pairing(config, str(folder))) != NEIGHBOURS:
+        raise WadiError(
+            f"Student {str(folder)!r} rotates pairs of the kind {pairing!r}. Only a student with pairing {NEIGHBOURS!r} can be "
+            "combined with a LoRA in this way."
+        )
     angles = {}
     for layer, (A, B) in layer_factors(tensors).items():
         weight = getattr(find_layer(network, layer), "weight", None)
