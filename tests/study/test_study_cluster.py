@@ -74,7 +74,7 @@ def test_a_study_survives_a_killed_worker(contents, tmp_path, monkeypatch):
     from wadi.study.ray_engine import cluster
 
     contents |= {"seeds": [0], "analysis": False}
-    contents["base"] |= {"steps": 40, "checkpoint_every": 10}
+    contents["base"] |= {"steps": 16, "checkpoint_every": 4}
     study, out, killed = study_from(contents), tmp_path / "out", []
 
     def kill_worker():
@@ -95,7 +95,7 @@ def test_a_study_survives_a_killed_worker(contents, tmp_path, monkeypatch):
         rows = run_study(study, out, engine, "cluster", lambda line: None)
     assert killed
     assert [row.status for row in rows] == ["done", "done"]
-    assert [row.values["steps"] for row in rows] == [40, 40]
+    assert [row.values["steps"] for row in rows] == [16, 16]
     assert "Continuing" in (out / "logs" / "rank=2--seed-0.log").read_text()
     with raises_naming("--cpus", 4096), cluster("local", cpus=4096):
         pass

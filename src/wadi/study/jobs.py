@@ -28,6 +28,7 @@ from wadi.study.folder import FILE
 from wadi.zoo.paths import absolute_source
 
 Execute = Callable[[list[str], Path], int]  # runs ``wadi WORDS`` with its output in a log file; returns the exit code
+Commands = tuple[tuple[str, tuple[str, ...]], ...]  # names and words
 INTERRUPTED = (-2, -15, -1, 129, 130, 143)  # exit codes of a command that a signal stopped
 RESULT = "study.json"  # of `wadi eval`, in the folder eval/ of the run
 LONGEST = 500  # characters of an error in a report
@@ -64,7 +65,7 @@ class Job:
     name: str
     folder: Path
     config: DistillConfig
-    commands: tuple[tuple[str, tuple[str, ...]], ...]
+    commands: Commands
     share_pairs: bool = True
     keep_checkpoints: bool = True
 

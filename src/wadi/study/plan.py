@@ -14,8 +14,9 @@ from wadi.distill.run_folder import WARM_START, read_stats
 from wadi.study.cells import Cell
 from wadi.study.engines import Engine
 from wadi.study.file import Study
-from wadi.study.jobs import Job, State, job_of
+from wadi.study.jobs import Commands, Job, State, job_of
 
+REFERENCE = "reference"  # name of an evaluation that generates the reference, too
 STEPS = 3  # of each phase of a run; the first one is slower than the others and does not count
 # Settings that do not change how long a step takes. Cells that differ in them alone share one measurement.
 FREE = (
@@ -55,7 +56,8 @@ class Timing:
 def measure(study: Study, cells: Sequence[Cell], folder: Path, engine: Engine) -> dict[str, Timing]:
     """Make the short runs that have not been made yet, and return the measurements by name of cell.
 
-    The first one is followed by evaluation and analysis, whose durations count for all cells.
+    The first one is followed by evaluation and analysis, whose durations count for all cells. An evaluation of other images
+    comes before, so that the time to generate the reference is known by itself.
 
     Raises:
         WadiError: if the folder of the study cannot be written.
@@ -67,11 +69,21 @@ def measure(study: Study, cells: Sequence[Cell], folder: Path, engine: Engine) -
             short, first = replace(cell, config=short_config(cell.config)), not jobs
             name = f"{cell.name}--timing"
             job = job_of(study, folder, short, study.seeds[0], name, evaluated=first, analysed=first)
-            jobs[keys[cell.name]] = replace(job, share_pairs=False, keep_checkpoints=False)
+            jobs[keys[cell.name]] = replace(
+                job, commands=_with_reference(study, job) if first else job.commands, share_pairs=False, keep_checkpoints=False
+            )
     states = {job.name: state for job, state in engine([job for job in jobs.values() if not job.done()])}
     timings = {key: _timing(job, states.get(job.name) or job.state()) for key, job in jobs.items()}
     after = {name: seconds for timing in timings.values() for name, seconds in timing.after.items()}
     return {name: replace(timings[key], after=after) for name, key in keys.items()}
+
+
+def _with_reference(study: Study, job: Job) -> Commands:
+    """Return the commands of a job with an evaluation of another set of images before its own."""
+    distill, (_, evaluation), *others = job.commands
+    place = job.run / "eval" / "reference.json"
+    words = (*evaluation, "--set", str((1 if study.eval.set is None else study.eval.set) + 1), "--out", str(place))
+    return (distill, (REFERENCE, words), ("eval", evaluation), *others)
 
 
 def short_config(config: DistillConfig) -> DistillConfig:
@@ -93,8 +105,8 @@ def describe(jobs: Iterable[Job], timings: Mapping[str, Timing], cell_of: Mappin
         cell_of: the cell of each job, by their names.
         workers: number of runs at once, as in the measurement.
     """
-    names, total, pairs, lines = list(dict.fromkeys(cell_of.values())), 0.0, dict[Path, float](), []
-    left = [job for job in jobs if not job.done()]
+    jobs, names, total = list(jobs), list(dict.fromkeys(cell_of.values())), 0.0
+    pairs, lines, left = dict[Path, float](), list[tuple[str, str]](), [job for job in jobs if not job.done()]
     for name in names:
         own, timing = [job for job in left if cell_of[job.name] == name], timings[name]
         if timing.error is not None:
@@ -106,13 +118,16 @@ def describe(jobs: Iterable[Job], timings: Mapping[str, Timing], cell_of: Mappin
         each = f"  {statistics.fmean(seconds) / 60:6.1f} min each" if seconds else ""
         lines.append((name, f"{len(own):3} runs{each}"))
     made = sum(seconds for file, seconds in pairs.items() if not file.exists())
+    measured = max((timing.after for timing in timings.values()), key=len)
+    reference = max(0.0, measured.get(REFERENCE, 0.0) - measured.get("eval", 0.0)) if len(left) == len(jobs) else 0.0
     width = max(len(name) for name in names)
     at_once = f", {workers} at once" if workers > 1 else ""
     count = sum(timings[cell_of[job.name]].error is None for job in left)
     return "\n".join(
         [f"{name:<{width}}  {text}" for name, text in lines]
         + ([f"pairs of warm starts, shared by cells  {made / 60:6.1f} min"] if made else [])
-        + [f"{count} runs, about {(total + made) / 3600 / workers:.2f} hours{at_once}."]
+        + ([f"images of the reference  {reference / 60:6.1f} min"] if reference else [])
+        + [f"{count} runs, about {(total + made + reference) / 3600 / workers:.2f} hours{at_once}."]
     )
 
 
