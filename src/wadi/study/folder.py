@@ -27,6 +27,7 @@ from wadi.study.cells import Cell
 from wadi.study.file import Study
 
 FILE, LOCK = "study.json", ".lock"
+TIMING = "--timing"  # end of the names of short runs, which only measure
 SHOWN = 3  # differences in a message
 
 
@@ -34,7 +35,7 @@ SHOWN = 3  # differences in a message
 def opened(folder: Path, study: Study, cells: Sequence[Cell]) -> Iterator[None]:
     """Create the folder of a study, or check that an existing one belongs to it. Within the block no other study can use it.
 
-    The same study may have more cells and seeds than before.
+    The same study may have more cells and seeds than before. Before its first run, everything may change.
 
     Raises:
         WadiError: if the folder holds another study or other files (the message names the differences), another process uses
@@ -73,6 +74,8 @@ def _check(folder: Path, new: dict[str, Any]) -> bool:
     cells, seeds = old.get("cells"), old.get("seeds")
     if not isinstance(cells, dict) or not isinstance(seeds, list):
         raise WadiError(f"{str(file)!r} is not the file of a study. Choose a new --out.")
+    if all(path.name.endswith(TIMING) for path in (folder / "runs").glob("*")):
+        return bool(old != new)
     if missing := [name for name in cells if name not in new["cells"]] + [seed for seed in seeds if seed not in new["seeds"]]:
         what = "cell" if isinstance(missing[0], str) else "seed"
         raise WadiError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from wadi.distill.run_folder import WARM_START, read_stats
 from wadi.study.cells import Cell
 from wadi.study.engines import Engine
 from wadi.study.file import Study
+from wadi.study.folder import TIMING
 from wadi.study.jobs import Commands, Job, State, job_of
 
 REFERENCE = "reference"  # name of an evaluation that generates the reference, too
@@ -67,7 +69,8 @@ def measure(study: Study, cells: Sequence[Cell], folder: Path, engine: Engine) -
     for cell in cells:
         if keys[cell.name] not in jobs:
             short, first = replace(cell, config=short_config(cell.config)), not jobs
-            name = f"{cell.name}--timing"
+            about = keys[cell.name] + (repr((study.eval, study.analysis, study.swap)) if first else "")
+            name = hashlib.sha256(about.encode()).hexdigest()[:12] + TIMING
             job = job_of(study, folder, short, study.seeds[0], name, evaluated=first, analysed=first)
             jobs[keys[cell.name]] = replace(
                 job, commands=_with_reference(study, job) if first else job.commands, share_pairs=False, keep_checkpoints=False
