@@ -8,7 +8,7 @@ import torch
 from wadi.analysis import analyze, spectrum
 from wadi.analysis.spectrum import FRACTIONS, exact, rank_at, sketched
 from wadi.lorad.rotation import rotate
-from wadi.roles.change import compare_rows, exchange_rows, mean_changes
+from wadi.roles.change import angles_of, compare_rows, exchange_rows, mean_changes, norm_change_of_noise
 
 
 def weight(*shape, seed=0):
@@ -204,3 +204,26 @@ def test_the_fast_means_are_those_of_the_exact_rows():
     torch.testing.assert_close(mean_changes(W.float(), S.float()).double(), expected, rtol=1e-4, atol=0)
     W[0] = 0
     assert mean_changes(W, W).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("fan_in", "size"), [(64, 0.01), (64, 0.2), (1000, 0.05)])
+def test_noise_changes_norms_as_the_formula_says(fan_in, size):
+    """Relative to rows of norm 1, noise of ``size`` in all: small, it changes norms through its part along the row; large, it
+    lengthens rows."""
+    W = torch.nn.functional.normalize(weight(4000, fan_in))
+    rows = compare_rows(W, W + size / fan_in**0.5 * weight(4000, fan_in, seed=1))
+    expected = norm_change_of_noise(rows.direction, fan_in).mean()
+    assert float(rows.norm.mean()) == pytest.approx(float(expected), rel=0.05)
+
+
+def test_a_rotation_keeps_norms_far_better_than_noise_would():
+    W = weight(50, 64)
+    layer = analyze.measure_layer("x", W, turned(W, 0.3))
+    assert layer.angle_mean == pytest.approx(0.3)
+    assert layer.norm_mean < 1e-12 < 0.01 < layer.norm_chance
+
+
+@pytest.mark.parametrize("angle", [0.0, 1e-9, 0.3, 3.0, math.pi])
+def test_angles_are_exact_at_both_ends(angle):
+    W = weight(3, 4)
+    assert angles_of(compare_rows(W, turned(W, angle)).direction).tolist() == pytest.approx([angle] * 3, rel=1e-5, abs=1e-12)

@@ -23,7 +23,7 @@ STEPS = 3  # of each phase of a run; the first one is slower than the others and
 # Settings that do not change how long a step takes. Cells that differ in them alone share one measurement.
 FREE = (
     "seed", "out", "steps", "student.lr", "fake.lr", "warm_start.pairs", "warm_start.steps", "warm_start.fake_steps",
-    "lr_schedule", "lr_warmup", "betas", "weight_decay", "clip", "student.ema",
+    "lr_schedule", "lr_warmup", "betas", "eps", "weight_decay", "clip", "student.ema",
 )  # fmt: skip
 
 
