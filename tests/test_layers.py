@@ -21,7 +21,7 @@ RANKS = (
     {"distill.plan", "zoo.recipe"},
     {"extras", "convert", "metrics", "analysis"},
     {"pipelines"},
-    {"evaluate"},
+    {"evaluate", "app"},
     {"study"},
     {"cli"},
     {"__main__"},

@@ -31,6 +31,7 @@ COMMANDS = {
     "dreambooth": "teach a model one subject from a few images; its one-step student can then generate it",
     "study": "train, evaluate and analyse a grid of settings and seeds; collect one table",
     "report": "write report.html of a run",
+    "app": "serve a web page: generate with students, look at runs while they train",
     "zoo": "train the embedded teacher, list its prompts, embed a student",
 }
 

@@ -51,14 +51,14 @@ class Control:
     """A ControlNet, T2I-Adapter or IP-Adapter and its condition image.
 
     Attributes:
-        source: ``'zoo'``, a folder, a Hub id or a file, as in `wadi.extras.control.pipeline.with_control`.
+        source: ``'zoo'``, a folder, a Hub id, a file or a loaded ControlNet, as in `wadi.extras.control.pipeline.with_control`.
         image: file of the condition image.
         kind: turn the image into this kind of condition first (canny, scribble, depth, pose); 'none' = use it as it is.
         scale: strength of the control.
         mode: number of the kind of condition, for a union ControlNet of FLUX.
     """
 
-    source: str | Path
+    source: str | Path | Any
     image: str | Path
     kind: str = "none"
     scale: float = 1.0
