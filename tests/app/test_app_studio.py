@@ -105,7 +105,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(studio, tmp_path):
 def test_bounds_on_the_size_follow_the_model(finished_run):
     with raises_naming("64 x 16", "32"):
         studio_of(finished_run).student(request(size=(16, 64)))
-    with raises_naming("20 x 16"):  # no multiple of what the network needs
+    with raises_naming("20x16"):  # no multiple of what the network needs
         studio_of(finished_run).student(request(size=(16, 20)))
     assert studio_of(finished_run, side=48).student(request(size=(16, 48))).images[0].size == (48, 16)
 

@@ -121,8 +121,9 @@ def _generate_tab(studio: Studio, sources: list[Source]) -> None:
     shared: Any = {"concurrency_limit": 1, "concurrency_id": "generate", "show_progress_on": [student]}
     gr.on([run.click, inputs["prompt"].submit], function, fields, outputs, api_name="generate", **shared)
     again.click(None, None, inputs["seed"], js=NEW_SEED, **PRIVATE).then(function, fields, outputs, **shared, **PRIVATE)
+    inputs["teacher"].change(lambda on: gr.Gallery(visible=on), inputs["teacher"], teacher, **PRIVATE)
     for upload in ("init", "condition"):  # the teacher takes no image
-        inputs[upload].upload(lambda: False, None, inputs["teacher"], **PRIVATE)
+        inputs[upload].upload(None, None, inputs["teacher"], js="() => false", **PRIVATE)
     inputs["model"].change(
         lambda name: gr.Dropdown([NO_CONTROL, *studio.controls_of(name)], value=NO_CONTROL),
         inputs["model"], inputs["control"], **PRIVATE,
@@ -136,13 +137,12 @@ def _generator(studio: Studio) -> Callable[..., Iterator[tuple[Any, ...]]]:
         student = _call(studio.student, request)
         found = [("Student", student)]
         details = {"model": request.model, "seeds": student.seeds, "student_steps": student.steps, "student_ms": student.ms}
-        hidden = gr.Gallery(value=None, visible=request.teacher_steps is not None)
-        yield _head(found, waiting=request.teacher_steps is not None), _captioned(student), hidden, details
+        yield _head(found, waiting=request.teacher_steps is not None), _captioned(student), None, details
         if request.teacher_steps is not None:
             teacher = _call(studio.teacher, request)
             found.append(("Teacher", teacher))
             details |= {"teacher_steps": teacher.steps, "teacher_ms": teacher.ms}
-            yield _head(found), gr.skip(), gr.Gallery(value=_captioned(teacher), visible=True), details
+            yield _head(found), _captioned(student), _captioned(teacher), details
 
     return generate
 
