@@ -6,12 +6,11 @@ import shutil
 import socket
 
 import pytest
+from app_server import served
 
 pytest.importorskip("gradio", reason="the extra 'app' is not installed: pip install 'wadi-onestep[app]'")
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-from app_server import served
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")]
 WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}

@@ -14,9 +14,8 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason="the extra 'app' is not installed: pip install 'wadi-onestep[app]'")
 
-from gradio_client import Client, handle_file
-
 from app_server import served
+from gradio_client import Client, handle_file
 
 pytestmark = pytest.mark.slow
 
