@@ -22,7 +22,7 @@ RANKS = (
     {"extras", "convert", "metrics", "analysis"},
     {"pipelines"},
     {"evaluate", "app"},
-    {"study"},
+    {"study", "exports"},
     {"cli"},
     {"__main__"},
 )

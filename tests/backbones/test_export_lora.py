@@ -17,7 +17,7 @@ from raising import raises_naming
 from wadi import roles
 from wadi.backbones import from_pipeline, load_pipeline
 from wadi.cli.main import main
-from wadi.convert.lora_files import MERGED, Lora, check_fits, comfyui_tensors, read_loras
+from wadi.convert.lora_files import Lora, check_fits, comfyui_tensors, read_loras
 from wadi.diffusion.schedulers import one_step_scheduler
 from wadi.errors import WadiError
 from wadi.lorad import LoRaDConfig
@@ -129,24 +129,30 @@ def test_a_run_with_a_lora_student_becomes_a_file_for_plain_diffusers(folder_of,
 
 
 @pytest.mark.parametrize("method", [name for name in methods.METHODS if name not in ("lora", "dora", "dora-frozen")])
-def test_methods_that_a_lora_file_cannot_hold_are_refused_and_merged_instead(method, folder_of, tmp_path, capsys):
+def test_other_methods_are_approximated_and_at_full_rank_are_the_student(method, folder_of, tmp_path, capsys):
     backbone = from_pipeline(load_pipeline(folder_of("sd1")))
     options = {"oft": {"oft_block_size": 4}, "road": {"group_size": 8}}.get(method, {})
-    config = methods.adapter_config(method, "student", 2, options, r".*attn1\.to_q")
+    config = methods.adapter_config(method, "student", 2, options, r".*(attn1\.to_q|ff\.net\.0\.proj)")
     roles.attach(backbone.network, "student", config)
     with torch.no_grad():
         for parameter in roles.parameters(backbone.network, "student").values():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     roles.save(backbone.network, "student", tmp_path / "a", extra={"timesteps": [800], "teacher": str(folder_of("sd1"))})
-    assert export(tmp_path / "a", tmp_path / "out") == 2
-    error = capsys.readouterr().err
-    assert config.peft_type.value in error
-    assert MERGED in error
-    assert not (tmp_path / "out").exists()
-    assert main(["export", "--adapter", str(tmp_path / "a"), "--out", str(tmp_path / "out")]) == 0
-    fused = roles.fuse(backbone.network, "student").state_dict()
-    exported = load_pipeline(tmp_path / "out").unet.state_dict()
-    assert all(torch.equal(exported[name], value) for name, value in fused.items())
+    records = {}
+    for rank in (1, 32):
+        assert export(tmp_path / "a", tmp_path / str(rank), "--rank", str(rank)) == 0
+        records[rank] = json.loads((tmp_path / str(rank) / "export.json").read_text())
+    assert records[1]["lost"] > 0.01 > records[32]["lost"]
+    assert records[32]["check"]["largest"] <= 3 < records[32]["check_without_lora"]["largest"]
+    assert records[1]["check"]["mean"] < records[1]["check_without_lora"]["mean"]
+    tensors = load_file(tmp_path / "32" / "comfyui" / "lora.safetensors")
+    base, merged = load_pipeline(folder_of("sd1")).unet.state_dict(), roles.fuse(backbone.network, "student").state_dict()
+    changed = [name for name in merged if not torch.equal(merged[name], base[name])]
+    assert len(changed) == len(records[32]["losses"])
+    for key in changed:
+        name = f"lora_unet_{key.removesuffix('.weight').replace('.', '_')}"
+        up, down = tensors[f"{name}.lora_up.weight"], tensors[f"{name}.lora_down.weight"]
+        assert torch.allclose(base[key] + up @ down * tensors[f"{name}.alpha"] / len(down), merged[key], atol=1e-5)
 
 
 def test_the_metadata_keeps_alphas_and_ranks(folder_of, tmp_path):
@@ -201,11 +207,9 @@ def test_comfyuis_arithmetic_gives_the_weights_that_peft_merges(folder_of, tmp_p
 def test_other_methods_damage_and_existing_folders_are_errors(folder_of, tmp_path, capsys):
     backbone = from_pipeline(load_pipeline(folder_of("sd1")))
     roles.attach(backbone.network, "student", LoRaDConfig(r=2, target_modules=backbone.student_targets))
-    roles.save(backbone.network, "student", tmp_path / "lorad", extra={"timestep": 800, "teacher": str(folder_of("sd1"))})
-    assert export(tmp_path / "lorad", tmp_path / "out") == 2
-    error = capsys.readouterr().err
-    assert "LORAD" in error
-    assert MERGED in error
+    roles.save(backbone.network, "student", tmp_path / "same", extra={"timestep": 800, "teacher": str(folder_of("sd1"))})
+    assert export(tmp_path / "same", tmp_path / "out") == 2
+    assert "same weights" in capsys.readouterr().err
     _, adapter = trained(folder_of, "sd1", {}, tmp_path / "adapter")
     (tmp_path / "there").mkdir()
     assert export(adapter, tmp_path / "there") == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from wadi.backbones.registry import from_pipeline
 from wadi.io.files import whole_folder
 from wadi.io.quiet import errors_only
 from wadi.io.records import read_json
+from wadi.io.regular import exists
+
+NAMES_OF_SOURCES = ("_name_or_path", "name_or_path")
 
 
 def save_pipeline(pipeline: Any, out: Path) -> None:
@@ -31,6 +35,21 @@ def write_pipeline(pipeline: Any, folder: Path) -> None:
     for component, model in pipeline.components.items():
         if isinstance(model, torch.nn.Module) and type(model).__module__.startswith("transformers."):
             load_in_float32(folder / component / "config.json")
+    for config in folder.rglob("*.json"):
+        remove_paths(config)
+
+
+def remove_paths(config: Path) -> None:
+    """Remove the paths from which diffusers and transformers loaded a model out of its config. Hub ids stay."""
+    values = read_json(config, Any, "Config")
+    if isinstance(values, dict) and (own := [key for key in NAMES_OF_SOURCES if _is_path(values.get(key))]):
+        for key in own:
+            del values[key]
+        config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _is_path(source: object) -> bool:
+    return isinstance(source, str) and (os.path.isabs(source) or exists(source))
 
 
 def load_in_float32(config: Path) -> None:

@@ -1,71 +1,65 @@
-"""``wadi export``: write a pipeline or LoRA files that load without this package."""
+"""``wadi export``: write a student in the form that other programs read, and check it with their own reader."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wadi.errors import WadiError
+from wadi.io.bounds import RANK, Whole
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
     from wadi.cli.parser import Arguments
 
-FORMATS = ("diffusers", "lora")
-
 
 def add_options(parser: ArgumentParser) -> None:
     """Add the options of ``wadi export``."""
     add = parser.add_argument
-    add("--run", type=str, default=None, help="folder of the run whose student is exported; default: the embedded student")
-    add("--adapter", type=str, default=None, help="folder of a student's adapter, in place of --run")
-    add(
-        "--teacher",
-        type=str,
-        default=None,
-        help="pipeline folder or Hub id that the adapter is merged into; default: as trained",
-    )
+    run = "folder of the run, or of an exported pipeline; default: the embedded student"
+    add("source", nargs="?", default=None, help=run)
+    add("--run", type=str, default=None, help="the same as the word without an option")
+    add("--adapter", type=str, default=None, help="folder of a student's adapter, in place of a run")
+    teacher = "pipeline folder or Hub id that the student was made from; default: as trained"
+    add("--teacher", type=str, default=None, help=teacher)
     add("--out", type=str, required=True, help="folder to write; it must not exist")
-    add(
-        "--to",
-        type=str,
-        default="diffusers",
-        help="format: diffusers (a merged pipeline) or lora (files of a student trained as lora or dora; ignores --dtype)",
-    )
+    add("--to", type=str, default="diffusers", help="format: diffusers, adapter or lora (docs/export.md)")
     add("--dtype", type=str, default="float32", help="type of the weights: float32, bfloat16 or float16")
-    add("--device", type=str, default="cpu", help="where to merge the adapter: cpu, cuda, cuda:1, ...")
+    add("--device", type=str, default="cpu", help="where to compute: cpu, cuda, cuda:1, ...")
+    rank = "with --to lora: rank of the LoRA; default: as trained, for students of other adapters 64"
+    add("--rank", type=RANK, default=None, help=rank)
+    add("--images", type=Whole(1, 64), default=4, help="number of images that check the export")
+    prompts = "file with the prompts of these images; default: the sample prompts of the run"
+    add("--prompts", type=str, default=None, help=prompts)
+    base = "name of the teacher in the exported files, such as its Hub id; default: its Hub id, or the name of its folder"
+    add("--base-name", type=str, default=None, help=base)
+    add("--licence", type=str, default=None, help="licence of the teacher for the card; default: what the teacher's card says")
 
 
 def run(arguments: Arguments) -> int:
-    """Merge the adapter into the teacher's weights and save the pipeline, or write the adapter as LoRA files."""
-    from wadi.backbones.saving import loading_line, save_pipeline
-    from wadi.cli.generate import load_student
-    from wadi.io.outputs import check_out
+    """Write the export, and print how to load it and how it differs from the student."""
+    from wadi.exports.source import Source
+    from wadi.exports.write import Settings, export
+    from wadi.parallel.device import dtype_of, find_device
 
-    out = Path(arguments.options.out)
-    if arguments.options.to not in FORMATS:
-        raise WadiError(f"--to is {arguments.options.to!r}. Choose one of {', '.join(FORMATS)}.")
-    check_out(out)
-    if arguments.options.to == "lora":
-        return _export_lora(arguments.options, out)
-    pipeline = load_student(arguments.options)
-    save_pipeline(pipeline, out)
-    print(f"{out}: {loading_line(pipeline, out)}")
-    return 0
-
-
-def _export_lora(options: Any, out: Path) -> int:
-    """Write LoRA files, and print where the lines are that load them."""
-    from wadi.backbones import from_pipeline, load_pipeline
-    from wadi.convert.lora_files import read_loras, write_lora_files
-    from wadi.diffusion.schedulers import student_scheduler
-    from wadi.pipelines.load import locate_adapter, read_student
-
-    folder, base = locate_adapter(options.run, options.adapter, options.teacher)
-    loras, about = read_loras(folder), read_student(folder)
-    backbone = from_pipeline(load_pipeline(base), about.resolution)
-    scheduler = student_scheduler(backbone.pipeline.scheduler, about.timesteps)
-    write_lora_files(backbone, loras, scheduler, len(about.timesteps), out)
-    print(f"{out}: LoRA of {len(loras)} layers; {out / 'README.md'} has the lines that load it")
+    options = arguments.options
+    if options.run is not None and options.source is not None:
+        raise WadiError(f"{options.source!r} and --run {options.run!r} were given. Give one of them.")
+    if options.rank is not None and options.to != "lora":
+        raise WadiError(f"--rank {options.rank} was given with --to {options.to}. It needs --to lora.")
+    source = Source(
+        options.source if options.run is None else options.run,
+        options.adapter,
+        options.teacher,
+        dtype_of(options.dtype),
+        find_device(options.device),
+        options.prompts,
+        options.images,
+        options.base_name,
+        options.licence,
+    )
+    exported = export(source, options.to, Path(options.out), Settings(options.rank))
+    print(f"{options.out}: {exported.summary}")
+    print(f"Read back: {exported.check}.")
     return 0

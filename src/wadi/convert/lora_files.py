@@ -1,12 +1,10 @@
-"""Write a student that was trained as LoRA or DoRA as ordinary LoRA files, for diffusers and for ComfyUI.
+"""Write the LoRA or DoRA of a student as ordinary LoRA files, for diffusers and for ComfyUI.
 
 - ``pytorch_lora_weights.safetensors``: diffusers' format. The LoRA's config is in the file's metadata.
 - ``comfyui/lora.safetensors``: the same numbers under the names that ComfyUI reads. For a U-Net these are kohya's names
   (``lora_unet_mid_block_..._to_q.lora_down.weight``), for a transformer diffusers' names with ``.alpha`` added. ComfyUI does
   not read the metadata: without ``.alpha`` it would use a strength of 1. DoRA has no such file: ComfyUI divides by the norm of
   ``W``, PEFT by that of ``W + dW``, so the images would differ.
-- ``scheduler/``: starts and ends at the student's timesteps.
-- ``README.md``: the lines that load them.
 
 ComfyUI's names are those of its ``comfy/lora.py`` and ``comfy/weight_adapter/lora.py``; its DoRA is ``weight_decompose`` in
 ``comfy/weight_adapter/base.py``.
@@ -27,7 +25,6 @@ from torch import Tensor
 from wadi import roles
 from wadi.backbones import Backbone
 from wadi.errors import WadiError
-from wadi.io.files import whole_folder
 from wadi.io.patterns import matching_names
 from wadi.io.weight_checks import first_names
 from wadi.lorad.stored import PEFT_PREFIX
@@ -167,34 +164,32 @@ def comfyui_tensors(loras: Mapping[str, Lora], component: str) -> dict[str, Tens
     return tensors
 
 
-def write_lora_files(backbone: Backbone, loras: Mapping[str, Lora], scheduler: Any, steps: int, out: Path) -> None:
-    """Write the LoRA files of a student into the new folder ``out``, completely or not at all.
+def check_has_loader(backbone: Backbone) -> None:
+    """Raise `WadiError` if diffusers has no LoRA loader for the family."""
+    if not hasattr(backbone.pipeline, "save_lora_weights"):
+        raise WadiError(f"diffusers cannot load a LoRA into a {type(backbone.pipeline).__name__}. {MERGED}")
+
+
+def write_lora_tensors(backbone: Backbone, loras: Mapping[str, Lora], folder: Path) -> None:
+    """Write the LoRA of a student into ``folder``, for diffusers and, unless it is a DoRA, for ComfyUI.
 
     Args:
-        backbone: of the teacher.
-        scheduler: of the student.
-        steps: number of steps in which the student generates.
+        backbone: of the teacher, or of the student with merged weights.
     Raises:
-        WadiError: if diffusers has no LoRA loader for the family, a layer does not fit the teacher, or ``out`` cannot be
-            written.
+        WadiError: if diffusers has no LoRA loader for the family, or a layer does not fit the network.
     """
     from safetensors.torch import save_file
 
     pipeline, component = backbone.pipeline, backbone.component
-    if not hasattr(pipeline, "save_lora_weights"):
-        raise WadiError(f"diffusers cannot load a LoRA into a {type(pipeline).__name__}. {MERGED}")
+    check_has_loader(backbone)
     check_fits(backbone.network, loras)
-    with whole_folder(out) as folder:
-        type(pipeline).save_lora_weights(
-            folder,
-            **{f"{component}_lora_layers": diffusers_tensors(loras), f"{component}_lora_adapter_metadata": metadata(loras)},
-        )
-        is_dora = any(lora.magnitude is not None for lora in loras.values())
-        if not is_dora:
-            (folder / COMFYUI).parent.mkdir()
-            save_file(comfyui_tensors(loras, component), folder / COMFYUI, metadata={"format": "pt"})
-        scheduler.save_pretrained(folder / "scheduler")
-        (folder / "README.md").write_text(_readme(backbone, scheduler, steps, is_dora), encoding="utf-8")
+    type(pipeline).save_lora_weights(
+        folder,
+        **{f"{component}_lora_layers": diffusers_tensors(loras), f"{component}_lora_adapter_metadata": metadata(loras)},
+    )
+    if not any(lora.magnitude is not None for lora in loras.values()):
+        (folder / COMFYUI).parent.mkdir()
+        save_file(comfyui_tensors(loras, component), folder / COMFYUI, metadata={"format": "pt"})
 
 
 def check_fits(network: torch.nn.Module, loras: Mapping[str, Lora]) -> None:
@@ -225,16 +220,12 @@ def loading_lines(backbone: Backbone, scheduler: Any, steps: int) -> str:
     )
 
 
-def _readme(backbone: Backbone, scheduler: Any, steps: int, is_dora: bool) -> str:
-    comfyui = (
+def comfyui_text(steps: int, is_dora: bool) -> str:
+    """Return the paragraph of the card about ComfyUI."""
+    if is_dora:
+        return "There is no file for ComfyUI: it computes DoRA in another way than PEFT, which trained this one."
+    return (
         f"`{COMFYUI}` is the same LoRA under the names that ComfyUI reads. Load the teacher's checkpoint and this file at "
         f"strength 1, with {steps} step{'s' if steps > 1 else ''} and CFG 1. ComfyUI's own schedule must start at the "
-        "student's timestep, which `scheduler/scheduler_config.json` determines.\n"
-    )
-    if is_dora:
-        comfyui = "There is no file for ComfyUI: it computes DoRA in another way than PEFT, which trained this one.\n"
-    return (
-        f"# LoRA of a student that generates in {steps} step{'s' if steps > 1 else ''}\n\n"
-        "`TEACHER` is the pipeline that the student was trained on, `FOLDER` is this folder:\n\n"
-        f"```python\n{loading_lines(backbone, scheduler, steps)}```\n\n{comfyui}"
+        "student's timestep, which `scheduler/scheduler_config.json` determines."
     )

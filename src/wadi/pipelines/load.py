@@ -43,15 +43,31 @@ def load(
     """
     if adapter is None and is_export(run):
         return load_pipeline(str(run), dtype, device)
+    backbone, _ = open_student(run, adapter=adapter, teacher=teacher, dtype=dtype, device=device)
+    roles.fuse(backbone.network, "student")
+    return backbone.pipeline
+
+
+def open_student(
+    run: str | Path | None = None,
+    *,
+    adapter: str | Path | None = None,
+    teacher: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> tuple[Backbone, roles.About]:
+    """Return the teacher with the student's scheduler and its adapter ``student``, not merged, and the student's settings.
+
+    Arguments and errors as in `load`; an exported pipeline has no adapter.
+    """
     folder, base = locate_adapter(run, adapter, teacher)
     about, backbone = _open_base(folder, base, dtype, device)
     if teacher is None:
         _check_unchanged(folder, base, about, backbone.pipeline)
     roles.refuse_adapted(backbone.network)
     roles.load(backbone.network, folder, "student")
-    roles.fuse(backbone.network, "student")
     backbone.remember_timesteps(about.timesteps)
-    return backbone.pipeline
+    return backbone, about
 
 
 def load_teacher_pipeline(

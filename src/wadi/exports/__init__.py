@@ -1,0 +1,5 @@
+"""Write a student in the form that another program reads, and check it with that program's own reader.
+
+`source.py` says which student and with which prompts. Each format has a file with one function that writes a folder and returns
+how to read it back. `write.py` puts them together: start there. `card.py` writes the README of an export.
+"""
