@@ -15,9 +15,9 @@ from wadi import roles
 from wadi.backbones import from_pipeline, load_pipeline
 from wadi.cli.main import main
 from wadi.convert import authors
-from wadi.convert.angles_between import LayerChange, angles_between, factors, measure_change
+from wadi.convert.angles_between import LayerChange, angles_between, best_factors, factors, measure_change
 from wadi.convert.authors import import_authors
-from wadi.convert.extract import Extraction, extract
+from wadi.convert.extract import Extraction, describe, extract
 from wadi.errors import WadiError
 from wadi.extras import steps
 from wadi.lorad import LoRaDConfig
@@ -60,6 +60,40 @@ def test_norm_and_rotation_are_told_apart():
     assert [turned.rotation, turned.kept] == pytest.approx([1, 1], abs=1e-5)
     same = measure_change("", W, W, *factors(torch.zeros(8, 5), 1))
     assert (same.change, same.rotation, same.kept) == (0, 1, 1)
+
+
+@pytest.mark.parametrize("rank", [4, 16, 64])
+def test_a_student_that_no_rotation_made_gets_angles_that_help(rank):
+    """An unweighted decomposition writes angles that are worse than none here."""
+    generator = torch.Generator().manual_seed(0)
+    W, noise = (torch.randn(96, 160, generator=generator, dtype=torch.float64) for _ in range(2))
+    low = torch.randn(96, 8, generator=generator, dtype=torch.float64) @ torch.randn(8, 160, generator=generator).double()
+    S = W + 0.03 * noise + 0.1 * low * W.norm() / low.norm()
+    plain = measure_change("", W, S, *factors(angles_between(W, S), rank))
+    found = measure_change("", W, S, *best_factors(W, S, rank))
+    assert found.kept > max(0, plain.kept) + 0.02
+    assert found.kept <= found.rotation
+    assert plain.kept < 0 or rank == 64
+    change = S - W
+    U, values, Vh = torch.linalg.svd(change)
+    nearest = U[:, :rank] * values[:rank] @ Vh[:rank]
+    assert found.lora == pytest.approx(1 - float((change - nearest).square().sum() / change.square().sum()))
+
+
+def test_a_change_of_lengths_alone_gets_no_angles():
+    W = torch.randn(8, 12)
+    for S in (1.3 * W, W, torch.zeros_like(W)):
+        A, B = best_factors(W, S, 3)
+        assert float((A @ B).abs().max()) < 1e-6
+        assert measure_change("", W, S, A, B).kept >= -1e-9 or not S.any()
+
+
+def test_the_description_says_when_a_lora_keeps_more():
+    def text(kept, lora):
+        return describe(Extraction(4, (999,), [LayerChange("layer", 0.0, 0.0, 0.0, 0.1, 1.0, kept, lora)], []))
+
+    assert "--to lora" in text(0.2, 0.9)
+    assert "--to lora" not in text(0.9, 0.2)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from wadi.backbones import family
 from wadi.backbones.base import TIMESTEPS, stored_timesteps
 from wadi.backbones.configs import build_network, pipeline_index, read_config
 from wadi.backbones.lazy_tensors import LazyTensors, check_same_tensors, network_weights
-from wadi.convert.angles_between import LayerChange, angles_between, factors, measure_change
+from wadi.convert.angles_between import LayerChange, best_factors, measure_change
 from wadi.diffusion.schedulers import DISTILLED, make_scheduler, stored_timestep, timestep_of
 from wadi.errors import WadiError
 from wadi.io.files import whole_folder
@@ -53,6 +53,11 @@ class Extraction:
     def rotation(self) -> float:
         """`LayerChange.rotation` over all layers with angles, weighted by their change."""
         return _weighted_share(self.layers, "rotation")
+
+    @property
+    def lora(self) -> float:
+        """`LayerChange.lora` over all layers with angles, weighted by their change."""
+        return _weighted_share(self.layers, "lora")
 
 
 def _weighted_share(layers: list[LayerChange], share: str) -> float:
@@ -121,7 +126,7 @@ def _set_angles(
         W, S = before[f"{name}.weight"], after[f"{name}.weight"]
         for network_name, tensor in (("The teacher", W), ("The student", S)):
             check_finite(network_name, {f"{name}.weight": tensor})
-        A, B = factors(angles_between(W, S), rank)
+        A, B = best_factors(W, S, rank)
         layer: Any = network.get_submodule(name)
         set_factors(layer, NAME, A, B)
         changes.append(measure_change(name, W, S, A, B))
@@ -162,6 +167,11 @@ def describe(extraction: Extraction, layers: int = 10) -> str:
         f"Of the squared change of these layers {share:.1%} is rotation within pairs, {1 - share:.1%} their norms; "
         f"rank {extraction.rank} keeps {extraction.kept:.1%}."
     )
+    if extraction.lora > extraction.kept + 0.01:
+        lines.append(
+            f"A LoRA of rank {extraction.rank} would keep {extraction.lora:.1%}. To write it, use "
+            f"`wadi export STUDENT --teacher TEACHER --to lora --rank {extraction.rank}`."
+        )
     if extraction.outside:
         lines.append(
             f"{len(extraction.outside)} tensors without angles changed (first: {extraction.outside[0]}). The adapter leaves "
