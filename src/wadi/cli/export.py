@@ -24,7 +24,7 @@ def add_options(parser: ArgumentParser) -> None:
     teacher = "pipeline folder or Hub id that the student was made from; default: as trained"
     add("--teacher", type=str, default=None, help=teacher)
     add("--out", type=str, required=True, help="folder to write; it must not exist")
-    add("--to", type=str, default="diffusers", help="format: diffusers, adapter or lora (docs/export.md)")
+    add("--to", type=str, default="diffusers", help="format: diffusers, adapter, lora or single-file (docs/export.md)")
     add("--dtype", type=str, default="float32", help="type of the weights: float32, bfloat16 or float16")
     add("--device", type=str, default="cpu", help="where to compute: cpu, cuda, cuda:1, ...")
     rank = "with --to lora: rank of the LoRA; default: as trained, for students of other adapters 64"

@@ -23,6 +23,7 @@ FORMATS = {
     "diffusers": "wadi.exports.diffusers_folder:write",
     "adapter": "wadi.exports.adapter_folder:write",
     "lora": "wadi.exports.lora:write",
+    "single-file": "wadi.exports.single_file:write",
 }
 
 
