@@ -88,6 +88,9 @@ def test_changes_elsewhere_are_named_and_groups_of_layers_give_the_same():
     for name in ("0", "1"):
         torch.testing.assert_close(together.loras[name].A, apart.loras[name].A)
     assert together.lost_at(1) > together.lost > together.lost_at(4) > 0
+    narrow, wide = approximate(network, teacher, 6, generate).layers  # full ranks 6 and 5
+    assert (narrow.rank, wide.rank, sorted(narrow.by_rank), sorted(wide.by_rank)) == (6, 5, [1, 2, 4, 6], [1, 2, 4])
+    assert narrow.lost == wide.lost == 0
     with raises_naming("teacher"):
         approximate(network, network.state_dict(), 2, generate)
 

@@ -125,7 +125,7 @@ def _refined(theta: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> tuple[Tens
         return value
 
     with torch.enable_grad():
-        optimizer.step(loss)  # type: ignore[arg-type]
+        optimizer.step(loss)
     return A.detach(), B.detach()
 
 

@@ -28,7 +28,7 @@ class LayerLoss:
         rank: of the LoRA.
         change: squared change of the layer's output from teacher to student, ``E |dW x|^2 / E |W x|^2``.
         lost: share of the squared change of the output that the LoRA loses.
-        by_rank: the same for other ranks.
+        by_rank: the same for powers of two and the chosen rank, up to the full rank of the layer.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Approximation:
         return self.lost_at(None)
 
     def lost_at(self, rank: int | None) -> float:
-        """Return `lost` at another rank, of those in `LayerLoss.by_rank`; a layer of a lower full rank loses nothing."""
+        """Return `lost` at another rank, a power of two; a layer of a lower full rank loses nothing there."""
         total = sum(layer.change for layer in self.layers)
         losses = ((layer.lost if rank is None else layer.by_rank.get(rank, 0.0)) * layer.change for layer in self.layers)
         return sum(losses) / total if total else 0.0
@@ -117,8 +117,8 @@ def _layer(name: str, weight: Tensor, W: Tensor, rank: int, moments: Tensor | No
     A = found.A.reshape(r, S.shape[1], *kernel)
     B = found.B.reshape(len(S), r, *(1 for _ in kernel))
     change = _output_change(S - W, W, moments)
-    powers = [2**k for k in range(len(found.lost).bit_length()) if 2**k < len(found.lost)]
-    by_rank = {k: float(found.lost[k]) for k in sorted({*powers, r})}
+    powers = (2**k for k in range(len(found.lost).bit_length()))
+    by_rank = {k: float(found.lost[k]) for k in sorted({*powers, rank}) if k < len(found.lost)}
     return Lora(A.cpu(), B.cpu(), float(r)), LayerLoss(name, r, change, float(found.lost[r]), by_rank)
 
 

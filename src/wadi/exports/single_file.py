@@ -99,7 +99,8 @@ def _write_configs(pipeline: Any, folder: Path) -> None:
         pipeline.save_config(folder)
         for name, part in pipeline.components.items():
             if isinstance(part, torch.nn.Module):
-                save: Any = getattr(part, "save_config", None) or part.config.save_pretrained
+                model: Any = part  # of diffusers, or of transformers
+                save = model.save_config if hasattr(model, "save_config") else model.config.save_pretrained
                 save(folder / name)
             elif part is not None:
                 part.save_pretrained(folder / name)
