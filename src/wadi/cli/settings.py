@@ -18,7 +18,7 @@ GROUPS = {
     "teacher, prompts and output": ("teacher", "prompts", "prompts_field", "out", "seed"),
     "length and size": ("steps", "batch", "accumulate", "resolution"),
     "loss": ("objective", "objective_options", "guidance_scale", "t_range"),
-    "optimizer": ("optimizer", "lr_schedule", "lr_warmup", "betas", "weight_decay", "clip", "max_skipped"),
+    "optimizer": ("optimizer", "lr_schedule", "lr_warmup", "betas", "eps", "weight_decay", "clip", "max_skipped"),
     "memory and speed": ("device", "dtype", "gradient_checkpointing", "recompute", "shard", "compile", "tf32"),
     "preview": ("sample_every", "sample_prompts", "sample_seeds", "teacher_steps", "teacher_guidance_scale"),
     "checkpoints and tracking": ("checkpoint_every", "keep_checkpoints", "keep_every", "tracker"),
