@@ -139,8 +139,8 @@ def test_a_start_image_is_uploaded_and_a_bad_one_explained(page, tmp_path):
     Image.linear_gradient("L").save(tmp_path / "grey.png")
     (tmp_path / "text.png").write_bytes(b"not an image")
     generate(page, count=1)
-    images(page)
-    plain = images(page, "student")
+    images(page, "teacher")  # a click before the end of a request has no effect
+    plain = images(page)
     page.click("#image-to-image >> text=Start from an image")
     page.set_input_files("#init input[type=file]", tmp_path / "grey.png")
     page.wait_for_selector("#init img")
