@@ -143,8 +143,7 @@ def test_other_methods_are_approximated_and_at_full_rank_are_the_student(method,
         assert export(tmp_path / "a", tmp_path / str(rank), "--rank", str(rank)) == 0
         records[rank] = json.loads((tmp_path / str(rank) / "export.json").read_text())
     assert records[1]["lost"] > 0.01 > records[32]["lost"]
-    assert records[32]["check"]["largest"] <= 3 < records[32]["check_without_lora"]["largest"]
-    assert records[1]["check"]["mean"] < records[1]["check_without_lora"]["mean"]
+    assert records[32]["check"]["mean"] < 0.2 * records[32]["check_without_lora"]["mean"]
     tensors = load_file(tmp_path / "32" / "comfyui" / "lora.safetensors")
     base, merged = load_pipeline(folder_of("sd1")).unet.state_dict(), roles.fuse(backbone.network, "student").state_dict()
     changed = [name for name in merged if not torch.equal(merged[name], base[name])]
