@@ -143,10 +143,13 @@ def test_other_methods_are_approximated_and_at_full_rank_are_the_student(method,
         assert export(tmp_path / "a", tmp_path / str(rank), "--rank", str(rank)) == 0
         records[rank] = json.loads((tmp_path / str(rank) / "export.json").read_text())
     assert records[1]["lost"] > 0.01 > records[32]["lost"]
-    assert records[32]["check"]["mean"] < 0.2 * records[32]["check_without_lora"]["mean"]
+    outside = records[32]["outside"]
+    assert bool(outside) == (method == "road")  # it rotates the bias too, which a LoRA cannot hold
+    if not outside:
+        assert records[32]["check"]["mean"] < 0.2 * records[32]["check_without_lora"]["mean"]
     tensors = load_file(tmp_path / "32" / "comfyui" / "lora.safetensors")
     base, merged = load_pipeline(folder_of("sd1")).unet.state_dict(), roles.fuse(backbone.network, "student").state_dict()
-    changed = [name for name in merged if not torch.equal(merged[name], base[name])]
+    changed = [name for name in merged if name not in outside and not torch.equal(merged[name], base[name])]
     assert len(changed) == len(records[32]["losses"])
     for key in changed:
         name = f"lora_unet_{key.removesuffix('.weight').replace('.', '_')}"
