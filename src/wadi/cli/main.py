@@ -32,6 +32,7 @@ COMMANDS = {
     "study": "train, evaluate and analyse a grid of settings and seeds; collect one table",
     "report": "write report.html of a run",
     "app": "serve a web page: generate with students, look at runs while they train",
+    "doctor": "show versions, devices, optional parts and folders of this installation",
     "zoo": "train the embedded teacher, list its prompts, embed a student",
 }
 
