@@ -21,7 +21,7 @@ from wadi.errors import WadiError
 from wadi.evaluate.protocols import NAMES
 from wadi.io.files import remove_folder, write_whole
 from wadi.io.records import Finite, Record, asdict, read_json
-from wadi.io.regular import read_bytes
+from wadi.io.regular import open_regular, read_bytes
 from wadi.study.cells import Cell
 from wadi.study.file import EvalSettings, Study
 from wadi.study.folder import FILE
@@ -186,7 +186,7 @@ def _message(log: Path, offset: int, code: int) -> str:
     """Return the error that a command printed, or its last line."""
     if not log.exists():
         return f"exit code {code}"
-    with open(log, "rb") as stream:
+    with open_regular(log, what="Log") as stream:
         stream.seek(offset)
         lines = [line.strip() for line in stream.read().decode(errors="replace").splitlines() if line.strip()]
     errors = [line.removeprefix("wadi: ") for line in lines if line.startswith("wadi: ")]
