@@ -11,8 +11,7 @@ there are, and where.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,23 +30,20 @@ class DiTTeacher(Kind):
     """``PixArtAlphaPipeline`` with a ``PixArtTransformer2DModel`` and a ``T5EncoderModel``."""
 
     name, network, file = "dit", "transformer", "dit"
+    text: ClassVar[Any] = t5_text
     label_size = 4  # first concept, second or -1, style, colour
     minutes = 240.0
     to_adam = ("shared", "embed_tokens", "relative_attention_bias", "scale_shift_table", "pos_embed", "transformer.proj_out")
     shows_pairs = True
     guidance_scale, steps = 3.0, 20
 
-    def write_tokenizer(self, folder: Path) -> None:
-        """See `Kind.write_tokenizer`."""
-        t5_text.write_tokenizer(folder)
+    def build_network(self) -> Any:
+        """See `Kind.build_network`."""
+        return build_transformer()
 
-    def load_tokenizer(self, folder: Path) -> Any:
-        """See `Kind.load_tokenizer`."""
-        return t5_text.load_tokenizer(folder)
-
-    def build(self, tokenizer: Any) -> nn.ModuleDict:
-        """See `Kind.build`."""
-        return nn.ModuleDict({"transformer": build_transformer(), "text_encoder": t5_text.build_text_encoder(tokenizer)})
+    def build_scheduler(self) -> Any:
+        """See `Kind.build_scheduler`."""
+        return build_scheduler()
 
     def assemble(self, ae: Any, model: nn.ModuleDict, tokenizer: Any) -> Any:
         """See `Kind.assemble`."""
@@ -83,7 +79,7 @@ class DiTTeacher(Kind):
         ids, mask = placed_like(t5_text.tokenize(tokenizer, texts), x0)
         with fast_products(x0.device):
             states = model["text_encoder"](ids, attention_mask=mask)[0]
-        return eps_loss(model["transformer"], states, mask, x0, build_scheduler().alphas_cumprod, generator)
+        return eps_loss(model["transformer"], states, mask, x0, self.alphas_cumprod, generator)
 
     def fixed_prompts(self) -> list[str]:
         """See `Kind.fixed_prompts`."""

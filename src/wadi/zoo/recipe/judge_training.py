@@ -22,6 +22,7 @@ from wadi.zoo.recipe.autoencoder import decode, encode
 from wadi.zoo.recipe.compose import compose, random_pose
 from wadi.zoo.recipe.icons import Sprites
 from wadi.zoo.recipe.state import Average, resume_run, save_run, save_tensors
+from wadi.zoo.recipe.teacher import kind_of
 
 if TYPE_CHECKING:
     from wadi.zoo.recipe.config import ZooConfig
@@ -117,7 +118,7 @@ def train_classifier(config: ZooConfig, ae: Any, sprites: Sprites, out: Path) ->
 
 def share_of_pairs(config: ZooConfig) -> float | None:
     """Return the share of images with two things that the judge of ``config.model`` learns from; None = compositions of one."""
-    return None if config.model == "unet" else scenes.PAIRS
+    return scenes.PAIRS if kind_of(config.model).shows_pairs else None
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +23,7 @@ class Kind(ABC):
     Class attributes:
         name: value of ``--model``.
         network: name of the network in the pipeline.
+        text: module with its tokenizer and text encoder (`text.py`, `t5_text.py`).
         file: name of the files of its training in ``OUT``, without suffix.
         label_size: numbers in a label, which says what an image shows.
         minutes: default training time.
@@ -33,6 +34,7 @@ class Kind(ABC):
 
     name: ClassVar[str]
     network: ClassVar[str]
+    text: ClassVar[Any]
     file: ClassVar[str]
     label_size: ClassVar[int]
     minutes: ClassVar[float]
@@ -41,17 +43,23 @@ class Kind(ABC):
     guidance_scale: ClassVar[float]
     steps: ClassVar[int]
 
-    @abstractmethod
-    def write_tokenizer(self, folder: Path) -> None:
-        """Write the tokenizer's files."""
-
-    @abstractmethod
-    def load_tokenizer(self, folder: Path) -> Any:
-        """Load what `write_tokenizer` wrote."""
-
-    @abstractmethod
     def build(self, tokenizer: Any) -> nn.ModuleDict:
         """Return the untrained network and ``text_encoder``."""
+        return nn.ModuleDict({self.network: self.build_network(), "text_encoder": self.text.build_text_encoder(tokenizer)})
+
+    @abstractmethod
+    def build_network(self) -> Any:
+        """Return the untrained network."""
+
+    @abstractmethod
+    def build_scheduler(self) -> Any:
+        """Return the scheduler of its pipeline."""
+
+    @cached_property
+    def alphas_cumprod(self) -> Tensor:
+        """``alpha_t^2`` of its schedule, ``(T,)``."""
+        table: Tensor = self.build_scheduler().alphas_cumprod
+        return table
 
     @abstractmethod
     def assemble(self, ae: Any, model: nn.ModuleDict, tokenizer: Any) -> Any:

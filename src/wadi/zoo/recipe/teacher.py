@@ -71,7 +71,7 @@ class Pool:
 def load_trained(ae: Any, out: Path, kind: Kind) -> tuple[Any, dict[str, Any]]:
     """Return the pipeline of the averaged weights in ``out``'s checkpoint, and the checkpoint's note."""
     tensors, note = load_tensors(out / f"{kind.file}.safetensors")
-    tokenizer = kind.load_tokenizer(tokenizer_folder(out, kind))
+    tokenizer = kind.text.load_tokenizer(tokenizer_folder(out, kind))
     model = kind.build(tokenizer).eval()
     for name, module in model.items():
         prefix = f"average.{name}."
@@ -98,8 +98,8 @@ def train_teacher(config: ZooConfig, ae: Any, sprites: Sprites, out: Path) -> No
     torch.manual_seed(config.seed)
     place = tokenizer_folder(out, kind)
     if not place.is_dir():
-        kind.write_tokenizer(place)
-    tokenizer = kind.load_tokenizer(place)
+        kind.text.write_tokenizer(place)
+    tokenizer = kind.text.load_tokenizer(place)
     model = kind.build(tokenizer)
     model.to(device)
     groups = groups_of(model, config.lr_teacher, 2e-3, kind.to_adam)

@@ -12,15 +12,14 @@ this size follows prompts badly.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from wadi.zoo.concepts import COLOURS, CONCEPTS, STYLES
-from wadi.zoo.prompts import caption, fixed_prompts
-from wadi.zoo.recipe import text
+from wadi.zoo.concepts import CONCEPTS, STYLES
+from wadi.zoo.prompts import fixed_prompts
+from wadi.zoo.recipe import scenes, text
 from wadi.zoo.recipe.autoencoder import CHANNELS, encode
 from wadi.zoo.recipe.compose import Pose, compose, random_pose
 from wadi.zoo.recipe.kinds import DROP, GAMMA, SIDE, Kind, fast_products, placed_like
@@ -33,21 +32,18 @@ class UNetTeacher(Kind):
     """``StableDiffusionPipeline`` with a ``UNet2DConditionModel`` and a ``CLIPTextModel``."""
 
     name, network, file = "unet", "unet", "teacher"
+    text: ClassVar[Any] = text
     label_size = 3  # concept, style, colour
     minutes = 67.0
     guidance_scale, steps = 2.5, 25
 
-    def write_tokenizer(self, folder: Path) -> None:
-        """See `Kind.write_tokenizer`."""
-        text.write_tokenizer(folder)
+    def build_network(self) -> Any:
+        """See `Kind.build_network`."""
+        return build_unet()
 
-    def load_tokenizer(self, folder: Path) -> Any:
-        """See `Kind.load_tokenizer`."""
-        return text.load_tokenizer(folder)
-
-    def build(self, tokenizer: Any) -> nn.ModuleDict:
-        """See `Kind.build`."""
-        return nn.ModuleDict({"unet": build_unet(), "text_encoder": text.build_text_encoder(tokenizer)})
+    def build_scheduler(self) -> Any:
+        """See `Kind.build_scheduler`."""
+        return build_scheduler()
 
     def assemble(self, ae: Any, model: nn.ModuleDict, tokenizer: Any) -> Any:
         """See `Kind.assemble`."""
@@ -76,7 +72,7 @@ class UNetTeacher(Kind):
         """See `Kind.loss`."""
         with fast_products(x0.device):
             states = model["text_encoder"](text.tokenize(tokenizer, list(texts)).to(x0.device))[0].float()
-        return v_loss(model["unet"], states, x0, build_scheduler().alphas_cumprod, generator)
+        return v_loss(model["unet"], states, x0, self.alphas_cumprod, generator)
 
     def fixed_prompts(self) -> list[str]:
         """See `Kind.fixed_prompts`."""
@@ -151,16 +147,9 @@ def new_latents(ae: Any, sprites: Tensor, concept: Tensor, style: Tensor, genera
 
 
 def draw_captions(labels: Tensor, generator: torch.Generator) -> list[str]:
-    """Return a caption for each row of labels.
-
-    Style and colour are each named half of the time. A share ``DROP`` of the captions is empty.
-    """
-    u = torch.rand(len(labels), 3, generator=generator).tolist()
-    names, styles, colours = list(CONCEPTS), list(STYLES), list(COLOURS)
-    return [
-        "" if drop < DROP else caption(names[c], styles[s] if a < 0.5 else None, colours[k] if b < 0.5 else None)
-        for (c, s, k), (a, b, drop) in zip(labels.tolist(), u, strict=True)
-    ]
+    """Return a caption for each row of labels ``(n, 3)``, see `scenes.captions`."""
+    concept, style, colour = labels.unbind(1)
+    return scenes.captions(torch.stack([concept, torch.full_like(concept, -1), style, colour], 1), generator, DROP)
 
 
 def timesteps(count: int, total: int, generator: torch.Generator) -> Tensor:
