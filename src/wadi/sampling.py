@@ -78,10 +78,15 @@ def noises(backbone: Backbone, seeds: Sequence[int], count: int) -> list[Tensor]
     return [z, *(torch.cat([backbone.step_noise(generator) for generator in generators]) for _ in range(count - 1))]
 
 
+def predict_x0(backbone: Backbone, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    """Return the image ``x0`` ``(B, C, H, W)`` that the network predicts at ``x_t``, with ``t`` ``(B,)``."""
+    x_t = backbone.as_seen(x_t)
+    return backbone.process.x0(backbone.predict(x_t, t, condition), x_t, t)
+
+
 def one_step(backbone: Backbone, condition: Condition, z: Tensor, timestep: int) -> Tensor:
     """Return ``x0`` ``(B, C, H, W)`` from noise ``z`` by one evaluation; for epsilon-prediction ``(z - sigma eps) / alpha``."""
-    z, t = backbone.as_seen(z), torch.full((len(z),), timestep, device=z.device)
-    return backbone.process.x0(backbone.predict(z, t, condition), z, t)
+    return predict_x0(backbone, z, torch.full((len(z),), timestep, device=z.device), condition)
 
 
 def few_steps(

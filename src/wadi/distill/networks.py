@@ -9,7 +9,7 @@ from torch import Tensor
 from wadi import roles
 from wadi.backbones import Backbone, Condition
 from wadi.diffusion.process import Process
-from wadi.sampling import predict_guided
+from wadi.sampling import predict_guided, predict_x0
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,8 @@ class RoleNetworks:
 
     def student(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Return the image that the student predicts, ``(B, C, H, W)``."""
-        x_t = self.backbone.as_seen(x_t)
         with roles.active(self.backbone.network, "student"):
-            return self.process.x0(self.backbone.predict(x_t, t, condition), x_t, t)
+            return predict_x0(self.backbone, x_t, t, condition)
 
     def _guided(self, role: str | None, x_t: Tensor, t: Tensor, condition: Condition, guidance_scale: float) -> Tensor:
         with roles.active(self.backbone.network, role):

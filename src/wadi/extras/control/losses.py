@@ -26,6 +26,7 @@ from wadi.backbones import Backbone, Condition
 from wadi.distill.objectives.denoise import denoising_loss
 from wadi.extras.control.edges import soft_edges
 from wadi.extras.control.network import controlled
+from wadi.sampling import one_step
 
 
 def noisy_timesteps(count: int, total: int, generator: torch.Generator) -> Tensor:
@@ -48,9 +49,8 @@ def student_x0(
     backbone: Backbone, controlnet: nn.Module, x_t: Tensor, image: Tensor, condition: Condition, timestep: int
 ) -> Tensor:
     """Return the student's one-step ``x0`` under the ControlNet, ``(B, C, h, w)``."""
-    t = torch.full((len(x_t),), timestep, device=x_t.device)
     with controlled(backbone.network, controlnet, image):
-        return backbone.process.x0(backbone.predict(x_t, t, condition), x_t, t)
+        return one_step(backbone, condition, x_t, timestep)
 
 
 def edge_loss(backbone: Backbone, x0: Tensor, target: Tensor) -> Tensor:
