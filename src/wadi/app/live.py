@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -21,10 +20,10 @@ from wadi.distill.report import html_parts
 from wadi.distill.report.curves import curves
 from wadi.distill.report.page import summary
 from wadi.distill.report.results import analysis, evaluations
-from wadi.distill.run_folder import LOCK
+from wadi.distill.run_folder import LOCK, is_running
 from wadi.errors import WadiError
 from wadi.io.records import Finite, is_json, parse_json
-from wadi.io.regular import open_regular, read_text
+from wadi.io.regular import open_regular
 
 POINTS = 600  # of a curve
 CHEAP = 10  # the time between two drawings is this many times what the last one took
@@ -199,23 +198,6 @@ def thinned(lines: Sequence[Line], most: int = POINTS) -> list[Line]:
     rare = rare[:: max(1, -(-len(rare) // (most // 2)))]
     kept = sorted({*range(len(lines) - 1, -1, -every), *rare})
     return [lines[i] for i in kept]
-
-
-def is_running(lock: Path) -> bool:
-    """Return whether the process that wrote a run's lock file lives. The lock itself is not touched.
-
-    A killed run leaves the file behind. A process on another machine counts as alive.
-    """
-    try:
-        text = read_text(lock, limit=1000)
-    except WadiError:
-        return False
-    holder = re.match(r"process (\d{1,12}) on (.*)", text.strip())
-    if holder is None or holder[2] != socket.gethostname():
-        return True
-    import psutil
-
-    return bool(psutil.pid_exists(int(holder[1])))
 
 
 def _grids(samples: Path) -> list[Path]:

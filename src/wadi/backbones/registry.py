@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 from wadi.backbones.base import Backbone
 from wadi.errors import WadiError, first_line
+from wadi.io.imports import imported
 
 # Pipeline class name -> "module:class" of its backbone. Imported on use, so that nobody imports the families they do not use.
 FAMILIES: dict[str, str] = {
@@ -36,8 +36,7 @@ def family(pipeline_class: str) -> type[Backbone]:
             f"The teacher is a {pipeline_class}, which is not supported. Supported are {', '.join(sorted(FAMILIES))}. A new "
             "family needs one file: see docs/add-a-family.md."
         )
-    module, _, name = FAMILIES[pipeline_class].partition(":")
-    backbone: type[Backbone] = getattr(importlib.import_module(module), name)
+    backbone: type[Backbone] = imported(FAMILIES[pipeline_class])
     return backbone
 
 

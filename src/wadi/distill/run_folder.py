@@ -9,7 +9,7 @@ import os
 import re
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -160,10 +160,7 @@ class Run:
             self.ranks.on_first(take)
             yield
         finally:
-            for descriptor in descriptors:
-                with suppress(OSError):  # the folder may have been removed
-                    path.unlink()
-                os.close(descriptor)
+            unlock_file(path, descriptors)
 
     def rewind(self, step: int) -> list[dict[str, float]]:
         """Drop statistics after ``step``, which a resumed run writes again. Return the lines that stay."""
@@ -251,3 +248,28 @@ def lock_file(path: Path) -> list[int]:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def unlock_file(path: Path, descriptors: Sequence[int]) -> None:
+    """Remove a file that `lock_file` locked, and release it."""
+    for descriptor in descriptors:
+        with suppress(OSError):  # the folder may have been removed
+            path.unlink()
+        os.close(descriptor)
+
+
+def is_running(lock: Path) -> bool:
+    """Return whether the process that wrote a run's lock file lives. The lock itself is not touched.
+
+    A killed run leaves the file behind. A process on another machine counts as alive.
+    """
+    try:
+        text = read_text(lock, limit=1000)
+    except WadiError:
+        return False
+    holder = re.match(r"process (\d{1,12}) on (.*)", text.strip())
+    if holder is None or holder[2] != socket.gethostname():
+        return True
+    import psutil
+
+    return bool(psutil.pid_exists(int(holder[1])))

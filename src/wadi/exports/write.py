@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from wadi.exports.source import Source
 from wadi.exports.written import Difference, Written, difference
 from wadi.io.files import whole_folder
 from wadi.io.grids import compose_grid, encode_png, enlargement
+from wadi.io.imports import imported
 from wadi.io.outputs import check_out
 
 RECORD = "export.json"
@@ -71,6 +71,5 @@ def export(source: Source, to: str, out: Path, settings: Settings | None = None)
 def _writer(to: str) -> Callable[[Source, Path, Any], Written]:
     if to not in FORMATS:
         raise WadiError(f"--to is {to!r}. Choose one of {', '.join(FORMATS)}.")
-    module, _, name = FORMATS[to].partition(":")
-    writer: Callable[[Source, Path, Any], Written] = getattr(importlib.import_module(module), name)
+    writer: Callable[[Source, Path, Any], Written] = imported(FORMATS[to])
     return writer

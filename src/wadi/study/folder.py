@@ -10,14 +10,13 @@ images/, pairs/       generated images, the reference's included; pairs of warm 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from wadi.distill.config_files import to_dict
-from wadi.distill.run_folder import lock_file
+from wadi.distill.run_folder import LOCK, lock_file, unlock_file
 from wadi.errors import WadiError
 from wadi.evaluate.generated import differences
 from wadi.io.files import write_whole
@@ -26,7 +25,7 @@ from wadi.io.records import as_json, read_json
 from wadi.study.cells import Cell
 from wadi.study.file import Study
 
-FILE, LOCK = "study.json", ".lock"
+FILE = "study.json"
 TIMING = "--timing"  # end of the names of short runs, which only measure
 SHOWN = 3  # differences in a message
 
@@ -56,10 +55,7 @@ def opened(folder: Path, study: Study, cells: Sequence[Cell]) -> Iterator[None]:
             write_whole(folder / FILE, (json.dumps(new, indent=1) + "\n").encode())
         yield
     finally:
-        with suppress(OSError):
-            (folder / LOCK).unlink()
-        for descriptor in descriptors:
-            os.close(descriptor)
+        unlock_file(folder / LOCK, descriptors)
 
 
 def _check(folder: Path, new: dict[str, Any]) -> bool:

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from wadi.distill.config import DistillConfig
 from wadi.errors import WadiError
+from wadi.io.imports import imported
 from wadi.roles.methods import default_rank
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ def objective_class(name: str) -> type[Objective]:
     """
     if name not in OBJECTIVES:
         raise WadiError(f"There is no objective {name!r}. Choose one of {', '.join(OBJECTIVES)}: set --objective.")
-    module, _, attribute = OBJECTIVES[name].partition(":")
-    found: type[Objective] = getattr(import_module(module), attribute)
+    found: type[Objective] = imported(OBJECTIVES[name])
     return found
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from wadi.errors import WadiError
 from wadi.io.bounds import BATCH, RATE, SEED, THREADS, UPDATES, Number, Whole
 
-MODELS = ("unet", "dit")
+MODELS = {"unet": "wadi.zoo.recipe.unet:UNetTeacher", "dit": "wadi.zoo.recipe.dit:DiTTeacher"}  # imported on use
 STAGES = ("data", "autoencoder", "teacher", "classifier", "export")
 
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from wadi.backbones import from_pipeline
+from wadi.io.imports import imported
 from wadi.zoo.recipe.autoencoder import CHANNELS
+from wadi.zoo.recipe.config import MODELS
 from wadi.zoo.recipe.icons import Sprites
 from wadi.zoo.recipe.kinds import SIDE, Kind, product_dtype
 from wadi.zoo.recipe.optim import Muon, groups_of
@@ -26,10 +28,8 @@ if TYPE_CHECKING:
 
 def kind_of(model: str) -> Kind:
     """Return the kind of teacher that ``--model`` names."""
-    from wadi.zoo.recipe.dit import DiTTeacher
-    from wadi.zoo.recipe.unet import UNetTeacher
-
-    return {"unet": UNetTeacher, "dit": DiTTeacher}[model]()
+    kind: Kind = imported(MODELS[model])()
+    return kind
 
 
 @torch.no_grad()
