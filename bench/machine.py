@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from wadi.io.wording import counted
+
 
 def machine(device: str = "cpu") -> str:
     """Return one line: processor or GPU, threads, and the versions of the libraries."""
@@ -16,7 +18,7 @@ def machine(device: str = "cpu") -> str:
         place = torch.cuda.get_device_name(device)
     else:
         names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-        place = f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+        place = f"{names[0] if names else platform.processor()}, {counted(torch.get_num_threads(), 'thread')}"
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "peft", "diffusers"))
     return f"{place}; Python {platform.python_version()}, {packages}"
 

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from wadi.io.markdown import write_between_markers
+from wadi.io.wording import counted
 from wadi.pipelines.generate import Sampling, generate_images
 
 SEED_STEP = 10_000  # between the seeds of two repetitions
@@ -66,6 +67,5 @@ def small(image: Image.Image) -> Image.Image:
 def machine() -> str:
     """Return one line about the processor, the threads and the versions of the libraries."""
     names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    threads = torch.get_num_threads()
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
-    return f"{names[0] if names else platform.processor()}, {threads} thread{'s' * (threads > 1)}; {packages}."
+    return f"{names[0] if names else platform.processor()}, {counted(torch.get_num_threads(), 'thread')}; {packages}."

@@ -6,10 +6,26 @@ They are forked from a server that has imported everything once, so that each st
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["wadi.distill.loop", "wadi.cli.main", "diffusers", "transformers", "accelerate", "peft.tuners"])
+
+
+WITHOUT_WADI = """
+import sys
+class Absent:
+    def find_spec(self, name, *_):
+        if name == "wadi" or name.startswith("wadi."):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def run_without_wadi(code, *arguments):
+    """Run ``code`` in a process that cannot import this package. Return the finished process."""
+    return subprocess.run([sys.executable, "-c", WITHOUT_WADI + code, *arguments], capture_output=True, text=True, check=False)
 
 
 def free_port():

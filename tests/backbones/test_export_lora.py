@@ -1,8 +1,6 @@
 """A student trained as LoRA or DoRA is exported as LoRA files that load without this package and give its images."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import wadi
+from processes import run_without_wadi
 from raising import raises_naming
 from wadi import roles
 from wadi.backbones import from_pipeline, load_pipeline
@@ -31,11 +30,6 @@ PROMPT, SEED = "red apple", 3
 # The lines of the README, for several folders in one process. The package cannot be imported there.
 PLAIN = """
 import json, sys
-class Absent:
-    def find_spec(self, name, *_):
-        if name == "wadi" or name.startswith("wadi."):
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
 import numpy as np, torch
 for case in json.loads(sys.argv[1]):
     for weights, image in case["images"].items():
@@ -96,7 +90,7 @@ def test_the_files_give_the_students_images_without_this_package(folder_of, tmp_
         text = "".join(file.read_bytes().decode("latin1") for file in (place / "out").rglob("*") if file.is_file())
         assert str(tmp_path) not in text
         assert teacher not in text
-    done = subprocess.run([sys.executable, "-c", PLAIN, json.dumps(cases)], capture_output=True, text=True, check=False)
+    done = run_without_wadi(PLAIN, json.dumps(cases))
     assert done.returncode == 0, done.stderr[-3000:]
     for file, image in expected.items():  # the order of sums may differ
         assert np.abs(np.load(file) - image).max() < 1e-4, file
@@ -123,7 +117,7 @@ def test_a_run_with_a_lora_student_becomes_a_file_for_plain_diffusers(folder_of,
     code = (out / "README.md").read_text().split("```")[1].removeprefix("python\n")
     images = {"pytorch_lora_weights.safetensors": str(tmp_path / "image.npy")}
     case = {"teacher": teacher, "folder": str(out), "code": code, "images": images, "prompt": PROMPT, "seed": SEED}
-    done = subprocess.run([sys.executable, "-c", PLAIN, json.dumps([case])], capture_output=True, text=True, check=False)
+    done = run_without_wadi(PLAIN, json.dumps([case]))
     assert done.returncode == 0, done.stderr[-3000:]
     assert np.abs(np.load(tmp_path / "image.npy") - expected).max() < 1e-4
 

@@ -1,14 +1,12 @@
 """`wadi doctor`: what is installed, what is missing, and whether the folders of caches can be written."""
 
 import json
-import os
 from importlib.metadata import PackageNotFoundError
 
 import pytest
 
-from wadi.cli import doctor
 from wadi.cli.main import main
-from wadi.io import installation
+from wadi.io import installation, outputs
 
 
 def found(capsys):
@@ -23,15 +21,12 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def missing(monkeypatch, *names):
-    plain = installation.version
-
-    def version(name):
-        if name in names:
-            raise PackageNotFoundError(name)
-        return plain(name)
-
-    monkeypatch.setattr(installation, "version", version)
+def other_version(monkeypatch, package, version):
+    """Let a package have another version; None = it is not installed."""
+    plain = installation.installed_versions
+    monkeypatch.setattr(
+        installation, "installed_versions", lambda names: {n: version if n == package else v for n, v in plain(names).items()}
+    )
 
 
 def test_a_whole_installation_has_no_problem(capsys, cache):
@@ -48,7 +43,7 @@ def test_a_whole_installation_has_no_problem(capsys, cache):
 
 
 def test_a_missing_part_names_its_command_and_is_no_problem(capsys, monkeypatch):
-    missing(monkeypatch, "pyarrow")
+    other_version(monkeypatch, "pyarrow", None)
     code, findings = found(capsys)
     assert code == 0
     assert findings["extras"]["data"] == {"pyarrow": None}
@@ -66,8 +61,7 @@ def test_the_parts_of_a_part_are_resolved():
 
 @pytest.mark.parametrize(("version", "said"), [(None, "not installed"), ("2.1.0", "2.1.0")])
 def test_a_required_package_that_is_missing_or_too_old_is_a_problem(capsys, monkeypatch, version, said):
-    plain = installation._version
-    monkeypatch.setattr(installation, "_version", lambda name: version if name == "torch" else plain(name))
+    other_version(monkeypatch, "torch", version)
     code, findings = found(capsys)
     assert code == 2
     (problem,) = findings["problems"]
@@ -81,8 +75,16 @@ def test_a_folder_that_cannot_be_written_is_a_problem(capsys, monkeypatch, cache
     assert code == 2
     assert str(cache) in findings["problems"][0]
     assert "WADI_CACHE" in findings["problems"][0]
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    assert not doctor._folder(cache.parent)["writable"]
+
+
+def test_a_folder_of_someone_else_is_a_problem(capsys, monkeypatch, cache):
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(outputs, "create_file", refused)
+    code, findings = found(capsys)
+    assert code == 2
+    assert not findings["folders"]["the cache of wadi"]["writable"]
 
 
 def test_a_copy_that_is_not_installed_says_so(capsys, monkeypatch):

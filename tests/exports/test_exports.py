@@ -1,8 +1,6 @@
 """Every format is read back by its own reader, and its card says how its images differ from the run's."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -10,6 +8,7 @@ import torch
 from PIL import Image
 
 import wadi
+from processes import run_without_wadi
 from raising import raises_naming
 from wadi.cli.main import main
 from wadi.exports.card import public_settings
@@ -19,11 +18,6 @@ from wadi.exports.written import difference
 
 PLAIN = """
 import sys
-class Absent:
-    def find_spec(self, name, *_):
-        if name == "wadi" or name.startswith("wadi."):
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
 import torch
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
@@ -54,9 +48,7 @@ def record(folder):
 
 
 def test_diffusers_makes_the_bytes_of_the_run_in_a_process_without_this_package(exports, finished_run, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", PLAIN, str(exports / "diffusers"), str(tmp_path)], capture_output=True, text=True
-    )
+    done = run_without_wadi(PLAIN, str(exports / "diffusers"), str(tmp_path))
     assert done.returncode == 0, done.stderr[-2000:]
     for seed, image in enumerate(own_images(finished_run)):
         assert np.array_equal(np.asarray(Image.open(tmp_path / f"{seed}.png")), np.asarray(image))

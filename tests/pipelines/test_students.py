@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from students import one_image, same_image, save_student
 
 import tiny
+from processes import run_without_wadi
 from raising import raises_naming
 from wadi import roles
 from wadi.analysis.sources import open_teacher
@@ -118,13 +117,8 @@ def test_a_run_whose_config_names_no_teacher_needs_one(finished_run, sd_folder, 
     load(run, teacher=sd_folder)
 
 
-# A process in which this package cannot be imported.
-WITHOUT_WADI = """
+IN_PLAIN_DIFFUSERS = """
 import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        assert name.partition(".")[0] != "wadi", name
-sys.meta_path.insert(0, Refuse())
 import torch
 torch.set_num_threads(int(sys.argv[3]))
 from diffusers import DiffusionPipeline
@@ -139,8 +133,7 @@ assert "wadi" not in sys.modules
 def test_an_export_loads_without_this_package(finished_run, pipeline, tmp_path, capsys):
     export, image = tmp_path / "export", tmp_path / "apple.png"
     assert main(["export", "--run", str(finished_run), "--out", str(export)]) == 0
-    command = [sys.executable, "-c", WITHOUT_WADI, str(export), str(image), str(torch.get_num_threads())]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_without_wadi(IN_PLAIN_DIFFUSERS, str(export), str(image), str(torch.get_num_threads()))
     assert done.returncode == 0, done.stderr
     expected = one_image(pipeline, seed=7)
     assert same_image(Image.open(image), expected)

@@ -22,6 +22,7 @@ from wadi.backbones import from_pipeline
 from wadi.errors import WadiError, short_repr
 from wadi.io.grids import save_png
 from wadi.io.images import open_image, to_rgb
+from wadi.io.wording import counted
 from wadi.pipelines.compose import Composition, Control, compose
 from wadi.pipelines.generate import Generated, Sampling, generate_images
 from wadi.sampling import check_steps
@@ -158,4 +159,4 @@ def _images(request: Request, done: Generated, steps: int) -> Images:
 
 def caption(title: str, images: Images) -> str:
     """Return a line such as ``Student: 1 step, 22 ms per image``."""
-    return f"{title}: {images.steps} step{'s' * (images.steps != 1)}, {images.ms:,.0f} ms per image"
+    return f"{title}: {counted(images.steps, 'step')}, {images.ms:,.0f} ms per image"

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wadi.errors import WadiError
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
@@ -71,7 +73,7 @@ def devices() -> list[dict[str, Any]]:
     """Return the CPU and the GPUs with their memory in GiB; None if the system does not say."""
     import torch
 
-    from wadi.parallel.device import memory_of
+    from wadi.parallel.device import computes_with_bfloat16, memory_of
 
     places = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
     if torch.backends.mps.is_available():
@@ -83,19 +85,10 @@ def devices() -> list[dict[str, Any]]:
             if place.type == "cuda"
             else f"{os.cpu_count()} cores, {torch.get_num_threads()} threads",
             "memory_gib": None if (memory := memory_of(place)) is None else round(memory / GIB, 1),
-            "bfloat16": _computes_with_bfloat16(place),
+            "bfloat16": computes_with_bfloat16(place),
         }
         for place in places
     ]
-
-
-def _computes_with_bfloat16(place: Any) -> bool | None:
-    """Return whether a device has instructions for bfloat16; None if torch does not say."""
-    import torch
-
-    if place.type == "cpu":
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if torch.backends.mkldnn.is_available() else None
-    return bool(torch.cuda.is_bf16_supported()) if place.type == "cuda" else None
 
 
 def folders() -> dict[str, dict[str, Any]]:
@@ -109,8 +102,14 @@ def folders() -> dict[str, dict[str, Any]]:
 
 
 def _folder(path: Path) -> dict[str, Any]:
+    from wadi.io.outputs import check_writable
+
     existing = next(place for place in (path, *path.parents) if place.exists())
-    writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    try:
+        check_writable(path, folder=True)
+        writable = True
+    except WadiError:
+        writable = False
     return {"path": str(path), "writable": writable, "free_gib": round(shutil.disk_usage(existing).free / GIB, 1)}
 
 

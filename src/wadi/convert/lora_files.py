@@ -27,6 +27,7 @@ from wadi.backbones import Backbone
 from wadi.errors import WadiError
 from wadi.io.patterns import matching_names
 from wadi.io.weight_checks import first_names
+from wadi.io.wording import counted
 from wadi.lorad.stored import PEFT_PREFIX
 
 COMFYUI = "comfyui/lora.safetensors"
@@ -207,14 +208,18 @@ def check_fits(network: torch.nn.Module, loras: Mapping[str, Lora]) -> None:
             )
 
 
-def loading_lines(backbone: Backbone, scheduler: Any, steps: int) -> str:
-    """Return Python code that loads the files from ``FOLDER`` into the pipeline ``TEACHER`` and generates ``prompt``."""
+def loading_lines(backbone: Backbone, scheduler: Any, steps: int, load: str = "pipe.load_lora_weights(FOLDER)") -> str:
+    """Return Python code that loads the files from ``FOLDER`` into the pipeline ``TEACHER`` and generates ``prompt``.
+
+    Args:
+        load: the line that loads the adapter.
+    """
     pipeline, name = type(backbone.pipeline).__name__, type(scheduler).__name__
     call = "".join(f", {key}={value}" for key, value in backbone.call.items())
     return (
         f"from diffusers import {', '.join(sorted((name, pipeline)))}\n\n"
         f"pipe = {pipeline}.from_pretrained(TEACHER)\n"
-        "pipe.load_lora_weights(FOLDER)\n"
+        f"{load}\n"
         f'pipe.scheduler = {name}.from_pretrained(FOLDER, subfolder="scheduler")\n'
         f"image = pipe(prompt, num_inference_steps={steps}{call}).images[0]\n"
     )
@@ -226,6 +231,6 @@ def comfyui_text(steps: int, is_dora: bool) -> str:
         return "There is no file for ComfyUI: it computes DoRA in another way than PEFT, which trained this one."
     return (
         f"`{COMFYUI}` is the same LoRA under the names that ComfyUI reads. Load the teacher's checkpoint and this file at "
-        f"strength 1, with {steps} step{'s' if steps > 1 else ''} and CFG 1. ComfyUI's own schedule must start at the "
+        f"strength 1, with {counted(steps, 'step')} and CFG 1. ComfyUI's own schedule must start at the "
         "student's timestep, which `scheduler/scheduler_config.json` determines."
     )

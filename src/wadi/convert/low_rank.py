@@ -70,11 +70,3 @@ def nearest(dW: Tensor, rank: int, moments: Tensor | None = None) -> LowRank:
 def _damped(C: Tensor) -> Tensor:
     mean = C.diagonal().mean()
     return C + torch.eye(len(C), dtype=C.dtype, device=C.device) * (DAMPING * mean if mean > 0 else 1.0)
-
-
-def output_error(dW: Tensor, D: Tensor, moments: Tensor | None = None) -> float:
-    """Return the share of the squared change of the output that ``D`` loses, ``E |(dW - D) x|^2 / E |dW x|^2``."""
-    change, rest = dW.flatten(1).double(), (dW - D).flatten(1).double()
-    C = torch.eye(change.shape[1], dtype=change.dtype) if moments is None else moments.double()
-    total = float(((change @ C) * change).sum())
-    return float(((rest @ C) * rest).sum()) / total if total > 0 else 0.0

@@ -14,6 +14,7 @@ from wadi.backbones import Backbone, Condition
 from wadi.distill import health
 from wadi.io import grids
 from wadi.io.progress import progress
+from wadi.io.wording import counted
 from wadi.sampling import decode_in_batches, few_steps, images_at_once, many_steps, noises
 
 SHOWN_SEEDS = 2  # images per prompt in the grid; the diversity metric uses all
@@ -147,7 +148,7 @@ def sample_grid(validation: Validation, student: Tensor, steps: int = 1) -> grid
     blocks = (
         (f"teacher\n{validation.teacher_steps} steps", validation.teacher),
         ("teacher\n1 step", validation.undistilled),
-        (f"student\n{steps} step{'' if steps == 1 else 's'}", student),
+        (f"student\n{counted(steps, 'step')}", student),
     )
     rows = [[grids.to_pil(column[seed]) for column in block] for _, block in blocks for seed in range(shown)]
     labels = [label for label, _ in blocks for _ in range(shown)]

@@ -53,34 +53,36 @@ def pairs_of_run(conditions: Conditions, config: DistillConfig, run: Run, order:
     path, parts = run.folder / WARM_START, run.folder / WARM_START_PARTS
     if not run.ranks.on_first(path.exists):
         rows = order.rows(0, config.warm_start.pairs)
-        files = [parts / f"{number:06d}.safetensors" for number in range(-(-len(rows) // BATCH))]
-        make_pairs(conditions, rows, config.warm_start, config.seed * 1_000_003, stop, files)
+        files = make_pairs(conditions, rows, config.warm_start, config.seed * 1_000_003, stop, parts)
         run.ranks.on_first(lambda: _join(files, path))
     return load_pairs(path, torch.device("cpu"))
 
 
 def make_pairs(
-    conditions: Conditions, rows: Tensor, config: WarmStartConfig, seed: int, stop: Stop, files: Sequence[Path]
-) -> None:
+    conditions: Conditions, rows: Tensor, config: WarmStartConfig, seed: int, stop: Stop, folder: Path
+) -> list[Path]:
     """Generate the teacher's samples for the prompts ``rows`` from noise of the seeds ``seed, seed + 1, ...``. Communicates.
 
     Args:
-        files: file of each ``BATCH`` rows. Those that exist are kept.
+        folder: where a file of each ``BATCH`` rows is written. Those that exist are kept.
+    Returns:
+        the files.
     Raises:
         Stopped: if a signal requests a stop; checked before each step of the sampler.
         WadiError: if the disk is full.
     """
     backbone, ranks = conditions.backbone, stop.ranks
+    parts = torch.arange(len(rows)).split(BATCH)
+    files = [folder / f"{number:06d}.safetensors" for number in range(len(parts))]
     missing = [number for number, file in enumerate(files) if not file.exists()]
     ranks.wait_for_all()  # all have looked before one writes
-    null, all_rows = backbone.encode([""]), torch.arange(len(rows))
-    done = len(rows) - sum(len(all_rows[number * BATCH : (number + 1) * BATCH]) for number in missing)
+    null, done = backbone.encode([""]), len(rows) - sum(len(parts[number]) for number in missing)
     with roles.active(backbone.network, None), progress("warm-start pairs", len(rows), done) as bar:
         for first in range(0, len(missing), ranks.count):
             mine = first + ranks.index
             # a process without a part of its own repeats the last: all must evaluate a sharded network equally often
             number = missing[min(mine, len(missing) - 1)]
-            part = all_rows[number * BATCH : (number + 1) * BATCH]
+            part = parts[number]
             z = noise(backbone.latent_shape, [seed + int(row) for row in part]).to(backbone.device)
             x0 = many_steps(
                 backbone,
@@ -92,10 +94,11 @@ def make_pairs(
                 stop.raise_if_requested,
             )
             if mine < len(missing):
-                files[number].parent.mkdir(parents=True, exist_ok=True)
+                folder.mkdir(parents=True, exist_ok=True)
                 save_pairs(Pairs(z, x0, rows[part]), files[number])
             bar.advance(by=len(part) * min(ranks.count, len(missing) - first))
     ranks.wait_for_all()
+    return files
 
 
 def _join(files: Sequence[Path], path: Path) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 from PIL import Image
 
 from wadi import roles
-from wadi.backbones import from_pipeline, load_pipeline
+from wadi.backbones import Backbone, from_pipeline, load_pipeline
 from wadi.backbones.configs import read_config
+from wadi.convert.lora_files import loading_lines
 from wadi.diffusion.schedulers import make_scheduler
 from wadi.errors import WadiError
 from wadi.exports.source import Source, plain_call
 from wadi.exports.written import Written
+from wadi.io.wording import counted
 
 
 def write(source: Source, folder: Path, settings: Any) -> Written:
@@ -42,7 +44,7 @@ def write(source: Source, folder: Path, settings: Any) -> Written:
     call, steps = plain_call(backbone.pipeline)
     method = config.peft_type.value
     return Written(
-        title=f"{method} adapter of a student that generates in {steps} step{'s' if steps > 1 else ''}",
+        title=f"{method} adapter of a student that generates in {counted(steps, 'step')}",
         reference=source.draw(backbone.pipeline, call, steps),
         read=lambda: _read(source, folder, call, steps),
         reader="`PeftModel.from_pretrained` of PEFT",
@@ -53,17 +55,11 @@ def write(source: Source, folder: Path, settings: Any) -> Written:
     )
 
 
-def _code(backbone: Any, scheduler: Any, steps: int) -> str:
-    pipeline, name, component = type(backbone.pipeline).__name__, type(scheduler).__name__, backbone.component
-    call = "".join(f", {key}={value}" for key, value in backbone.call.items())
-    return (
-        "import wadi  # registers LoRaD with PEFT\n"
-        f"from diffusers import {', '.join(sorted((name, pipeline)))}\nfrom peft import PeftModel\n\n"
-        f"pipe = {pipeline}.from_pretrained(TEACHER)\n"
-        f"PeftModel.from_pretrained(pipe.{component}, FOLDER)  # puts the adapter on the layers of pipe.{component}\n"
-        f'pipe.scheduler = {name}.from_pretrained(FOLDER, subfolder="scheduler")\n'
-        f"image = pipe(prompt, num_inference_steps={steps}{call}).images[0]\n"
-    )
+def _code(backbone: Backbone, scheduler: Any, steps: int) -> str:
+    component = f"pipe.{backbone.component}"
+    load = f"PeftModel.from_pretrained({component}, FOLDER)  # puts the adapter on the layers of {component}"
+    lines = loading_lines(backbone, scheduler, steps, load)
+    return f"import wadi  # registers LoRaD with PEFT\nfrom peft import PeftModel\n{lines}"
 
 
 def _read(source: Source, folder: Path, call: dict[str, Any], steps: int) -> list[Image.Image]:

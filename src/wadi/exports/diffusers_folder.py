@@ -11,6 +11,7 @@ from PIL import Image
 from wadi.backbones.saving import loading_line, write_pipeline
 from wadi.exports.source import Source, plain_call
 from wadi.exports.written import Written
+from wadi.io.wording import counted
 
 
 def write(source: Source, folder: Path, settings: Any) -> Written:
@@ -21,7 +22,7 @@ def write(source: Source, folder: Path, settings: Any) -> Written:
     write_pipeline(pipeline, folder)
     line = loading_line(pipeline, Path("FOLDER")).replace("'FOLDER'", "FOLDER")
     return Written(
-        title=f"A student that generates in {steps} step{'s' if steps > 1 else ''}",
+        title=f"A student that generates in {counted(steps, 'step')}",
         reference=reference,
         read=lambda: _read(source, folder, call, steps),
         reader="`DiffusionPipeline.from_pretrained` of diffusers",

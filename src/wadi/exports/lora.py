@@ -32,6 +32,7 @@ from wadi.exports.source import Source, plain_call
 from wadi.exports.written import Written, difference
 from wadi.io import markdown
 from wadi.io.quiet import errors_only
+from wadi.io.wording import counted
 from wadi.zoo.paths import resolve_teacher
 
 RANK = 64
@@ -78,7 +79,7 @@ def write(source: Source, folder: Path, settings: Any) -> Written:
                  "outside": found.outside}  # fmt: skip
     lost = "" if found is None else f", which lose {found.lost:.1%} of the squared change"
     return Written(
-        title=f"LoRA of a student that generates in {steps} step{'s' if steps > 1 else ''}",
+        title=f"LoRA of a student that generates in {counted(steps, 'step')}",
         reference=reference,
         read=read,
         reader="`load_lora_weights` of diffusers",

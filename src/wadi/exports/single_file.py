@@ -15,6 +15,7 @@ from wadi.errors import WadiError
 from wadi.exports.source import Source, plain_call
 from wadi.exports.written import Written
 from wadi.io.quiet import errors_only
+from wadi.io.wording import counted
 
 FILE = "model.safetensors"
 CONFIG = "config"  # configs and tokenizers of the pipeline, without weights
@@ -38,7 +39,7 @@ def write(source: Source, folder: Path, settings: Any) -> Written:
     torch_import, argument = ("import torch\n", f", torch_dtype={dtype}") if dtype != torch.float32 else ("", "")
     arguments = "".join(f", {key}={value}" for key, value in call.items())
     return Written(
-        title=f"Checkpoint of a student that generates in {steps} step{'s' if steps > 1 else ''}",
+        title=f"Checkpoint of a student that generates in {counted(steps, 'step')}",
         reference=reference,
         read=lambda: _read(source, folder, type(pipeline), call, steps),
         reader="`from_single_file` of diffusers",
@@ -111,7 +112,7 @@ def _write_configs(pipeline: Any, folder: Path) -> None:
 def _elsewhere(pipeline: Any, steps: int) -> str:
     kind = "v prediction" if pipeline.scheduler.config.get("prediction_type") == "v_prediction" else "epsilon prediction"
     return (
-        f"Other programs read `{FILE}` alone. It has no scheduler: set {steps} step{'s' if steps > 1 else ''}, CFG 1, {kind}, "
+        f"Other programs read `{FILE}` alone. It has no scheduler: set {counted(steps, 'step')}, CFG 1, {kind}, "
         f"and a schedule that starts at the student's timestep, which `{CONFIG}/scheduler/scheduler_config.json` determines."
     )
 

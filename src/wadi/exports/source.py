@@ -14,7 +14,7 @@ from wadi import roles
 from wadi.backbones import Backbone, from_pipeline
 from wadi.distill import config_files
 from wadi.errors import WadiError
-from wadi.io.regular import exists
+from wadi.io.regular import exists, read_text
 from wadi.pipelines.generate import Sampling, generate_images
 from wadi.pipelines.load import is_export, load, locate_adapter, open_student
 from wadi.prompts.reading import open_prompts
@@ -147,8 +147,6 @@ def licence_of(source: str | None) -> str | None:
     card = Path(source) / "README.md"
     if not card.is_file():
         return None
-    from wadi.io.regular import read_text
-
     try:
         front = re.match(r"---\n(.*?)\n---", read_text(card, limit=1 << 20), re.DOTALL)
     except WadiError:

@@ -23,6 +23,7 @@ import torch
 from wadi.diffusion.schedulers import TIMESTEP_SCALING, is_flow, one_step_scheduler, timestep_of
 from wadi.errors import WadiError
 from wadi.io.progress import console
+from wadi.io.wording import counted
 
 MOST = 50  # steps; for more of them use the teacher
 
@@ -57,9 +58,8 @@ def student_schedule(scheduler: Any, trained: Sequence[int], steps: int | None =
     count = len(trained)
     steps = count if steps is None else steps
     if steps != count:
-        times = "timestep" if count == 1 else "timesteps"
         console.print(
-            f"[yellow]This student was trained for {count} step{'' if count == 1 else 's'} ({times} "
+            f"[yellow]This student was trained for {counted(count, 'step')} (t* = "
             f"{', '.join(map(str, trained))}), and generates in {steps}: images are usually worse. See docs/steps.md.[/]",
             soft_wrap=True,
         )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, metadata, version
+from importlib.metadata import PackageNotFoundError, metadata
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from wadi.io.versions import installed_versions
 
 PACKAGE = "wadi-onestep"
 
@@ -64,12 +66,7 @@ def _of(requirements: list[Requirement], extra: str) -> list[Installed]:
         if canonicalize_name(requirement.name) == PACKAGE:
             found += [package for part in sorted(requirement.extras) for package in _of(requirements, part)]
         else:
-            found.append(Installed(requirement.name, str(requirement.specifier), _version(requirement.name)))
+            found.append(
+                Installed(requirement.name, str(requirement.specifier), *installed_versions([requirement.name]).values())
+            )
     return found
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

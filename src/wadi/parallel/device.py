@@ -52,6 +52,16 @@ def dtype_of(name: str, allowed: Sequence[str] = DTYPES) -> torch.dtype:
     return dtype
 
 
+def computes_with_bfloat16(device: torch.device) -> bool | None:
+    """Return whether a device has instructions for bfloat16; None if torch does not say.
+
+    A CPU without them emulates bfloat16, fifty times as slow as float32.
+    """
+    if device.type == "cpu":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if torch.backends.mkldnn.is_available() else None
+    return bool(torch.cuda.is_bf16_supported()) if device.type == "cuda" else None
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from wadi.io import grids
+from wadi.io.wording import counted
 from wadi.pipelines.generate import Sampling, generate_images
 
 
@@ -42,7 +43,7 @@ def compare_with_teacher(
     steps = student_sampling.call.get("num_inference_steps", student_sampling.steps)
     labels = [
         f"teacher\n{teacher_sampling.steps} steps\n{slow.ms_per_image:.0f} ms",
-        f"student\n{steps} step{'s' * (steps > 1)}\n{fast.ms_per_image:.0f} ms",
+        f"student\n{counted(steps, 'step')}\n{fast.ms_per_image:.0f} ms",
     ]
     grid = grids.compose_grid([slow.images, fast.images], labels, prompts, grids.enlargement(slow.images[0]))
     return Comparison(grid, slow.ms_per_image, fast.ms_per_image)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from wadi.parallel.device import computes_with_bfloat16
+
 SIDE = 16  # of the latents
 GAMMA = 5.0  # signal-to-noise ratio above which a timestep's weight falls
 DROP = 0.1  # captions replaced by the empty prompt
@@ -93,12 +95,8 @@ class Kind(ABC):
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype of matrix products in training: bfloat16 where the device computes with it, else float32.
-
-    A processor without such instructions emulates bfloat16, fifty times as slow as float32.
-    """
-    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() if device.type == "cpu" else True
-    return torch.bfloat16 if fast else torch.float32
+    """Return the dtype of matrix products in training: bfloat16 where the device computes with it, else float32."""
+    return torch.bfloat16 if computes_with_bfloat16(device) else torch.float32
 
 
 @contextmanager
