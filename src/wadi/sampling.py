@@ -132,11 +132,8 @@ def many_steps(
     Args:
         before_step: called before each step; may raise an exception to end early.
     """
-    scheduler, sigmas = backbone.sampler(), backbone.sampler_sigmas(steps)
-    if sigmas is None:
-        scheduler.set_timesteps(steps, device=z.device)
-    else:
-        scheduler.set_timesteps(sigmas=sigmas, device=z.device)
+    scheduler = backbone.sampler()
+    scheduler.set_timesteps(**backbone.sampler_arguments(steps), device=z.device)
     x_t = z * getattr(scheduler, "init_noise_sigma", 1.0)
     for t in scheduler.timesteps:
         if before_step is not None:

@@ -120,6 +120,11 @@ def passes(backbone):
         handle.remove()
 
 
+def takes_eulers_steps(scheduler):
+    """Whether a pipeline's own scheduler is deterministic and of first order. Others are replaced by the family's sampler."""
+    return type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler" and not scheduler.config.stochastic_sampling
+
+
 def formula_times(backbone, steps):
     """``(now, then)`` of each step, with ``t`` and ``alpha2`` of DDIM at trailing times or ``sigma`` of the shifted flow.
 
@@ -143,9 +148,12 @@ def formula_times(backbone, steps):
     def shifted(sigma):
         return shift * sigma / (1 + (shift - 1) * sigma)
 
-    low = shifted(1 / T)  # diffusers' Euler spaces its steps from 1 to the shifted last of T, and shifts them
+    # Euler spaces its steps from 1 to the last of T, which a fixed shift has moved already, and shifts them.
+    low = 1 / T if config.get("use_dynamic_shifting") else shifted(1 / T)
     even = [1 - i / steps for i in range(steps)] if backbone.sampler_sigmas(steps) else None
     sigmas = [shifted(s) for s in even or [1 + (low - 1) * i / (steps - 1) for i in range(steps)]]
+    if config.get("shift_terminal"):  # stretched so that the last is this one
+        sigmas = [1 - (1 - s) * (1 - config.shift_terminal) / (1 - sigmas[-1]) for s in sigmas]
     times = [{"t": T * sigma, "sigma": sigma} for sigma in sigmas]
     return list(zip(times, [*times[1:], {"sigma": 0.0}], strict=True))
 
@@ -276,16 +284,22 @@ class Conformance:
             theirs = backbone.pipeline(prompt=PROMPTS, generator=own, **call).images
         torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-5)
 
-    def test_many_steps_with_guidance_are_the_pipelines_own(self, family):
+    @pytest.mark.parametrize("steps", [3, 12])
+    def test_many_steps_with_guidance_are_the_pipelines_own(self, family, steps):
+        """The call chooses sigmas and their shift by itself, with the scheduler that came with it if that is Euler's."""
         backbone = family.backbone()
         z, condition, null = noise(backbone.latent_shape, SEEDS), backbone.encode(PROMPTS), backbone.encode([""])
-        ours = backbone.decode(many_steps(backbone, condition, null, z, steps=3, guidance_scale=2.0))
-        backbone.pipeline.scheduler = backbone.sampler()
-        call = backbone.guided_call(2.0)
-        torch.testing.assert_close(ours, images_of(backbone, num_inference_steps=3, **call), rtol=0, atol=5e-5)
+        ours = backbone.decode(many_steps(backbone, condition, null, z, steps, guidance_scale=2.0))
+        arguments, scheduler = backbone.sampler_arguments(steps), backbone.sampler()
+        if not takes_eulers_steps(backbone.pipeline.scheduler):
+            backbone.pipeline.scheduler = scheduler
+        theirs = images_of(backbone, num_inference_steps=steps, **backbone.guided_call(2.0))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+        scheduler.set_timesteps(**arguments)
+        torch.testing.assert_close(scheduler.timesteps, backbone.pipeline.scheduler.timesteps, rtol=1e-5, atol=1e-3)
         with passes(backbone) as batches:
-            images_of(backbone, num_inference_steps=3, **backbone.guided_call(1.0))
-        assert batches == [len(PROMPTS)] * 3  # a scale of 1 is no guidance: one conditional pass
+            images_of(backbone, num_inference_steps=steps, **backbone.guided_call(1.0))
+        assert batches == [len(PROMPTS)] * steps  # a scale of 1 is no guidance: one conditional pass
 
     def test_many_steps_follow_an_independent_formula(self, family):
         """DDIM over the schedule's own alphas, or Euler along the flow, with the prediction of two passes mixed."""
@@ -308,7 +322,7 @@ class Conformance:
     def test_a_deterministic_first_order_pipeline_takes_the_same_steps_by_itself(self, family):
         """With the scheduler that came with the pipeline."""
         backbone = family.backbone()
-        if type(backbone.pipeline.scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
+        if not takes_eulers_steps(backbone.pipeline.scheduler):
             pytest.skip(f"{type(backbone.pipeline.scheduler).__name__} takes other steps")
         z, condition, null = noise(backbone.latent_shape, SEEDS), backbone.encode(PROMPTS), backbone.encode([""])
         ours = backbone.decode(many_steps(backbone, condition, null, z, steps=3, guidance_scale=1.0))

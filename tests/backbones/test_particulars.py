@@ -11,7 +11,8 @@ import torch
 import wadi
 from raising import raises_naming
 from wadi.backbones import from_pipeline, load_pipeline, truncation_notice
-from wadi.diffusion.schedulers import flow_shift, one_step_scheduler, sampler
+from wadi.diffusion.schedulers import flow_shift, one_step_scheduler, resolution_shift
+from wadi.sampling import many_steps, noise
 
 
 @pytest.mark.parametrize(
@@ -89,16 +90,40 @@ def test_flux_tells_the_network_its_guidance(folder_of):
     assert backbone.call["guidance_scale"] == 3.5
 
 
-def test_the_shift_by_resolution_is_the_schedulers_own():
+def test_the_shift_by_resolution_is_that_of_the_papers_line():
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     own = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
     for tokens, mu in ((256, 0.5), (4096, 1.15), (1024, 0.5 + 0.65 * 768 / 3840)):
+        assert resolution_shift(own.config, tokens) == pytest.approx(mu)
         assert flow_shift(own.config, tokens) == pytest.approx(math.exp(mu))
-        ours = sampler(own, tokens)
-        own.set_timesteps(sigmas=[1.0, 0.6, 0.2], mu=mu)
-        ours.set_timesteps(sigmas=[1.0, 0.6, 0.2])
-        torch.testing.assert_close(ours.sigmas, own.sigmas)
+
+
+def test_the_last_of_twelve_steps_of_flux_is_not_wasted(folder_of):
+    """At 1024 x 1024 pixels, by the formula of the shift: sigma = s / (s + (1 - s) / exp(1.15)), with s = 2/12, then 1/12."""
+    backbone = from_pipeline(load_pipeline(folder_of("flux")))
+    backbone.resolution, backbone.latent_shape = (1024, 1024), (4, 128, 128)
+    scheduler = backbone.sampler()
+    scheduler.set_timesteps(**backbone.sampler_arguments(12))
+    assert [round(float(sigma), 3) for sigma in scheduler.sigmas[-3:]] == [0.387, 0.223, 0.0]
+
+
+@pytest.mark.parametrize("terminal", [None, 0.02])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_every_setting_of_the_schedule_reaches_the_sampler(folder_of, dynamic, terminal):
+    """Qwen-Image's schedule is stretched to 0.02; SD3's takes a shift by resolution if its config says so."""
+    backbone = from_pipeline(load_pipeline(folder_of("sd3")))
+    scheduler_class = type(backbone.pipeline.scheduler)
+    backbone.pipeline.scheduler = scheduler_class(shift=3.0, use_dynamic_shifting=dynamic, shift_terminal=terminal)
+    z, condition = noise(backbone.latent_shape, [3]), backbone.encode(["red apple"])
+    ours = backbone.decode(many_steps(backbone, condition, condition, z, steps=4, guidance_scale=1.0))
+    generator = torch.Generator().manual_seed(3)
+    call = {**backbone.call, "num_inference_steps": 4, "output_type": "pt"}
+    with torch.no_grad():
+        theirs = backbone.pipeline("red apple", generator=generator, **call).images
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    last = float(backbone.pipeline.scheduler.sigmas[-2])
+    assert last == pytest.approx(terminal) if terminal else last < 0.01
 
 
 def test_a_student_cannot_generate_past_its_teachers_schedule(folder_of):

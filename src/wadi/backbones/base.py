@@ -259,6 +259,21 @@ class Backbone(ABC):
         """Return the sigmas that the pipeline's call passes to its scheduler; None = the scheduler chooses its own."""
         return None
 
+    def sampler_shift(self, steps: int) -> float:
+        """Return ``mu``, which the pipeline's call passes to a scheduler that shifts its sigmas by resolution.
+
+        The default is diffusers' ``calculate_shift``. A family whose pipeline has another formula overrides this.
+        """
+        return schedulers.resolution_shift(self.pipeline.scheduler.config, self.image_tokens)
+
+    def sampler_arguments(self, steps: int) -> dict[str, Any]:
+        """Return the arguments of ``set_timesteps`` of `sampler` for as many steps as the pipeline's call takes them."""
+        sigmas = self.sampler_sigmas(steps)
+        arguments: dict[str, Any] = {"num_inference_steps": steps} if sigmas is None else {"sigmas": sigmas}
+        if self.pipeline.scheduler.config.get("use_dynamic_shifting"):
+            arguments["mu"] = self.sampler_shift(steps)
+        return arguments
+
     @property
     def image_tokens(self) -> int:
         """Number of tokens of one image in the network. The shift of some flow models depends on it."""

@@ -63,11 +63,15 @@ def make_scheduler(config: dict[str, Any]) -> Any:
 def sampler(scheduler: Any, image_tokens: int) -> Any:
     """Return a new deterministic first-order sampler for a model's own schedule: DDIM, or Euler for a flow.
 
-    Where a network's prediction determines no image at the end of the schedule, the sampler starts before it.
+    A flow that came with Euler keeps every setting of it, so it takes the steps of a call of the pipeline; a shift by
+    resolution is passed to its ``set_timesteps`` (`resolution_shift`). Where a network's prediction determines no image at the
+    end of the schedule, the sampler starts before it.
     """
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
     config = scheduler.config
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=False)
     if is_flow(scheduler):
         return FlowMatchEulerDiscreteScheduler(
             num_train_timesteps=config.num_train_timesteps, shift=flow_shift(config, image_tokens)
@@ -85,10 +89,18 @@ def flow_shift(config: Any, image_tokens: int) -> float:
     """
     if not config.get("use_dynamic_shifting"):
         return float(config.get("shift") or config.get("flow_shift") or 1.0)
+    mu = resolution_shift(config, image_tokens)
+    return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+
+
+def resolution_shift(config: Any, image_tokens: int) -> float:
+    """Return ``mu``, which pipelines with ``use_dynamic_shifting`` pass to their scheduler: linear in ``image_tokens``.
+
+    This is ``calculate_shift`` of the pipelines of diffusers.
+    """
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     first, last = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    mu = first + (last - first) * (image_tokens - low) / (high - low)
-    return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+    return float(first + (last - first) * (image_tokens - low) / (high - low))
 
 
 def one_step_scheduler(scheduler: Any, timestep: int) -> Any:
