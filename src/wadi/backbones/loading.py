@@ -15,6 +15,7 @@ from wadi.backbones.clip_pooling import pool_pipeline_at_end_token
 from wadi.backbones.configs import check_config, pipeline_index, read_config
 from wadi.backbones.hub import pipeline_folder
 from wadi.backbones.load_errors import explain_load_errors, explain_move_errors
+from wadi.backbones.registry import family
 from wadi.backbones.tokenizer_checks import check_tokenizers, check_vocabulary_files
 from wadi.backbones.weight_files import LEFT_OUT, Weights, components, file_names, pipeline_weights, split_variant
 from wadi.io.regular import exists
@@ -37,12 +38,14 @@ def load_pipeline(
         path: folder or Hub id. ``?variant=fp16`` after it chooses a copy of the weights, as ``variant`` does.
         variant: which copy of the weights, such as ``"fp16"``; None = the plain copy, or the only variant.
     Raises:
-        WadiError: if ``path`` is not a pipeline folder, or is a Hub id that cannot be reached, is gated or does not exist; if a
-            model lacks tensors or has values that are not finite; if a tokenizer has no vocabulary.
+        WadiError: if ``path`` is not a pipeline folder, or is a Hub id that cannot be reached, is gated or does not exist; if
+            no family serves its class, which is checked first; if a model lacks tensors or has values that are not finite; if a
+            tokenizer has no vocabulary.
     """
     path, named = split_variant(path)
     variant = variant or named
     index = pipeline_index(path)
+    family(index["_class_name"])  # before anything is downloaded or read
     folder = pipeline_folder(path, variant)
     weights = pipeline_weights(folder, index, variant)
     for component in components(index):

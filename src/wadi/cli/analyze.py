@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wadi.cli.family import add_family
 from wadi.cli.parser import flag
 from wadi.errors import WadiError
 from wadi.io.bounds import BATCH, COUNT, GUIDANCE, SIDE, STEPS
@@ -40,6 +41,7 @@ def add_options(parser: ArgumentParser) -> None:
     add("--guidance-scale", type=GUIDANCE, default=None, help="guidance of the teacher; default: 2.5, for FLUX 1 (none)")
     add("--draw-batch", type=BATCH, default=None, help="images generated at once; default: 8")
     add("--pictures", type=str, default=None, help="folder in which generated images are kept; default: runs/eval")
+    add_family(parser)
 
 
 def run(arguments: Arguments) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from wadi.cli.family import add_family
 from wadi.errors import WadiError
 from wadi.io.bounds import SIDE, Whole
 
@@ -38,6 +39,7 @@ def add_options(parser: ArgumentParser) -> None:
     add("--largest-side", type=SIDE, default=None, help=side)
     add("--queue", type=QUEUE, default=100, help="requests that may wait")
     add("--upload", type=MEBIBYTES, default=20, help="MiB of an uploaded image")
+    add_family(parser)
 
 
 def run(arguments: Arguments) -> int:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wadi.cli.family import add_family
 from wadi.errors import WadiError
 from wadi.io.bounds import COUNT, GUIDANCE, ROUNDS, SCALE, STEPS, Whole
 from wadi.io.markdown import split_at_markers, write_between_markers
@@ -38,6 +39,7 @@ def add_options(parser: ArgumentParser) -> None:
     add("--json", type=str, default=None, help="JSON file to write the scores to")
     add("--picture", type=str, default=None, help="PNG file to write: the conditions and the images for each")
     add("--page", type=str, default=None, help="Markdown file: the table replaces the one between its markers")
+    add_family(parser)
 
 
 def run(arguments: Arguments) -> int:

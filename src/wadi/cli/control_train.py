@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from wadi.cli.family import add_family
 from wadi.cli.parser import flag
 from wadi.errors import WadiError
 
@@ -26,6 +27,7 @@ def add_options(parser: ArgumentParser) -> None:
     add("--start", type=str, default=None, help="ControlNet to continue from: zoo, folder or Hub id; default: a new one")
     add("--device", type=str, default=None, help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     parser.add_class_arguments(ControlConfig)
+    add_family(parser)
 
 
 def run(arguments: Arguments) -> int:
@@ -42,7 +44,7 @@ def run(arguments: Arguments) -> int:
 
     options = arguments.options
     values = options.as_dict()
-    names = ("teacher", "prompts", "student", "start", "device")
+    names = ("teacher", "prompts", "student", "start", "device", "family")
     config = ControlConfig(**{name: value for name, value in values.items() if name not in names})
     _check_options(arguments)
     check_writable(config.out, folder=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wadi.cli.family import add_family
 from wadi.cli.parser import flag
 from wadi.errors import WadiError
 from wadi.io import bounds
@@ -60,6 +61,7 @@ def add_options(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("preview").add_argument
     add("--picture", type=bool, default=True, help="write OUT/picture.png: the subject, images before and after")
     add("--carry", type=str, default=None, help="student to show with the teacher's adapter; default: zoo for zoo, else none")
+    add_family(parser)
 
 
 def run(arguments: Arguments) -> int:

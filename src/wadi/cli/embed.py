@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wadi.cli.family import add_family
 from wadi.io.bounds import BATCH, COUNT, SIDE
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def add_options(parser: ArgumentParser) -> None:
         help="height and width of the run's images in pixels; default: the model's",
     )
     add("--device", type=str, default=None, help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
+    add_family(parser)
 
 
 def run(arguments: Arguments) -> int:

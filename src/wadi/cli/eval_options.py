@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wadi.cli.family import add_family
 from wadi.errors import WadiError
 from wadi.io.bounds import BATCH, COUNT, GUIDANCE, SEED, STEPS, THREADS, Whole
 
@@ -27,6 +28,7 @@ def add_options(parser: ArgumentParser) -> None:
     add("--table", type=str, default=None, help="Markdown file: the table goes between its markers, or into a new file")
     pictures = "folder in which generated images are kept; an interrupted command continues from it"
     add("--pictures", type=str, default="runs/eval", help=pictures)
+    add_family(parser)
 
 
 def _add_protocol(parser: ArgumentParser) -> None:

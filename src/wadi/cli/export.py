@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wadi.cli.family import add_family
 from wadi.errors import WadiError
 from wadi.io.bounds import RANK, Whole
 
@@ -35,6 +36,7 @@ def add_options(parser: ArgumentParser) -> None:
     base = "name of the teacher in the exported files, such as its Hub id; default: its Hub id, or the name of its folder"
     add("--base-name", type=str, default=None, help=base)
     add("--licence", type=str, default=None, help="licence of the teacher for the card; default: what the teacher's card says")
+    add_family(parser)
 
 
 def run(arguments: Arguments) -> int:

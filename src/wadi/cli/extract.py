@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wadi.cli.family import add_family
 from wadi.io.bounds import RANK, TIMESTEP, Whole
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def add_options(parser: ArgumentParser) -> None:
     add("--out", type=str, required=True, help="adapter folder to write; it must not exist")
     add("--target-modules", type=str, default=None, help="regular expression over layer names; default: that of the family")
     add("--timestep", type=Whole(1, TIMESTEP.high), default=None, help="timestep of the student; default: from its scheduler")
+    add_family(parser)
 
 
 def run(arguments: Arguments) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from wadi.cli.family import add_family
 from wadi.errors import WadiError
 from wadi.io.bounds import BATCH, COUNT, GUIDANCE, SCALE, SEED, SIDE, STEPS, Number, Whole
 
@@ -51,6 +52,7 @@ def add_options(parser: ArgumentParser) -> None:
     add("--teacher-steps", type=STEPS, default=None, help="steps of the teacher; default: 25")
     guidance = "guidance of the teacher; default: 2, for FLUX 1 (none)"
     add("--guidance-scale", type=GUIDANCE, default=None, help=guidance)
+    add_family(parser)
 
 
 def _add_size(parser: ArgumentParser) -> None:

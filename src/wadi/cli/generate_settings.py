@@ -16,7 +16,7 @@ from wadi.io.files import sha256
 
 NOT_SETTINGS = {  # options that images do not depend on, or that are in the manifest in another form
     "prompt", "prompts", "out", "seed", "count", "batch", "device", "compare", "overwrite", "teacher_steps",
-    "guidance_scale", "run", "adapter", "teacher",
+    "guidance_scale", "run", "adapter", "teacher", "family",
 }  # fmt: skip
 
 

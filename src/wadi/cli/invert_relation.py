@@ -6,6 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wadi.cli.family import add_family
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
@@ -25,6 +27,7 @@ def add_options(parser: ArgumentParser) -> None:
     add("--dtype", type=str, default="float32", help="type of the weights: float32 or bfloat16")
     add("--device", type=str, default=None, help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     parser.add_class_arguments(RelationConfig)
+    add_family(parser)
 
 
 def run(arguments: Arguments) -> int:

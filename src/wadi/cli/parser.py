@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace, get_loader, set_loader
 
+from wadi.cli.family import load_family
 from wadi.cli.guard import LONGEST
 from wadi.errors import WadiError
 
@@ -60,8 +61,10 @@ class Command:
     prepare: Callable[[ArgumentParser, list[str]], list[str]] | None = None
 
     def start(self, name: str, argv: Sequence[str]) -> int:
-        """Read the command line ``argv`` and run the command."""
-        return self.run(self.read(name, argv))
+        """Read the command line ``argv``, load the family that it names, and run the command."""
+        arguments = self.read(name, argv)
+        load_family(arguments)
+        return self.run(arguments)
 
     def read(self, name: str, argv: Sequence[str]) -> Arguments:
         """Read the command line ``argv``.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Groups of the help. A setting that is in none of them is shown under "other settings".
 GROUPS = {
-    "teacher, prompts and output": ("teacher", "prompts", "prompts_field", "out", "seed"),
+    "teacher, prompts and output": ("teacher", "family", "prompts", "prompts_field", "out", "seed"),
     "length and size": ("steps", "batch", "accumulate", "resolution"),
     "loss": ("objective", "objective_options", "guidance_scale", "t_range"),
     "optimizer": ("optimizer", "lr_schedule", "lr_warmup", "betas", "eps", "weight_decay", "clip", "max_skipped"),

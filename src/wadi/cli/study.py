@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wadi.cli.family import add_family
 from wadi.io.bounds import PROCESSES, Number
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ def add_options(parser: ArgumentParser) -> None:
     add("--address", type=str, default=None, help="Ray cluster to run on: auto, local, HOST:PORT or ray://HOST:PORT")
     add("--cpus", type=Number(0, 65_536), default=1.0, help="with --address: CPUs of one run")
     add("--gpus", type=Number(0, 1024), default=0.0, help="with --address: GPUs of one run")
+    add_family(parser)
 
 
 def run(arguments: Arguments) -> int:
@@ -45,6 +48,8 @@ def run(arguments: Arguments) -> int:
         raise WadiError(f"{flag(unused[0])} has no effect without --address. Leave it out.")
     file, out = Path(options.file), Path(options.out)
     study = read_study(file)
+    if options.family is not None:  # the processes of the runs find it in their settings
+        study = replace(study, base={**study.base, "family": options.family})
     expand(study)  # report its faults before a cluster is asked
     with _engine(options) as engine:
         if options.plan:

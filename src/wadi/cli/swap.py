@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wadi.cli.family import add_family
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
@@ -20,6 +22,7 @@ def add_options(parser: ArgumentParser) -> None:
     add("--layers", type=str, default=".*", help="regular expression that matches the whole names of the layers to change")
     add("--out", type=str, required=True, help="pipeline folder to write; it must not exist")
     add("--dtype", type=str, default="float32", help="type of the weights: float32, bfloat16 or float16")
+    add_family(parser)
 
 
 def run(arguments: Arguments) -> int:

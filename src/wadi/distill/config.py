@@ -104,6 +104,8 @@ class DistillConfig:
     Args:
         teacher: teacher to distil: a diffusers pipeline folder, a Hub id, or 'zoo' for the embedded teacher; append
             '?variant=fp16' to choose a variant of the weights.
+        family: Python file that registers the family of the teacher's pipeline (docs/add-a-family.md); null = the families of
+            the package and of installed packages.
         prompts: prompts to train on: a file (.txt, .jsonl, .csv, .parquet), a pattern of files ('data/*.jsonl'), a data set on
             the Hub ('hf://OWNER/NAME?split=train'), a folder written by `wadi embed`, or 'zoo' for the embedded teacher's
             captions.
@@ -148,6 +150,7 @@ class DistillConfig:
     """
 
     teacher: str = ""
+    family: str | None = None
     prompts: str = ""
     prompts_field: str | None = None
     out: str = ""

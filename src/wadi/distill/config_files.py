@@ -21,7 +21,7 @@ BOOKKEEPING = frozenset(
     {"out", "sample_every", "checkpoint_every", "keep_checkpoints", "keep_every", "tracker", "device", "batch", "accumulate",
      "shard", "gradient_checkpointing", "recompute"}
 )  # fmt: skip
-PATHS = ("teacher", "prompts", "out")
+PATHS = ("teacher", "family", "prompts", "out")
 SOURCES = frozenset({"teacher", "prompts", "prompts_field"})  # every checkpoint has digests of their contents
 
 
@@ -137,7 +137,7 @@ def typed_settings(values: Mapping[str, Any], cls: Any = DistillConfig, prefix: 
                 f"Unknown setting {prefix + key[:100]!r}.{suggestion} The settings are: {', '.join(sorted(hints))}."
             )
         settings[key] = _converted(value, hints[key], prefix + key)
-        if prefix + key in PATHS and settings[key].startswith("~"):
+        if prefix + key in PATHS and str(settings[key]).startswith("~"):
             settings[key] = os.path.expanduser(settings[key])
     return settings
 
@@ -195,8 +195,8 @@ def changed_settings(old: DistillConfig, new: DistillConfig, sources: bool = Tru
     ]
 
 
-def _is_same_path(one: str, other: str) -> bool:
+def _is_same_path(one: str | None, other: str | None) -> bool:
     try:
-        return os.path.samefile(one, other)
+        return None not in (one, other) and os.path.samefile(str(one), str(other))
     except (OSError, ValueError):  # a path that does not exist, or a Hub id
         return False

@@ -13,6 +13,7 @@ import torch
 from wadi import roles
 from wadi.backbones import Backbone, Condition, check_not_distilled, from_pipeline, load_pipeline
 from wadi.backbones.digest import loaded_digest
+from wadi.backbones.family_files import use_family
 from wadi.distill.batch import images_per_step
 from wadi.distill.conditions import Conditions, conditions_of, open_prompts_or_cache
 from wadi.distill.config import DistillConfig, FakeConfig, StudentConfig
@@ -99,6 +100,7 @@ def prepare(config: DistillConfig) -> Training:
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     set_seed(config.seed)  # for the adapters' initial values; everything later draws from the state's own generator
 
+    use_family(config.family, "The run")
     pipeline = load_pipeline(resolve_teacher(config.teacher), dtype_of(config.dtype), device)
     backbone = from_pipeline(pipeline, config.resolution)
     network = backbone.network

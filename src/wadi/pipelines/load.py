@@ -10,6 +10,7 @@ import torch
 from wadi import roles
 from wadi.backbones import Backbone, from_pipeline, load_pipeline
 from wadi.backbones.digest import loaded_digest
+from wadi.backbones.family_files import use_family
 from wadi.distill import config_files
 from wadi.errors import WadiError
 from wadi.zoo.paths import embedded_path, resolve_teacher
@@ -112,7 +113,8 @@ def locate_adapter(run: str | Path | None, adapter: str | Path | None, teacher: 
     """Return ``(adapter folder, teacher's path or Hub id)`` for the arguments of `load`.
 
     Raises:
-        WadiError: if both run and adapter are given, the run has no config or no student, or no teacher is named.
+        WadiError: if both run and adapter are given, the run has no config or no student, no teacher is named, or
+            the file of the run's family cannot be used.
     """
     if run is not None and adapter is not None:
         raise WadiError(f"Received both run {str(run)!r} and adapter {str(adapter)!r}. Give one of them.")
@@ -126,11 +128,13 @@ def locate_adapter(run: str | Path | None, adapter: str | Path | None, teacher: 
             "--out."
         )
     # Bounds are not checked: earlier versions accepted settings that are now out of bounds.
-    folder, named = Path(run) / "student", config_files.read_settings(settings).get("teacher")
+    stored = config_files.read_settings(settings)
+    folder, named = Path(run) / "student", stored.get("teacher")
     if not (named or teacher):
         raise WadiError(f"Config {str(settings)!r} names no teacher. Set --teacher.")
     if not folder.is_dir():
         raise WadiError(f"Run {str(run)!r} has no student yet: it stopped before its first checkpoint. Continue it first.")
+    use_family(stored.get("family"), f"Run {str(run)!r}")
     return folder, resolve_teacher(str(teacher or named))
 
 

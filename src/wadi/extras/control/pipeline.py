@@ -144,5 +144,5 @@ def _converted(pipeline: Any, new_class: str, argument: str, model: Any) -> Any:
         # from_pipe casts to float32 unless a dtype is given
         controlled = controlled_class.from_pipe(pipeline, dtype=pipeline.dtype, **components)
     controlled.set_progress_bar_config(disable=True)
-    register_family(new_class, f"{type(backbone).__module__}:{type(backbone).__qualname__}")
+    register_family(new_class, type(backbone))
     return controlled
