@@ -77,6 +77,7 @@ def main() -> None:
     args = parser.parse_args()
 
     from wadi.backbones import Condition, family
+    from wadi.backbones.condition import sizes_and_dtype
     from wadi.backbones.configs import build_network
     from wadi.backbones.outline import Outline
     from wadi.diffusion.schedulers import make_scheduler
@@ -118,7 +119,8 @@ def main() -> None:
     attach_roles(backbone, config)
     timesteps, state = student_timesteps(backbone, config.student.timesteps), initial_state(network, config, device)
     objective = make_objective(config)
-    row = {name: torch.ones(1, *shape, device=device) for name, shape in backbone.condition_shapes().items()}
+    rows = {name: sizes_and_dtype(shape) for name, shape in backbone.condition_shapes().items()}
+    row = {name: torch.ones(1, *sizes, dtype=dtype, device=device) for name, (sizes, dtype) in rows.items()}
     null, condition = (
         Condition(row),
         Condition({name: tensor.repeat(args.batch, *[1] * (tensor.ndim - 1)) for name, tensor in row.items()}),
@@ -145,7 +147,7 @@ def main() -> None:
         )
     planned = plan_run(config, architecture)
     memory = planned.memory["checkpointed"]
-    expected = (memory.total - memory.encoders) / 2**30
+    expected = (memory.known - memory.encoders) / 2**30
     size = f"{planned.parameters / 1e6:.1f} M parameters, rank {config.student.rank} and {config.fake.rank}"
     print(f"{architecture.model}, {size}, batch {args.batch}, latents {backbone.latent_shape}, {args.dtype}")
     print(f"last step {seconds[-1]:.1f} s ({args.batch / seconds[-1]:.3f} images/s)")

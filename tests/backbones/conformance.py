@@ -20,6 +20,7 @@ from torch import nn
 
 from wadi import roles
 from wadi.backbones import Condition, from_pipeline
+from wadi.backbones.condition import sizes_and_dtype
 from wadi.diffusion.process import Prediction
 from wadi.diffusion.schedulers import one_step_scheduler, student_scheduler
 from wadi.distill.batch import Batch
@@ -27,6 +28,8 @@ from wadi.distill.config import DistillConfig, FakeConfig, StudentConfig
 from wadi.distill.networks import RoleNetworks
 from wadi.distill.objectives import make_objective
 from wadi.distill.optimizers import initial_state
+from wadi.distill.plan.architecture import Architecture
+from wadi.distill.plan.plan import plan_run
 from wadi.distill.setup import attach_roles
 from wadi.distill.step import train_step
 from wadi.errors import WadiError
@@ -49,6 +52,7 @@ class Family:
         last: its last timestep, at which ``sigma`` is 1 in a flow.
         features: whether the network has a middle block that `wadi.backbones.features` knows; a GAN is refused without one.
         idle: names of layers whose output the network throws away, so that no gradient reaches their angles.
+        traceable: whether `wadi plan` can count the activations; not if what the network computes depends on numbers.
     """
 
     pipeline: Any
@@ -58,6 +62,7 @@ class Family:
     last: int = 999
     features: bool = True
     idle: tuple[str, ...] = ()
+    traceable: bool = True
 
     def backbone(self, dtype: torch.dtype = torch.float32):
         """Return the backbone of a copy of the pipeline, for images twice as wide as high, so that swapped sides show."""
@@ -71,6 +76,17 @@ class Family:
 
 def generators():
     return [torch.Generator().manual_seed(seed) for seed in SEEDS]
+
+
+def naming(what):
+    """Return ``msg`` for `assert_close` that says what differs."""
+    return lambda message: f"{what}: {message}"
+
+
+def assert_same_layers(found, expected, what):
+    """Require the same names, and say which are missing or should not be there."""
+    missing, surplus = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    assert (missing, surplus) == ([], []), f"{what}: missing {missing}; not expected {surplus}"
 
 
 def images_of(backbone, **call):
@@ -219,6 +235,7 @@ class Conformance:
         if process.alphas is not None:
             torch.testing.assert_close(process.alphas.double() ** 2, scheduler.alphas_cumprod.double(), rtol=1e-6, atol=0)
         x_t, t, condition = network_inputs(backbone)
+        assert backbone.autoencoder_scale(family.pipeline.vae.config) == backbone.scale
         prediction = backbone.predict(x_t, t, condition)
         assert prediction.shape == x_t.shape == (2, *backbone.latent_shape)
         assert prediction.dtype == torch.float32
@@ -341,7 +358,65 @@ class Conformance:
         assert ours.keys() == plain.keys()
         for name, tensor in plain.items():
             expected = tensor.float().expand_as(ours[name])
-            torch.testing.assert_close(ours[name].float(), expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(ours[name].float(), expected, rtol=1e-4, atol=1e-5, msg=naming(name))
+
+    def test_a_prompt_beyond_the_limit_is_cut_where_the_call_cuts_it(self, family):
+        """What follows the limit changes nothing; `condition_shapes` states the same number of tokens."""
+        backbone = family.backbone()
+        cut, longer = backbone.encode([LONG]).tensors, backbone.encode([f"{LONG} {PROMPTS[1]}"]).tensors
+        shapes = {name: sizes_and_dtype(shape) for name, shape in backbone.condition_shapes().items()}
+        assert shapes.keys() == cut.keys()
+        for name, tensor in cut.items():
+            torch.testing.assert_close(longer[name], tensor, rtol=1e-4, atol=1e-5, msg=naming(name))
+            sizes, dtype = shapes[name]
+            assert len(sizes) == tensor.ndim - 1, name
+            assert (dtype == tensor.dtype) or (dtype.is_floating_point and tensor.is_floating_point()), (
+                f"condition_shapes() gives {dtype} for {name}, which is {tensor.dtype}"
+            )
+
+    def test_a_call_starts_from_latents_that_are_given_to_it(self, family):
+        backbone = family.backbone()
+        z = noise(backbone.latent_shape, SEEDS)
+        backbone.pipeline.scheduler = one_step_scheduler(backbone.pipeline.scheduler, backbone.process.last_timestep)
+        drawn = images_of(backbone, num_inference_steps=1)
+        given = images_of(backbone, num_inference_steps=1, latents=backbone.call_latents(z))
+        torch.testing.assert_close(given, drawn, rtol=0, atol=2e-5)
+
+    def test_a_size_off_by_one_patch_is_refused(self, family):
+        """And the network predicts at the next size that is not."""
+        backbone = family.backbone()
+        height, width = backbone.resolution
+        multiple = backbone.scale * backbone.patch
+        for off in (backbone.scale if backbone.patch > 1 else backbone.scale // 2, multiple - 1):
+            for size in ((height + off, width), (height, width - off)):
+                with pytest.raises(WadiError, match=rf"{size[0]} x {size[1]}.*\b{multiple}\b"):
+                    backbone.check_resolution(size)
+        with pytest.raises(WadiError):
+            backbone.check_resolution((0, width))
+        larger = from_pipeline(backbone.pipeline, (height + multiple, width))
+        x_t, t, condition = network_inputs(larger)
+        assert larger.predict(x_t, t, condition).shape == x_t.shape
+        assert larger.decode(x_t[:1]).shape == (1, 3, height + multiple, width)
+
+    def test_it_is_planned_from_configs_alone(self, family):
+        """With the layers and the number of parameters of a real run, and the memory of a step."""
+        backbone, settings = family.backbone(), config(resolution=family.backbone().resolution)
+        pipeline = backbone.pipeline
+        configs = {part: {"_class_name": type(part).__name__, **part.config} for part in (backbone.network, pipeline.scheduler)}
+        architecture = Architecture(
+            model="small", pipeline=type(pipeline).__name__, vae_scale_factor=backbone.autoencoder_scale(pipeline.vae.config),
+            network=configs[backbone.network], scheduler=configs[pipeline.scheduler], other_parameters={},
+        )  # fmt: skip
+        plan = plan_run(settings, architecture)
+        attach_roles(backbone, settings)
+        for role, planned in (("student", plan.student), ("fake", plan.fake)):
+            assert_same_layers(planned.layers, roles.adapted_layers(backbone.network, role), f"{role} of the plan")
+            assert planned.parameters == sum(p.numel() for p in roles.parameters(backbone.network, role).values())
+        if family.traceable:
+            assert plan.unknown == ""
+            assert plan.memory["plain"].activations > 0
+        else:
+            assert plan.unknown
 
     def test_a_scale_that_no_call_can_do_is_an_error(self, family):
         backbone = family.backbone()
@@ -369,7 +444,8 @@ class Conformance:
             alone = backbone.encode([prompt])
             assert alone.tensors.keys() == together.tensors.keys()
             for name, tensor in alone.tensors.items():
-                torch.testing.assert_close(tensor, together.tensors[name][row : row + 1], rtol=1e-4, atol=1e-5)
+                row_of = together.tensors[name][row : row + 1]
+                torch.testing.assert_close(tensor, row_of, rtol=1e-4, atol=1e-5, msg=naming(f"{name} of {prompt!r}"))
         assert [len(c) for c in (together[:1], Condition.cat([together, together]), together[:1].expand(4))] == [1, 6, 4]
 
     def test_images_and_latents_have_the_sizes_it_says(self, family):
@@ -420,16 +496,15 @@ class Conformance:
         attach_roles(backbone, config())
         for role, belongs in (("student", family.adapted), ("fake", family.fake)):
             found = {name.rsplit(".lorad_", 1)[0] for name in roles.parameters(network, role)}
-            expected = {name for name, module in leaves if belongs(name, module)}
-            assert found == expected
+            assert_same_layers(found, [name for name, module in leaves if belongs(name, module)], f"adapter of the {role}")
             assert len(found) > 5
 
     def test_gradients_reach_every_angle(self, family):
         backbone = family.backbone()
         with_roles(backbone)
         gradients = student_gradients(backbone)
-        dead = {name for name, gradient in gradients.items() if gradient is None or not gradient.any()}
-        assert dead == {name for name in gradients if name.rsplit(".lorad_", 1)[0] in family.idle}
+        dead = {n.rsplit(".lorad_", 1)[0] for n, gradient in gradients.items() if gradient is None or not gradient.any()}
+        assert_same_layers(dead, family.idle, "layers without a gradient (the family's `idle`)")
 
     def test_features_are_those_of_the_middle_block_with_and_without_checkpointing(self, family):
         """One row of channels for each token; the loss of a head on them has the same gradients if they are recomputed."""
@@ -449,9 +524,9 @@ class Conformance:
             assert features.std(1).max() > 0  # tokens differ
             torch.testing.assert_close(prediction, networks.fake(x_t, t, condition))
             (features.square().mean() + prediction.square().mean()).backward()
-            gradients.append([p.grad for p in roles.parameters(backbone.network, "fake").values()])
-        for plain, recomputed in zip(*gradients, strict=True):
-            torch.testing.assert_close(plain, recomputed)
+            gradients.append({n: p.grad for n, p in roles.parameters(backbone.network, "fake").items()})
+        for name, plain in gradients[0].items():
+            torch.testing.assert_close(gradients[1][name], plain, msg=naming(name))
 
     def test_gradient_checkpointing_changes_no_gradient(self, family):
         plain, checkpointed = family.backbone(), family.backbone()
@@ -460,7 +535,7 @@ class Conformance:
         recomputed = student_gradients(checkpointed)
         assert any(getattr(m, "gradient_checkpointing", False) for m in checkpointed.network.modules())
         for name, gradient in student_gradients(plain).items():
-            torch.testing.assert_close(recomputed[name], gradient, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(recomputed[name], gradient, rtol=1e-4, atol=1e-6, msg=naming(name))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_a_distillation_step_changes_student_and_fake_and_nothing_else(self, family, dtype):
@@ -475,7 +550,7 @@ class Conformance:
         assert state.skipped == 0
         changed = {n for n, tensor in backbone.network.state_dict().items() if not torch.equal(tensor, before[n])}
         angles = {n for n in before if "lorad_" in n and not any(layer in n for layer in family.idle)}
-        assert changed == angles
+        assert_same_layers(changed, angles, "parameters that a step changes")
         assert all(before[name].dtype == torch.float32 for name in angles)
 
     def test_bfloat16_predicts_nearly_the_same(self, family):

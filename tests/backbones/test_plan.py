@@ -9,12 +9,17 @@ import small_pipelines
 import torch
 
 from wadi import roles
-from wadi.backbones import from_pipeline, load_pipeline
+from wadi.backbones import from_pipeline, load_pipeline, registry
+from wadi.backbones.condition import Condition, as_list, from_list, sizes_and_dtype
+from wadi.backbones.outline import NotInOutline, Outline
+from wadi.backbones.sana import Sana
 from wadi.cli.main import main
+from wadi.diffusion import autoencoder
 from wadi.distill.batch import Batch
 from wadi.distill.config import DistillConfig, FakeConfig, StudentConfig
 from wadi.distill.objectives import make_objective
 from wadi.distill.optimizers import initial_state
+from wadi.distill.plan import fitting
 from wadi.distill.plan.architecture import read_architecture
 from wadi.distill.plan.memory import LiveBytes, peak_bytes
 from wadi.distill.plan.plan import outline_backbone, plan_role, plan_run, plan_to_dict
@@ -49,7 +54,9 @@ def test_a_teachers_configs_tell_what_attaching_does(folder_of, name):
     assert shapes.keys() == encoded.keys()
     clip = {"prompt_embeds"} if name.startswith("sd") else set()  # the small tokenizer's texts are shorter than CLIP's 77
     for key in shapes.keys() - clip:
-        assert shapes[key] == tuple(encoded[key].shape[1:])
+        sizes, dtype = sizes_and_dtype(shapes[key])
+        assert sizes == tuple(encoded[key].shape[1:])
+        assert dtype == encoded[key].dtype
 
 
 @pytest.mark.parametrize("student", methods.METHODS)
@@ -273,3 +280,130 @@ def test_gradients_of_earlier_batches_are_held_from_the_second_on(folder_of):
     one, two, three = (plan_run(replace(config, accumulate=n), found).memory["plain"].total for n in (1, 2, 3))
     assert two == three
     assert one < two
+
+
+class Counting(Sana):
+    """Cuts the prompts to the longest one of the batch, so the shapes of a step depend on the prompts."""
+
+    def predict(self, x_t, t, condition):
+        longest = int(condition.tensors["mask"].sum(1).max())
+        return super().predict(x_t, t, Condition({name: tensor[:, :longest] for name, tensor in condition.tensors.items()}))
+
+
+class Masking(Sana):
+    """Needs a mask of its own dtype: ``~`` does not work on floats."""
+
+    def predict(self, x_t, t, condition):
+        hidden = ~condition.tensors["mask"]
+        return super().predict(x_t, t, Condition({**condition.tensors, "mask": (hidden + 2)}))
+
+
+class Silent(Sana):
+    """Does not say what a condition looks like."""
+
+    condition_shapes = registry.Backbone.condition_shapes
+
+
+class Asking(Sana):
+    """Reads the tokenizer where there is none."""
+
+    def condition_shapes(self):
+        return {"prompt_embeds": (self.pipeline.tokenizer.model_max_length, self.network.config.caption_channels)}
+
+
+class Stating(Sana):
+    """States the scale of an autoencoder that the package does not know."""
+
+    @classmethod
+    def autoencoder_scale(cls, config):
+        return 2 ** len(config["stages"])
+
+
+WORDS = ["--student.rank=2", "--fake.rank=2", "--batch=2"]
+
+
+@pytest.mark.parametrize(("backbone", "reason"), [(Counting, "SanaTransformer2DModel"), (Silent, "condition_shapes")])
+def test_everything_else_is_printed_where_the_activations_are_unknown(folder_of, capsys, monkeypatch, backbone, reason):
+    teacher = str(folder_of("sana"))
+    words = ["plan", "--teacher", teacher, *WORDS]
+    assert main([*words, "--json"]) == 0
+    known = json.loads(capsys.readouterr().out)
+    assert known["unknown"] == ""
+    monkeypatch.setitem(registry.FAMILIES, "SanaPipeline", backbone)
+    assert main([*words, "--json"]) == 0
+    unknown = json.loads(capsys.readouterr().out)
+    assert reason in unknown["unknown"]
+    for name, memory in unknown["memory"].items():
+        assert (memory.pop("activations"), memory.pop("total")) == (None, None)
+        assert memory == {part: known["memory"][name][part] for part in memory}
+    assert {key: unknown[key] for key in known if key not in ("memory", "unknown")} == {
+        key: known[key] for key in known if key not in ("memory", "unknown")
+    }
+    assert main(words) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("unknown") >= 3
+    assert reason in printed.out
+    assert printed.err == ""
+    assert fitting.suggest_settings(DistillConfig(teacher=teacher, batch=2), torch.device("cpu")) == ""
+
+
+def test_masks_have_their_dtype_in_the_plan(folder_of, monkeypatch):
+    found = read_architecture(str(folder_of("sana")))
+    monkeypatch.setitem(registry.FAMILIES, "SanaPipeline", Masking)
+    assert plan_run(CONFIG, found).unknown == ""
+
+
+def test_a_family_that_needs_the_pipeline_for_the_plan_is_told_so(folder_of, monkeypatch, capsys):
+    monkeypatch.setitem(registry.FAMILIES, "SanaPipeline", Asking)
+    assert main(["plan", "--teacher", str(folder_of("sana")), *WORDS]) == 2
+    error = capsys.readouterr().err
+    assert "pipeline.tokenizer" in error
+    assert len(error.splitlines()) == 1
+    outline = Outline(pipeline_class="FluxPipeline")
+    assert outline._pack_latents(torch.zeros(1, 4, 8, 8), 1, 4, 8, 8).shape == (1, 16, 16)  # needs no pipeline
+    with pytest.raises(NotInOutline, match="encode_prompt"):
+        _ = outline.encode_prompt
+    assert not hasattr(outline, "text_encoder")
+
+
+def test_a_family_states_the_scale_of_its_autoencoder(folder_of, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "teacher"
+    shutil.copytree(folder_of("sana"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    del config["encoder_block_out_channels"]
+    (folder / "vae" / "config.json").write_text(json.dumps({**config, "stages": [1, 2, 3]}))
+    assert main(["plan", "--teacher", str(folder), *WORDS]) == 2
+    assert "autoencoder_scale" in capsys.readouterr().err
+    monkeypatch.setitem(registry.FAMILIES, "SanaPipeline", Stating)
+    assert read_architecture(str(folder)).vae_scale_factor == 8
+
+
+def test_lists_of_embeddings_become_rows_and_lists_again():
+    rows = [torch.randn(length, 4) for length in (3, 1, 5)]
+    condition = Condition(from_list(rows, tokens=6))
+    assert condition.tensors["prompt_embeds"].shape == (3, 6, 4)
+    assert condition.tensors["mask"].sum(1).tolist() == [3, 1, 5]
+    assert all(torch.equal(back, row) for back, row in zip(as_list(condition), rows, strict=True))
+    assert [len(row) for row in as_list(Condition.cat([condition[1:2], condition[:1]]))] == [1, 3]
+    again = condition.to(torch.float32)  # as a cache of embeddings may return it
+    assert [len(row) for row in as_list(again)] == [3, 1, 5]
+
+
+def test_an_autoencoder_of_videos_takes_an_image_as_one_frame():
+    from diffusers import AutoencoderKLQwenImage
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.5, 1.0, 1.5, 2.0],
+    ).eval()  # fmt: skip
+    images = torch.rand(3, 3, 16, 32)
+    latents = autoencoder.encode(vae, images, batch=2)
+    assert latents.shape == (3, 4, 16 // autoencoder.scale_of(vae.config), 32 // autoencoder.scale_of(vae.config))
+    with torch.no_grad():
+        raw = vae.encode(2 * images.unsqueeze(2) - 1).latent_dist.mode()[:, :, 0]
+        mean, std = (torch.tensor(vae.config[name]).view(1, 4, 1, 1) for name in ("latents_mean", "latents_std"))
+        torch.testing.assert_close(latents, (raw - mean) / std)
+        decoded = autoencoder.decode(vae, latents)
+        expected = vae.decode(raw.unsqueeze(2)).sample[:, :, 0]
+    torch.testing.assert_close(decoded, (expected / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-5)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from wadi.backbones import features
-from wadi.backbones.condition import Condition
+from wadi.backbones.condition import Condition, Shape
 from wadi.backbones.truncation_notice import print_truncation_once
 from wadi.diffusion import autoencoder, schedulers
 from wadi.diffusion.process import Process
@@ -90,6 +90,15 @@ class Backbone(ABC):
     def scale(self) -> int:
         """Pixels per latent, in each direction."""
         return int(self.pipeline.vae_scale_factor)
+
+    @classmethod
+    def autoencoder_scale(cls, config: Mapping[str, Any]) -> int:
+        """Return `scale` from the ``config`` of the pipeline's autoencoder. `wadi plan` has no pipeline that says it.
+
+        Raises:
+            WadiError: if the config is of an unknown kind. The family must then override this.
+        """
+        return autoencoder.scale_of(config)
 
     @property
     def patch(self) -> int:
@@ -194,8 +203,10 @@ class Backbone(ABC):
         empty = inspect.Parameter.empty
         return {name: call for name, (call, other) in pairs.items() if call not in (None, empty) and other not in (call, empty)}
 
-    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self) -> Mapping[str, Shape]:
         """Return the shape of one row of each tensor of a condition, from configs alone. `wadi plan` needs it.
+
+        A tensor of whole numbers or booleans has its dtype too: ``((tokens,), torch.bool)``.
 
         Raises:
             WadiError: if the family does not implement it.

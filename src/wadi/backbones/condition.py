@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+# Sizes of one row of a tensor, and its dtype if that is not a floating-point one: ``(512, 4096)``, ``((512,), torch.bool)``.
+Shape = tuple[int, ...] | tuple[tuple[int, ...], torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -42,3 +46,39 @@ def replace_empty_rows(prompts: Sequence[str], null: Tensor, encoded: Tensor) ->
     """Return ``encoded`` ``(B, ...)`` with the rows of empty prompts taken from ``null`` ``(B, ...)``."""
     empty = torch.tensor([prompt == "" for prompt in prompts], device=encoded.device)
     return torch.where(empty.view(-1, *([1] * (encoded.ndim - 1))), null, encoded)
+
+
+def sizes_and_dtype(shape: Shape) -> tuple[tuple[int, ...], torch.dtype]:
+    """Return the sizes and the dtype of a row that `wadi.backbones.Backbone.condition_shapes` states; float32 by default."""
+    if len(shape) == 2 and isinstance(shape[1], torch.dtype):
+        return cast(tuple[tuple[int, ...], torch.dtype], shape)
+    return cast(tuple[int, ...], shape), torch.float32
+
+
+def from_list(rows: Sequence[Tensor], tokens: int) -> dict[str, Tensor]:
+    """Return embeddings of any number of tokens, ``(length, width)`` each, as tensors of a `Condition`. See `as_list`.
+
+    A condition has a row for each prompt, and rows are joined, cut and cached, so all must have one length.
+
+    Args:
+        tokens: length of all rows: the most that the pipeline's call encodes.
+    Returns:
+        ``prompt_embeds`` ``(B, tokens, width)`` with zeros as padding, and ``mask`` ``(B, tokens)``, bool. The names matter:
+        a cache of embeddings leaves out what ``mask`` hides.
+    """
+    embeds = torch.stack([pad(row, (0, 0, 0, tokens - len(row))) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows], device=embeds.device)
+    return {"prompt_embeds": embeds, "mask": torch.arange(tokens, device=embeds.device) < lengths[:, None]}
+
+
+def as_list(condition: Condition) -> list[Tensor]:
+    """Return the embeddings that `from_list` padded, each of its own length.
+
+    `wadi plan` has tensors without contents. There each row has all its tokens, which needs the most memory.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    embeds, mask = condition.tensors["prompt_embeds"], condition.tensors["mask"].bool()
+    if isinstance(mask, FakeTensor):
+        return list(embeds)
+    return [row[seen] for row, seen in zip(embeds, mask, strict=True)]

@@ -6,14 +6,14 @@ masked in cross-attention. Models for 1024 pixels may also take the resolution a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from wadi.backbones.base import Backbone
-from wadi.backbones.condition import Condition
+from wadi.backbones.condition import Condition, Shape
 from wadi.backbones.outline import default_argument
 
 LINEARS = r"transformer_blocks\..*(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2)"
@@ -65,11 +65,11 @@ class PixArt(Backbone):
         sizes = {"size": [float(height), float(width)], "aspect_ratio": [height / width]}
         return {name: torch.tensor([values], device=device).repeat(batch, 1) for name, values in sizes.items()}
 
-    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self) -> Mapping[str, Shape]:
         """See `Backbone.condition_shapes`."""
         tokens = default_argument(self.pipeline, "max_sequence_length")
         sizes = {"size": (2,), "aspect_ratio": (1,)} if self.network.use_additional_conditions else {}
-        return {"prompt_embeds": (tokens, self.network.config.caption_channels), "mask": (tokens,), **sizes}
+        return {"prompt_embeds": (tokens, self.network.config.caption_channels), "mask": ((tokens,), torch.int64), **sizes}
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """See `Backbone.predict`. The learned variance is dropped."""

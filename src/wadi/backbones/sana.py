@@ -7,13 +7,14 @@ them, which stays frozen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from wadi.backbones.base import Backbone
-from wadi.backbones.condition import Condition, replace_empty_rows
+from wadi.backbones.condition import Condition, Shape, replace_empty_rows
 from wadi.backbones.outline import default_argument
 
 ATTENTION = r"transformer_blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"
@@ -43,10 +44,10 @@ class Sana(Backbone):
             embeds, mask = replace_empty_rows(prompts, null, embeds), replace_empty_rows(prompts, null_mask, mask)
         return Condition({"prompt_embeds": embeds, "mask": mask})
 
-    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self) -> Mapping[str, Shape]:
         """See `Backbone.condition_shapes`."""
         tokens = default_argument(self.pipeline, "max_sequence_length")
-        return {"prompt_embeds": (tokens, self.network.config.caption_channels), "mask": (tokens,)}
+        return {"prompt_embeds": (tokens, self.network.config.caption_channels), "mask": ((tokens,), torch.int64)}
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """See `Backbone.predict`. Returns the velocity ``eps - x0``. Some checkpoints take a multiple of ``t``."""

@@ -3,6 +3,8 @@
     latents = (z - shift_factor) scaling_factor                        z: output of the autoencoder's own encoder
     latents = (z - latents_mean) / latents_std  scaling_factor         if the config has a mean and deviation per channel
 
+The factor is 1 where the config has none. Autoencoders of videos get an image as one frame, ``(B, 3, 1, height, width)``.
+
 These are the package's only encoder and decoder; each is the inverse of the other. Some autoencoders overflow in float16 (their
 config has ``force_upcast``): they run in float32 and are cast back afterwards. NaN and infinity raise an error: as pixels they
 would silently become black or white.
@@ -10,14 +12,14 @@ would silently become black or white.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from wadi.errors import WadiError
+from wadi.errors import WadiError, short_repr
 
 
 @torch.no_grad()
@@ -31,10 +33,10 @@ def encode(vae: Any, images: Tensor, batch: int = 4) -> Tensor:
     """
     with _safe_precision(vae):
         inputs = ((2 * part - 1).to(vae.device, vae.dtype) for part in images.split(batch))  # one batch on the device at a time
-        parts = [_mode(vae.encode(part, return_dict=False)[0]) for part in inputs]
+        parts = [_image(_mode(vae.encode(_frame(vae, part), return_dict=False)[0])) for part in inputs]
     z = check_finite_rows(torch.cat(parts), "encoder").float()
     mean, std = _moments(vae.config, z)
-    return (z - mean) / std * vae.config.scaling_factor
+    return (z - mean) / std * _factor(vae.config)
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
@@ -47,9 +49,9 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
     """
     latents = latents.float()
     mean, std = _moments(vae.config, latents)
-    z = latents * std / vae.config.scaling_factor + mean
+    z = latents * std / _factor(vae.config) + mean
     with _safe_precision(vae):
-        images = check_finite_rows(vae.decode(z.to(vae.dtype), return_dict=False)[0], "decoder")
+        images = check_finite_rows(_image(vae.decode(_frame(vae, z.to(vae.dtype)), return_dict=False)[0]), "decoder")
     return (images.float() / 2 + 0.5).clamp(0, 1)
 
 
@@ -94,6 +96,37 @@ def finite_decoding(vae: Any) -> Iterator[None]:
             del vae.decode
         else:
             vae.decode = previous
+
+
+def scale_of(config: Mapping[str, Any]) -> int:
+    """Return the pixels per latent, along each side, of an autoencoder with this ``config``: each level halves the size.
+
+    Raises:
+        WadiError: if the config lists no levels under a name that is known here.
+    """
+    names = [name for name in ("block_out_channels", "encoder_block_out_channels", "dim_mult") if config.get(name)]
+    levels = config[names[0]] if names else config.get("block_out_channels")
+    if not isinstance(levels, (list, tuple)) or not 1 <= len(levels) <= 16:
+        raise WadiError(
+            f"The config of the autoencoder has {short_repr(levels)} under {names[0] if names else 'block_out_channels'!r}. It "
+            "must list one to 16 widths: restore the file. If the autoencoder is of another kind, its family must state the "
+            "scale (`autoencoder_scale`)."
+        )
+    return int(2 ** (len(levels) - 1))
+
+
+def _frame(vae: Any, images: Tensor) -> Tensor:
+    """Return images, or latents, as the autoencoder takes them: with an axis of frames if it is one of videos."""
+    return images.unsqueeze(2) if any(isinstance(module, nn.Conv3d) for module in vae.modules()) else images
+
+
+def _image(frames: Tensor) -> Tensor:
+    """Return the only frame of ``(B, C, 1, H, W)``; anything else unchanged."""
+    return frames.squeeze(2) if frames.ndim == 5 else frames
+
+
+def _factor(config: Any) -> float:
+    return float(config.get("scaling_factor") or 1.0)
 
 
 def _moments(config: Any, like: Tensor) -> tuple[Any, Any]:

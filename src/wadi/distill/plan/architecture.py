@@ -67,7 +67,7 @@ def read_architecture(teacher: str) -> Architecture:
     return Architecture(
         model=teacher,
         pipeline=str(index["_class_name"]),
-        vae_scale_factor=2 ** (_count_levels(teacher, read_config(path, "vae")) - 1),
+        vae_scale_factor=backbone.autoencoder_scale(read_config(path, "vae")),
         network=read_config(path, backbone.component),
         scheduler=read_config(path, "scheduler"),
         other_parameters={name: _count_parameters(path, name, *entry) for name, entry in components.items()},
@@ -87,17 +87,6 @@ def _component(teacher: str, name: str, value: Any) -> tuple[str, str] | None:
     raise WadiError(
         f"model_index.json of {teacher!r} has {short_repr(value)} under {name!r}. It must name a library and a class."
     )
-
-
-def _count_levels(teacher: str, vae: dict[str, Any]) -> int:
-    """Return the number of resolutions in an autoencoder; each is half the one before."""
-    widths = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
-    if not isinstance(widths, list) or not 1 <= len(widths) <= 16:
-        raise WadiError(
-            f"The config of the vae of {teacher!r} has {short_repr(widths)} under 'block_out_channels'. It must list one to 16 "
-            "widths: restore the file."
-        )
-    return len(widths)
 
 
 def _count_parameters(path: str, component: str, library: str, class_name: str) -> int:

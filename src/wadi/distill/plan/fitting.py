@@ -49,10 +49,16 @@ class Estimate:
 
     @classmethod
     def of(cls, config: DistillConfig, architecture: Architecture, processes: int = 1) -> Estimate:
-        """Plan batch 1 and the batch of ``config``. The plan of a large model takes about ten seconds."""
+        """Plan batch 1 and the batch of ``config``. The plan of a large model takes about ten seconds.
+
+        Raises:
+            WadiError: if the plan does not know the memory of a step.
+        """
         batch = max(2, config.batch)
         plans = [plan.plan_run(replace(config, batch=size), architecture, processes) for size in (1, batch)]
-        return cls(batch, *({on: p.memory["checkpointed" if on else "plain"].total for on in (False, True)} for p in plans))
+        if unknown := plans[0].unknown:
+            raise WadiError(f"No step can be estimated: {unknown}. Choose a smaller --batch by trial.")
+        return cls(batch, *({on: p.memory["checkpointed" if on else "plain"].known for on in (False, True)} for p in plans))
 
     def bytes_at(self, batch: int, checkpointing: bool) -> int:
         """Return the bytes of a step, including text encoders and autoencoder."""

@@ -8,6 +8,8 @@ guided passes need at the same time. Not seen are workspaces of kernels, unused 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from wadi.backbones import Backbone, Condition
+from wadi.backbones.condition import Shape, sizes_and_dtype
 from wadi.distill.batch import Batch
 from wadi.distill.config import DistillConfig, WarmStartConfig
 from wadi.distill.objectives.base import Objective
 from wadi.distill.state import TrainState
 from wadi.distill.step import train_step
+from wadi.errors import first_line
 
 
 class LiveBytes(TorchDispatchMode):
@@ -58,7 +62,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_bytes(
-    backbone: Backbone, config: DistillConfig, objective: Objective, shapes: dict[str, tuple[int, ...]], timestep: int
+    backbone: Backbone, config: DistillConfig, objective: Objective, shapes: Mapping[str, Shape], timestep: int
 ) -> int:
     """Return the largest number of bytes alive in a step of ``config``: network, adapters, moments, gradients, activations.
 
@@ -67,6 +71,8 @@ def peak_bytes(
         objective: its modules are built here.
         shapes: of one row of each tensor of a condition.
         timestep: the student's first. The later ones are evaluated without gradient and need less.
+    Raises:
+        Untraceable: if what the network computes depends on numbers, which tensors without contents do not have.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -79,7 +85,7 @@ def peak_bytes(
         warm_start=WarmStartConfig(),
         student=replace(config.student, ema=0.0),
     )
-    with FakeTensorMode(allow_non_fake_inputs=True):  # the schedule's table is a small real tensor
+    with _untraceable(), FakeTensorMode(allow_non_fake_inputs=True):  # the schedule's table is a small real tensor
         replace_by_fakes(backbone.network)
         live = LiveBytes()
         for tensor in backbone.network.state_dict().values():
@@ -92,6 +98,29 @@ def peak_bytes(
             train_step(backbone, batch, (timestep,), objective, config, state, update=_drop_gradient)
             del held
         return live.peak
+
+
+class Untraceable(Exception):
+    """A network cannot be run with tensors that have no contents. The message says at which operation."""
+
+
+@contextmanager
+def _untraceable() -> Iterator[None]:
+    """Turn the errors of torch's fake tensors for operations that need numbers into `Untraceable`."""
+    from torch._subclasses import fake_tensor
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    try:
+        yield
+    except (
+        fake_tensor.DataDependentOutputException,
+        fake_tensor.DynamicOutputShapeException,
+        fake_tensor.UnsupportedFakeTensorException,
+        fake_tensor.UnsupportedOperatorException,
+        GuardOnDataDependentSymNode,
+        NotImplementedError,
+    ) as error:
+        raise Untraceable(first_line(error)) from error
 
 
 def replace_by_fakes(network: nn.Module) -> None:
@@ -118,9 +147,10 @@ def _optimizer_memory(state: TrainState, averaged: bool) -> list[Tensor]:
     ]
 
 
-def _batch(backbone: Backbone, shapes: dict[str, tuple[int, ...]], config: DistillConfig, objective: Objective) -> Batch:
+def _batch(backbone: Backbone, shapes: Mapping[str, Shape], config: DistillConfig, objective: Objective) -> Batch:
     size = config.batch * config.accumulate
-    condition = Condition({name: torch.zeros(size, *shape) for name, shape in shapes.items()})
+    rows = {name: sizes_and_dtype(shape) for name, shape in shapes.items()}
+    condition = Condition({name: torch.zeros(size, *sizes, dtype=dtype) for name, (sizes, dtype) in rows.items()})
     z = torch.randn(size, *backbone.latent_shape)
     if objective.needs_samples:
         return Batch(condition, condition[:1], z, z[:0], samples=torch.zeros_like(z), sample_condition=condition)

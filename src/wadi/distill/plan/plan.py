@@ -20,7 +20,7 @@ from wadi.diffusion.schedulers import make_scheduler
 from wadi.distill.config import DistillConfig, FakeConfig, StudentConfig
 from wadi.distill.objectives import make_objective, with_defaults
 from wadi.distill.plan.architecture import Architecture
-from wadi.distill.plan.memory import peak_bytes
+from wadi.distill.plan.memory import Untraceable, peak_bytes
 from wadi.distill.setup import attach_roles
 from wadi.errors import WadiError
 from wadi.io.quiet import errors_only
@@ -44,19 +44,27 @@ class RolePlan:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process at the peak of a step. ``activations`` is everything that the other fields do not count."""
+    """Bytes of one process at the peak of a step. ``activations`` is everything that the other fields do not count.
+
+    It is None if it is unknown, see `Plan.unknown`.
+    """
 
     network: int
     encoders: int
     adapters: int
     optimizer: int
     gradients: int
-    activations: int
+    activations: int | None
 
     @property
-    def total(self) -> int:
-        """Return the sum of all fields."""
-        return sum(vars(self).values())
+    def known(self) -> int:
+        """Return the sum of the fields that are known."""
+        return sum(value for value in vars(self).values() if value is not None)
+
+    @property
+    def total(self) -> int | None:
+        """Return the sum of all fields; None if one is unknown."""
+        return None if self.activations is None else self.known
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,7 @@ class Plan:
             student's image.
         batch, images: images that a process evaluates at once; images per step on all processes.
         memory: with gradient checkpointing (``"checkpointed"``) and without (``"plain"``).
+        unknown: why the activations are unknown; empty if they are known.
     """
 
     model: str
@@ -85,6 +94,7 @@ class Plan:
     student: RolePlan
     fake: RolePlan | None
     memory: dict[str, Memory]
+    unknown: str = ""
 
 
 def plan_run(config: DistillConfig, architecture: Architecture, processes: int = 1) -> Plan:
@@ -96,14 +106,14 @@ def plan_run(config: DistillConfig, architecture: Architecture, processes: int =
     if processes < 1:
         raise WadiError(f"processes is {processes}. It must be at least 1.")
     config = with_defaults(config)
-    memory = {}
+    memory, unknown = {}, ""
     for name, checkpointing in (("checkpointed", True), ("plain", False)):
         backbone = outline_backbone(architecture, replace(config, gradient_checkpointing=checkpointing))
         timesteps = student_timesteps(backbone, config.student.timesteps)
         student = plan_role(backbone, "student", config.student)
         fake = plan_role(backbone, "fake", config.fake) if "fake" in roles.attached(backbone.network) else None
         parameters = sum(parameter.numel() for parameter in backbone.network.parameters()) - _count_adapters(backbone.network)
-        memory[name] = measure_memory(backbone, config, timesteps[0], architecture, processes)
+        memory[name], unknown = measure_memory(backbone, config, timesteps[0], architecture, processes)
     at = torch.tensor(timesteps[:1])
     amplification = float(backbone.process.sigma(at) / backbone.process.alpha(at).clamp_min(1e-12))
     return Plan(
@@ -120,6 +130,7 @@ def plan_run(config: DistillConfig, architecture: Architecture, processes: int =
         student=student,
         fake=fake,
         memory=memory,
+        unknown=unknown,
     )
 
 
@@ -139,7 +150,8 @@ def outline_backbone(architecture: Architecture, config: DistillConfig) -> Backb
         config={},
         **{backbone_class.component: network},
     )
-    backbone = backbone_class(stand_in, config.resolution)
+    with explain_run_errors(f"The family of {architecture.pipeline} cannot be planned"):
+        backbone = backbone_class(stand_in, config.resolution)
     # BOFT computes with its first values, which tensors without contents do not allow
     boft = "boft" in (config.student.adapter, config.fake.adapter)
     with torch.device("cpu" if boft else "meta"):
@@ -156,8 +168,11 @@ def plan_role(backbone: Backbone, role: str, settings: StudentConfig | FakeConfi
 
 def measure_memory(
     backbone: Backbone, config: DistillConfig, timestep: int, architecture: Architecture, processes: int = 1
-) -> Memory:
-    """Return the memory of a step on one process. The backbone's parameters lose their contents."""
+) -> tuple[Memory, str]:
+    """Return the memory of a step on one process, and why the activations are unknown (empty if they are known).
+
+    The backbone's parameters lose their contents.
+    """
     width = torch.empty(0, dtype=dtype_of(config.dtype)).element_size()
     objective = make_objective(config)
     counts = {
@@ -168,13 +183,20 @@ def measure_memory(
     average = FLOAT32 * counts["student"] if config.student.ema else 0
     network = _count_bytes(backbone.network)
     gradients = FLOAT32 * counts["student"]
-    with explain_run_errors(f"No step of {architecture.model!r} can be computed"):
-        peak = peak_bytes(backbone, config, objective, backbone.condition_shapes(), timestep)
+    peak, unknown = None, ""
+    if type(backbone).condition_shapes is Backbone.condition_shapes:
+        unknown = f"{type(backbone).__name__} has no method condition_shapes()"
+    else:
+        try:
+            with explain_run_errors(f"No step of {architecture.model!r} can be computed"):
+                peak = peak_bytes(backbone, config, objective, backbone.condition_shapes(), timestep)
+        except Untraceable as error:
+            unknown = f"what {type(backbone.network).__name__} computes depends on numbers ({error})"
     moments = MOMENTS * FLOAT32 * sum(counts.values())
-    rest = peak - network - adapters - average - moments - gradients
+    rest = None if peak is None else peak - network - adapters - average - moments - gradients
     if config.shard:  # each process keeps its share, and gathers one block at a time
         network = network // processes + max((_count_bytes(block) for block in _blocks(backbone.network)), default=network)
-    return Memory(
+    memory = Memory(
         network=network,
         encoders=width * sum(architecture.other_parameters.values()),
         adapters=adapters + average,
@@ -182,6 +204,7 @@ def measure_memory(
         gradients=gradients,
         activations=rest,
     )
+    return memory, unknown
 
 
 def _count_bytes(module: nn.Module) -> int:

@@ -31,14 +31,21 @@ def describe_plan(plan: Plan) -> str:
     columns = list(plan.memory.values())
     lines.append(f"  {'gradient checkpointing':<24}{'on':>10}{'off':>10}")
     for part in vars(columns[0]):
-        lines.append(f"  {part:<24}" + "".join(f"{getattr(column, part) / 2**30:10.2f}" for column in columns))
-    lines.append(f"  {'total':<24}" + "".join(f"{column.total / 2**30:10.2f}" for column in columns))
+        lines.append(f"  {part:<24}" + "".join(_gibibytes(getattr(column, part)) for column in columns))
+    name, totals = ("more than", [c.known for c in columns]) if plan.unknown else ("total", [c.total for c in columns])
+    lines.append(f"  {name:<24}" + "".join(map(_gibibytes, totals)))
+    if plan.unknown:
+        lines += ["", f"The activations are unknown: {plan.unknown}. Measure a few steps on your device."]
     lines += [
         "",
         "Not counted: workspaces of kernels, the CUDA context, and sample grids, which decode 16 images at once.",
         "Text encoders are not needed in memory if the prompts come from a folder of `wadi embed`.",
     ]
     return "\n".join(lines)
+
+
+def _gibibytes(number: int | None) -> str:
+    return f"{'unknown':>10}" if number is None else f"{number / 2**30:10.2f}"
 
 
 def count_kinds(layers: list[str]) -> dict[str, int]:
