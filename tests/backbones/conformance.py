@@ -91,7 +91,7 @@ def assert_same_layers(found, expected, what):
 
 def images_of(backbone, **call):
     with torch.no_grad():
-        return backbone.pipeline(prompt=PROMPTS, generator=generators(), output_type="pt", **backbone.call | call).images
+        return backbone.pipeline(prompt=list(PROMPTS), generator=generators(), output_type="pt", **backbone.call | call).images
 
 
 def network_inputs(backbone, dtype=torch.float32):
@@ -109,6 +109,7 @@ def fed(backbone):
     def note(module, args, kwargs):
         for name, value in names.bind(*args, **kwargs).arguments.items():
             parts = value.items() if isinstance(value, dict) else [("", value)]
+            parts = list(enumerate(value)) if isinstance(value, (list, tuple)) else parts
             for key, part in parts:
                 if isinstance(part, torch.Tensor):
                     inputs[f"{name} {key}".strip()] = part.detach().clone()
@@ -126,8 +127,8 @@ def passes(backbone):
     batches = []
 
     def note(module, args, kwargs):
-        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.ndim > 1)
-        batches.append(len(first))
+        values = (*args, *kwargs.values())
+        batches.append(len(next(v for v in values if isinstance(v, list) or (isinstance(v, torch.Tensor) and v.ndim > 1))))
 
     handle = backbone.network.register_forward_pre_hook(note, with_kwargs=True)
     try:
@@ -298,7 +299,7 @@ class Conformance:
         backbone.pipeline.scheduler = read
         with torch.no_grad():
             call = {**backbone.call, "num_inference_steps": len(timesteps), "output_type": "pt"}
-            theirs = backbone.pipeline(prompt=PROMPTS, generator=own, **call).images
+            theirs = backbone.pipeline(prompt=list(PROMPTS), generator=own, **call).images
         torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-5)
 
     @pytest.mark.parametrize("steps", [3, 12])
@@ -354,7 +355,7 @@ class Conformance:
             backbone.predict(noise(backbone.latent_shape, SEEDS), torch.full((2,), last), backbone.encode(prompts))
         backbone.pipeline.scheduler = one_step_scheduler(backbone.pipeline.scheduler, last)
         with fed(backbone) as plain, torch.no_grad():
-            backbone.pipeline(prompt=prompts, generator=generators(), num_inference_steps=1, **backbone.call)
+            backbone.pipeline(prompt=list(prompts), generator=generators(), num_inference_steps=1, **backbone.call)
         assert ours.keys() == plain.keys()
         for name, tensor in plain.items():
             expected = tensor.float().expand_as(ours[name])

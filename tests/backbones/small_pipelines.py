@@ -174,12 +174,42 @@ def sana(folder: Path):
     return SanaPipeline(tokenizer=words, text_encoder=text, vae=autoencoder_dc(), transformer=network, scheduler=scheduler)
 
 
+def qwen3(width=32):
+    """``(tokenizer, model)`` over single letters, with a chat template."""
+    from transformers import GemmaTokenizer, Qwen3Config, Qwen3Model
+
+    words, _ = gemma(width)
+    words = GemmaTokenizer(vocab=words.get_vocab(), padding_side="right")
+    words.chat_template = (
+        "{% for message in messages %}red {{ message['content'] }} blu {% endfor %}{% if add_generation_prompt %}gap{% endif %}"
+    )
+    config = Qwen3Config(
+        vocab_size=len(words), hidden_size=width, intermediate_size=37, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, pad_token_id=0,
+    )  # fmt: skip
+    return words, Qwen3Model(config)
+
+
+def z_image(folder: Path):
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+
+    words, text = qwen3()
+    network = ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32, axes_dims=[4, 6, 6],
+        axes_lens=[1024, 32, 32],
+    )  # fmt: skip
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=autoencoder(shift_factor=0.11, scaling_factor=0.36),
+        text_encoder=text, tokenizer=words, transformer=network,
+    )  # fmt: skip
+
+
 MAKERS = {
     "sd1": sd1, "sd2": sd2, "sdxl": sdxl, "pixart-alpha": pixart_alpha, "pixart-sigma": pixart_sigma, "sd3": sd3, "flux": flux,
-    "sana": sana,
+    "sana": sana, "z-image": z_image,
 }  # fmt: skip
 # Where the pipeline's own size is not the one to test at.
-RESOLUTIONS = {"pixart-alpha": (SIDE, SIDE), "flux": (SIDE, SIDE)}
+RESOLUTIONS = {"pixart-alpha": (SIDE, SIDE), "flux": (SIDE, SIDE), "z-image": (SIDE, SIDE)}
 
 
 def make(name: str, folder: Path):

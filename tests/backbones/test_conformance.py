@@ -39,6 +39,10 @@ def in_sana(name, module):
     return not_modulation(name, module) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and ".ff." in name)
 
 
+def in_z_image(name, module):
+    return linear(name, module) and not re.search(r"t_embedder|adaLN", name)
+
+
 UNET = {"adapted": in_unet_blocks, "fake": in_attention_blocks}
 KNOWN = {
     "sd1": UNET,
@@ -49,6 +53,12 @@ KNOWN = {
     # the last block's text stream ends in attention, and its query is computed for nothing
     "sd3": {"adapted": not_modulation, "fake": in_any_block, "last": 1000, "idle": ("transformer_blocks.1.attn.add_q_proj",)},
     "flux": {"adapted": not_modulation, "fake": in_any_block, "last": 1000},
+    "z-image": {
+        "adapted": in_z_image,
+        "fake": lambda n, m: in_z_image(n, m) and "embedder" not in n and "final" not in n,
+        "last": 1000,
+        "features": False,
+    },
     "sana": {"adapted": in_sana, "fake": lambda n, m: in_sana(n, m) and "transformer_blocks." in n, "last": 1000},
 }
 

@@ -126,7 +126,9 @@ def test_fluxs_network_gets_the_guidance_of_its_training_in_evaluation(flux_run,
     assert source.many_steps(2, 2.0).about["arguments"] == {"true_cfg_scale": 2.0, "negative_prompt": ""}
 
 
-@pytest.mark.parametrize(("name", "last"), [("sd1", 999), ("pixart-sigma", 999), ("sd3", 1000), ("flux", 1000), ("sana", 1000)])
+@pytest.mark.parametrize(
+    ("name", "last"), [("sd1", 999), ("pixart-sigma", 999), ("sd3", 1000), ("flux", 1000), ("sana", 1000), ("z-image", 1000)]
+)
 def test_the_teacher_forced_to_one_step_starts_at_its_last_timestep(folder_of, name, last):
     assert Source("x", pipeline=True, teacher=str(folder_of(name))).last_timestep() == last
 

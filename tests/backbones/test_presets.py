@@ -16,7 +16,7 @@ from wadi.distill.presets import MODELS, ONE_GPU, OURS, PAPERS, PRESETS
 SIZES = {
     "sd15": 859_520_964, "sd21-base": 865_910_724, "sd21": 865_910_724, "pixart-alpha-256": 610_856_096,
     "pixart-alpha-512": 610_856_096, "pixart-sigma": 610_856_096, "sdxl": 2_567_463_684, "sd3": 2_243_171_520,
-    "flux": 11_901_408_320, "sana": 1_604_462_752,
+    "flux": 11_901_408_320, "sana": 1_604_462_752, "z-image": 6_154_908_736,
 }  # fmt: skip
 
 

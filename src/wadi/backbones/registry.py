@@ -27,6 +27,7 @@ FAMILIES: dict[str, str | type[Backbone]] = {
     "StableDiffusion3Pipeline": "wadi.backbones.sd3:StableDiffusion3",
     "FluxPipeline": "wadi.backbones.flux:Flux",
     "SanaPipeline": "wadi.backbones.sana:Sana",
+    "ZImagePipeline": "wadi.backbones.z_image:ZImage",
 }
 
 

@@ -50,4 +50,5 @@ def _gibibytes(number: int | None) -> str:
 
 def count_kinds(layers: list[str]) -> dict[str, int]:
     """Count layers by their name within a block, without the block's number: ``attn1.to_q``, ``ff.net.2``, ..."""
-    return dict(Counter(re.sub(r"^.*(blocks|attentions|resnets)\.\d+\.", "", name) for name in layers).most_common())
+    numbered = r"^.*(blocks|attentions|resnets|layers|refiner)\.\d+\."
+    return dict(Counter(re.sub(numbered, "", name) for name in layers).most_common())
