@@ -80,11 +80,7 @@ def test_an_export_of_four_steps_makes_the_bytes_of_wadi_generate(adapter_of, tm
             calls = record_timesteps(getattr(plain, component))
     backbone, generator = from_pipeline(load_pipeline(out)), torch.Generator().manual_seed(5)
     assert backbone.student_timesteps == tuple(about["timesteps"])
-    if family in (
-        "sd3",
-        "flux",
-        "z-image",
-    ):  # these pipelines draw the later noise from torch's global generator: give it this state
+    if family in ("sd3", "flux", "z-image"):  # they draw the later noise from torch's global generator: give it this state
         own = torch.Generator().manual_seed(5)
         torch.randn((1, *backbone.latent_shape), generator=own)
         torch.set_rng_state(own.get_state())
