@@ -19,7 +19,7 @@ RANKS = (
     {"roles", "sampling", "zoo"},
     {"distill"},
     {"distill.plan", "zoo.recipe"},
-    {"extras", "convert", "metrics", "analysis"},
+    {"extras", "convert", "metrics", "analysis", "testing"},
     {"pipelines"},
     {"evaluate", "app"},
     {"study", "exports"},

@@ -49,6 +49,14 @@ def test_the_environment_has_the_wheel_and_not_the_clone(python, tmp_path):
     assert str(ROOT) not in found
 
 
+def test_the_tests_of_families_are_in_it(python, tmp_path):
+    code = (
+        "from wadi.testing import Conformance, components; print(len([n for n in dir(Conformance) if n[:5] == 'test_']) > 20)"
+    )
+    done = run(python, "-c", code, cwd=tmp_path)
+    assert done.stdout == "True\n", done.stderr
+
+
 def test_an_image_and_two_steps_of_distillation(python, tmp_path):
     drawn = run(python, "-m", "wadi", "generate", "red apple", "--out", "apple.png", cwd=tmp_path)
     assert drawn.returncode == 0, drawn.stderr

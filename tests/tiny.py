@@ -6,20 +6,7 @@ from pathlib import Path
 
 import torch
 
-
-def tokenizer(folder: Path):
-    """A CLIP tokenizer over single bytes: every text has tokens, nothing is downloaded."""
-    import json
-
-    from transformers import CLIPTokenizer
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    letters = list(bytes_to_unicode().values())
-    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+from wadi.testing.components import clip_tokenizer as tokenizer
 
 
 def stable_diffusion(folder: Path, prediction_type: str = "epsilon", seed: int = 0, **unet):

@@ -1,11 +1,12 @@
-"""Every family of the package against `conformance.Conformance`."""
+"""Every family of the package against `wadi.testing.Conformance`."""
 
 import re
 
 import pytest
 import small_pipelines
-from conformance import Conformance, Family
 from torch import nn
+
+from wadi.testing import Conformance, Family
 
 UNET_LINEARS = ("down_blocks.", "mid_block.", "up_blocks.")
 

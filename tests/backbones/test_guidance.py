@@ -6,7 +6,6 @@ import shutil
 import aura_flow
 import pytest
 import test_new_family
-from conformance import PROMPTS, Conformance, Family
 from diffusers import AuraFlowPipeline, FluxTransformer2DModel
 
 import tiny
@@ -16,6 +15,8 @@ from wadi.distill.loop import distill
 from wadi.errors import WadiError
 from wadi.evaluate.generators import Source
 from wadi.pipelines.generate import Sampling, generate_images
+from wadi.testing import Conformance, Family
+from wadi.testing.conformance import PROMPTS
 
 
 def renormalised(mixture, conditional):

@@ -7,7 +7,6 @@ import aura_flow
 import pytest
 import small_pipelines
 import torch
-from conformance import Conformance, Family
 from torch import nn
 
 from wadi.backbones import from_pipeline, load_pipeline
@@ -16,6 +15,7 @@ from wadi.distill.loop import distill
 from wadi.distill.plan.architecture import read_architecture
 from wadi.distill.plan.plan import plan_run
 from wadi.pipelines import generate, load
+from wadi.testing import Conformance, Family
 
 
 def make(folder):
