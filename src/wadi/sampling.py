@@ -131,9 +131,13 @@ def many_steps(
 
     Args:
         before_step: called before each step; may raise an exception to end early.
+    Raises:
+        WadiError: if the model's schedule has no such number of steps.
     """
     scheduler = backbone.sampler()
     scheduler.set_timesteps(**backbone.sampler_arguments(steps), device=z.device)
+    if not torch.as_tensor(scheduler.timesteps).isfinite().all():  # stretching to `shift_terminal` divides by 0
+        raise WadiError(f"The model's own schedule cannot be divided into {steps} step. Sample in at least 2 steps.")
     x_t = z * getattr(scheduler, "init_noise_sigma", 1.0)
     for t in scheduler.timesteps:
         if before_step is not None:

@@ -10,7 +10,18 @@ from pathlib import Path
 import torch
 
 import tiny
-from wadi.testing.components import SIDE, autoencoder, autoencoder_dc, clip_text, gemma, qwen3, readied, t5
+from wadi.testing.components import (
+    SIDE,
+    autoencoder,
+    autoencoder_dc,
+    byte_tokenizer,
+    clip_text,
+    gemma,
+    qwen3,
+    qwen_vl,
+    readied,
+    t5,
+)  # fmt: skip
 
 
 def sd1(folder: Path):
@@ -127,12 +138,124 @@ def z_image(folder: Path):
     )  # fmt: skip
 
 
+def lumina2(folder: Path):
+    """Its pipeline always takes 8 pixels for a latent."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
+
+    words, text = gemma()
+    network = Lumina2Transformer2DModel(
+        sample_size=2 * SIDE // 8, patch_size=2, in_channels=4, hidden_size=24, num_layers=2, num_refiner_layers=1,
+        num_attention_heads=2, num_kv_heads=1, multiple_of=16, axes_dim_rope=(4, 4, 4), axes_lens=(300, 32, 32),
+        cap_feat_dim=32,
+    )  # fmt: skip
+    return Lumina2Pipeline(
+        transformer=network, scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0), text_encoder=text, tokenizer=words,
+        vae=autoencoder(levels=4, shift_factor=0.11, scaling_factor=0.36),
+    )  # fmt: skip
+
+
+def chroma(folder: Path):
+    from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
+    words, text = t5()
+    network = ChromaTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 8), approximator_num_channels=8, approximator_hidden_dim=16, approximator_layers=1,
+    )  # fmt: skip
+    return ChromaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0), vae=autoencoder(shift_factor=0.11),
+        text_encoder=text, tokenizer=words, transformer=network,
+    )  # fmt: skip
+
+
+def qwen_image(folder: Path):
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+
+    words, text = qwen_vl()
+    network = QwenImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    vae = AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
+        latents_mean=[-0.2, 0.1, 0.3, 0.0], latents_std=[0.9, 1.2, 0.8, 1.5],
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, shift_terminal=0.02, base_shift=0.4, max_shift=0.9, max_image_seq_len=8192
+    )
+    return QwenImagePipeline(scheduler=scheduler, vae=vae, text_encoder=text, tokenizer=words, transformer=network)
+
+
+def _flux2(cls, network, **parts):
+    """The moments of its autoencoder are those of a batch norm."""
+    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
+
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4, norm_num_groups=4, sample_size=SIDE,
+    )  # fmt: skip
+    vae.bn.running_mean.normal_(std=0.3)
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=48,
+        timestep_guidance_channels=8, axes_dims_rope=(4, 4, 4, 4), **network,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    return cls(scheduler=scheduler, vae=vae, transformer=transformer, **parts)
+
+
+def flux2_klein(folder: Path):
+    """Its text encoder has as many layers as the pipeline reads hidden states from."""
+    from diffusers import Flux2KleinPipeline
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    words = byte_tokenizer("<|im_start|>", "<|im_end|>")
+    words.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    config = Qwen3Config(
+        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=27, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    parts = {"tokenizer": words, "text_encoder": Qwen3ForCausalLM(config)}
+    return _flux2(Flux2KleinPipeline, {"guidance_embeds": False}, **parts)
+
+
+def flux2(folder: Path):
+    """With a tokenizer in the place of Pixtral's processor, which needs torchvision; the pipeline calls both alike."""
+    from diffusers import Flux2Pipeline
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    words = byte_tokenizer("[IMG]", "[INST]", "[/INST]")
+    words.chat_template = (
+        "{% for m in messages %}[INST]{% for part in m.content %}{{ part.text }}{% endfor %}[/INST]{% endfor %}"
+    )
+    config = Mistral3Config(
+        text_config={
+            "model_type": "mistral", "vocab_size": len(words), "hidden_size": 16, "intermediate_size": 16,
+            "num_hidden_layers": 30, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+        },
+        vision_config={
+            "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "head_dim": 8, "image_size": 28, "patch_size": 14,
+        },
+        image_token_index=words.convert_tokens_to_ids("[IMG]"),
+    )  # fmt: skip
+    parts = {"tokenizer": words, "text_encoder": Mistral3ForConditionalGeneration(config)}
+    return _flux2(Flux2Pipeline, {"guidance_embeds": True}, **parts)
+
+
 MAKERS = {
     "sd1": sd1, "sd2": sd2, "sdxl": sdxl, "pixart-alpha": pixart_alpha, "pixart-sigma": pixart_sigma, "sd3": sd3, "flux": flux,
-    "sana": sana, "z-image": z_image,
+    "sana": sana, "z-image": z_image, "lumina2": lumina2, "chroma": chroma, "qwen-image": qwen_image,
+    "flux2-klein": flux2_klein, "flux2": flux2,
 }  # fmt: skip
 # Where the pipeline's own size is not the one to test at.
-RESOLUTIONS = {"pixart-alpha": (SIDE, SIDE), "flux": (SIDE, SIDE), "z-image": (SIDE, SIDE)}
+AT_16 = ("pixart-alpha", "flux", "z-image", "chroma", "qwen-image", "flux2-klein", "flux2")
+RESOLUTIONS = dict.fromkeys(AT_16, (SIDE, SIDE))
 
 
 def make(name: str, folder: Path):

@@ -26,6 +26,7 @@ LAYERS = r".*(attn\d?\.to_q|attn\d?\.to_out\.0|resnets\.0\.conv1|ff\.net\.2|norm
 PATTERNS = {"rank_pattern": {"to_q": 3}, "alpha_pattern": {r"to_out\.0": 5}}
 OPTIONS = {"plain": {}, "lora": PATTERNS, "dora": {"use_dora": True}, "rs": {"use_rslora": True, **PATTERNS}}
 CASES = [("sd1", "plain"), ("sd1", "lora"), ("sd1", "dora"), ("sdxl", "rs"), ("sd3", "dora"), ("flux", "lora")]
+CASES += [("lumina2", "lora"), ("chroma", "plain"), ("qwen-image", "lora"), ("flux2-klein", "lora")]
 PROMPT, SEED = "red apple", 3
 # The lines of the README, for several folders in one process. The package cannot be imported there.
 PLAIN = """
@@ -36,7 +37,7 @@ for case in json.loads(sys.argv[1]):
         names = {"torch": torch, "TEACHER": case["teacher"], "FOLDER": case["folder"], "prompt": case["prompt"]}
         code = case["code"].replace("load_lora_weights(FOLDER)", f"load_lora_weights(FOLDER, weight_name={weights!r})")
         generator = f"generator=torch.Generator().manual_seed({case['seed']})"
-        code = code.replace("pipe(prompt", f"pipe(prompt, output_type='np', {generator}")
+        code = code.replace(", num_inference_steps", f", output_type='np', {generator}, num_inference_steps")
         exec(code, names)
         np.save(image, names["image"])
 assert "wadi" not in sys.modules
@@ -60,7 +61,7 @@ def trained(folder_of, name, options, folder):
 def generated(backbone):
     pipeline = backbone.pipeline
     generator = torch.Generator().manual_seed(SEED)
-    return pipeline(PROMPT, num_inference_steps=1, output_type="np", generator=generator, **backbone.call).images[0]
+    return pipeline(prompt=PROMPT, num_inference_steps=1, output_type="np", generator=generator, **backbone.call).images[0]
 
 
 def export(adapter, out, *more):

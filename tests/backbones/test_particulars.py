@@ -5,13 +5,17 @@ import logging
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import wadi
 from raising import raises_naming
 from wadi.backbones import from_pipeline, load_pipeline, truncation_notice
-from wadi.diffusion.schedulers import flow_shift, one_step_scheduler, resolution_shift
+from wadi.diffusion.schedulers import check_not_distilled, flow_shift, one_step_scheduler, resolution_shift
+from wadi.extras.high_resolution.resize import set_resolution
+from wadi.pipelines.generate import Sampling, generate_images
+from wadi.prompts.cache import used_tokens
 from wadi.sampling import many_steps, noise
 
 
@@ -77,6 +81,111 @@ def test_sanas_prompts_go_behind_its_instruction_and_the_null_prompt_does_not(fo
     plain, *_ = pipeline.encode_prompt(["red apple"], do_classifier_free_guidance=False, complex_human_instruction=None)
     assert not torch.allclose(backbone.encode(["red apple"]).tensors["prompt_embeds"], plain, atol=1e-3)
     assert backbone.scale == 32
+
+
+def test_lumina2s_prompts_go_behind_its_system_prompt_and_the_null_prompt_does_not(folder_of):
+    pipeline = load_pipeline(folder_of("lumina2"))
+    backbone = from_pipeline(pipeline)
+    bare, mask, *_ = pipeline.encode_prompt(["red apple"], do_classifier_free_guidance=False, system_prompt="")
+    inputs = backbone.encode(["red apple", ""]).tensors
+    assert inputs["mask"][0].sum() > mask.sum() > inputs["mask"][1].sum()
+    assert not torch.allclose(inputs["prompt_embeds"][:1], bare, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "spacing"),
+    [
+        ("lumina2", {"use_dynamic_shifting": True}),
+        ("chroma", {"use_beta_sigmas": True}),
+        ("chroma", {"use_karras_sigmas": True}),
+        ("chroma", {"shift_terminal": 0.1, "use_dynamic_shifting": True, "base_shift": 0.2}),
+    ],
+)
+def test_many_steps_are_spaced_as_the_models_own_scheduler_spaces_them(folder_of, name, spacing):
+    pipeline = load_pipeline(folder_of(name))
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **spacing)
+    backbone = from_pipeline(pipeline, (32, 16))
+    times = []
+    hook = backbone.network.register_forward_pre_hook(lambda m, a, k: times.append(float(k["timestep"][0])), with_kwargs=True)
+    condition, z = backbone.encode(["red apple"]), torch.randn(1, *backbone.latent_shape)
+    many_steps(backbone, condition, condition, z, steps=4, guidance_scale=1.0)
+    backbone.pipeline("red apple", num_inference_steps=4, output_type="latent", **backbone.call)
+    hook.remove()
+    assert len(set(times[:4])) == 4
+    assert times[:4] == pytest.approx(times[4:], abs=1e-5)
+
+
+def test_a_schedule_that_has_no_single_step_is_an_error(folder_of):
+    pipeline = load_pipeline(folder_of("chroma"))
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, shift_terminal=0.1)
+    backbone = from_pipeline(pipeline, (16, 16))
+    condition, z = backbone.encode(["red apple"]), torch.randn(1, *backbone.latent_shape)
+    with raises_naming("1 step"):
+        many_steps(backbone, condition, condition, z, steps=1, guidance_scale=1.0)
+
+
+def test_chromas_padding_counts_and_stays_in_a_cache(folder_of):
+    """Its mask is added to the attention: tokens that it does not list weigh less, but are seen."""
+    backbone = from_pipeline(load_pipeline(folder_of("chroma")), (16, 16))
+    condition, x_t, t = backbone.encode(["red apple"]), torch.randn(1, *backbone.latent_shape), torch.tensor([300])
+    assert condition.tensors["text_weights"].sum() == len("▁red▁apple") + 2  # the end and one token of padding
+    assert used_tokens(condition.tensors).tolist() == [512]
+    before = backbone.predict(x_t, t, condition)
+    condition.tensors["prompt_embeds"][0, 20:] += 1
+    assert not torch.allclose(backbone.predict(x_t, t, condition), before, atol=1e-3)
+
+
+def test_qwen_images_padding_is_not_seen_and_its_text_is_cut_where_a_plain_call_cuts_it(folder_of):
+    backbone = from_pipeline(load_pipeline(folder_of("qwen-image")), (16, 16))
+    long, short = "red apple " * 100, "red apple"
+    mask = backbone.encode([long, short]).tensors["mask"]
+    assert mask.shape == (2, 512)
+    assert mask[0].all()
+    condition, x_t, t = backbone.encode([short]), torch.randn(1, *backbone.latent_shape), torch.tensor([300])
+    before = backbone.predict(x_t, t, condition)
+    condition.tensors["prompt_embeds"][0, int(mask[1].sum()) :] += 1
+    torch.testing.assert_close(backbone.predict(x_t, t, condition), before)
+    condition.tensors["prompt_embeds"][0, : int(mask[1].sum())] = torch.randn(int(mask[1].sum()), 32)
+    assert (backbone.predict(x_t, t, condition) - before).abs().max() > 1e-4
+
+
+def test_qwen_images_guidance_of_several_prompts_is_that_of_each(folder_of):
+    """Also in a last batch that is smaller: its pipeline does not repeat a negative prompt."""
+    pipeline = load_pipeline(folder_of("qwen-image"))
+    set_resolution(pipeline, (16, 16))
+    prompts, sampling = ["red apple", "blue car", "red car"], Sampling(steps=3, guidance_scale=3.0, batch=2)
+    images = generate_images(pipeline, prompts, [1, 2, 3], sampling).images
+    plain = generate_images(pipeline, prompts, [1, 2, 3], Sampling(steps=3, batch=2)).images
+    for row, prompt in enumerate(prompts):
+        alone = pipeline(
+            prompt, negative_prompt="", true_cfg_scale=3.0, num_inference_steps=3, height=16, width=16,
+            generator=torch.Generator().manual_seed(row + 1),
+        ).images[0]  # fmt: skip
+        assert np.abs(np.asarray(images[row], int) - np.asarray(alone, int)).max() <= 1
+        assert images[row].tobytes() != plain[row].tobytes()
+
+
+@pytest.mark.parametrize(("name", "guidance"), [("flux2", 4.0), ("flux2-klein", None)])
+def test_flux2_tells_the_network_its_guidance_where_it_takes_one(folder_of, name, guidance):
+    backbone = from_pipeline(load_pipeline(folder_of(name)), (32, 16))
+    inputs = {}
+    backbone.network.register_forward_pre_hook(lambda module, args, kwargs: inputs.update(kwargs), with_kwargs=True)
+    backbone.predict(torch.randn(2, *backbone.latent_shape), torch.tensor([250, 500]), backbone.encode(["red apple", ""]))
+    assert backbone.latent_shape == (16, 8, 4)
+    assert inputs["hidden_states"].shape == (2, 32, 16)
+    assert (inputs["guidance"] is None) == (guidance is None)
+    if guidance:
+        assert inputs["guidance"].tolist() == [guidance] * 2
+        assert backbone.call["guidance_scale"] == guidance
+        assert backbone.guidance_arguments(1.0) == {"guidance_scale": guidance}
+
+
+def test_a_distilled_klein_is_no_teacher(folder_of):
+    pipeline = load_pipeline(folder_of("flux2-klein"))
+    check_not_distilled(pipeline, pipeline.transformer)
+    pipeline.register_to_config(is_distilled=True)
+    with raises_naming("is_distilled"):
+        check_not_distilled(pipeline, pipeline.transformer)
 
 
 def test_flux_tells_the_network_its_guidance(folder_of):
@@ -147,7 +256,7 @@ def test_the_package_has_one_encoder_and_decoder_of_images(words):
     assert having == {"diffusion/autoencoder.py"}
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "flux", "pixart-alpha"])
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "flux", "pixart-alpha", "lumina2"])
 def test_prompts_that_are_too_long_are_reported_once(folder_of, name, monkeypatch):
     backbone = from_pipeline(load_pipeline(folder_of(name)), (16, 16))
     handler = next(h for h in logging.getLogger("diffusers").handlers if type(h) is logging.StreamHandler)

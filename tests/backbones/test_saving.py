@@ -17,6 +17,17 @@ from wadi.lorad import LoRaDConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
 NETWORKS = ("unet", "transformer")
+# Their pipelines draw the later noise from torch's global generator.
+GLOBAL_NOISE = (
+    "sd3",
+    "flux",
+    "lumina2",
+    "chroma",
+    "qwen-image",
+    "flux2",
+    "flux2-klein",
+)
+FLOWS = (*GLOBAL_NOISE, "sana")
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +81,7 @@ def test_an_export_of_four_steps_makes_the_bytes_of_wadi_generate(adapter_of, tm
     shutil.copytree(adapter_of(family), adapter)
     about = json.loads((adapter / "wadi.json").read_text())
     del about["timestep"]
-    about["timesteps"] = [1000, 750, 500, 250] if family in ("sd3", "flux", "sana", "z-image") else [799, 599, 399, 199]
+    about["timesteps"] = [1000, 750, 500, 250] if family in FLOWS else [799, 599, 399, 199]
     (adapter / "wadi.json").write_text(json.dumps(about))
     assert main(["export", "--adapter", str(adapter), "--out", str(out), "--device", "cpu"]) == 0
     plain = DiffusionPipeline.from_pretrained(out)
@@ -80,7 +91,7 @@ def test_an_export_of_four_steps_makes_the_bytes_of_wadi_generate(adapter_of, tm
             calls = record_timesteps(getattr(plain, component))
     backbone, generator = from_pipeline(load_pipeline(out)), torch.Generator().manual_seed(5)
     assert backbone.student_timesteps == tuple(about["timesteps"])
-    if family in ("sd3", "flux", "z-image"):  # they draw the later noise from torch's global generator: give it this state
+    if family in GLOBAL_NOISE:  # give it this state
         own = torch.Generator().manual_seed(5)
         torch.randn((1, *backbone.latent_shape), generator=own)
         torch.set_rng_state(own.get_state())

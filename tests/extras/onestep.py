@@ -6,7 +6,8 @@ from backbones import small_pipelines
 from wadi.backbones import from_pipeline
 from wadi.diffusion.schedulers import one_step_scheduler
 
-FAMILIES = ["sd1", "sd2", "sdxl", "pixart-sigma", "sd3", "flux", "sana"]
+FLOWS = ["sd3", "flux", "sana", "lumina2", "chroma", "qwen-image", "flux2", "flux2-klein"]
+FAMILIES = ["sd1", "sd2", "sdxl", "pixart-sigma", *FLOWS]
 RESOLUTIONS = {**small_pipelines.RESOLUTIONS, "sana": (64, 64)}
 TIMESTEP = 800
 
@@ -33,8 +34,13 @@ class network_calls:
 
     def __init__(self, pipeline):
         self.network = from_pipeline(pipeline).network
-        flux = type(self.network).__name__.startswith("Flux")
-        self.scale = 1000 if flux else 1 / (self.network.config.get("timestep_scale") or 1)
+        kind, scale = type(self.network).__name__, 1 / (self.network.config.get("timestep_scale") or 1)
+        if kind.startswith(("Flux", "Chroma", "QwenImage")):
+            self.time = lambda t: 1000 * t
+        elif kind.startswith("Lumina2"):
+            self.time = lambda t: 1000 * (1 - t)
+        else:
+            self.time = lambda t: scale * t
 
     def __enter__(self):
         calls = []
@@ -42,7 +48,7 @@ class network_calls:
         def note(module, args, kwargs):
             x = args[0] if args else kwargs["hidden_states"]
             t = kwargs["timestep"] if "timestep" in kwargs else args[1]
-            calls.append((self.scale * float(torch.as_tensor(t).flatten()[0]), x.detach().clone()))
+            calls.append((self.time(float(torch.as_tensor(t).flatten()[0])), x.detach().clone()))
 
         self.hook = self.network.register_forward_pre_hook(note, with_kwargs=True)
         return calls

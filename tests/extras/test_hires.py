@@ -351,7 +351,7 @@ def test_large_images_are_decoded_in_tiles(pipeline, monkeypatch):
 # --- transformers -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "pixart-sigma", "sana"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "pixart-sigma", "sana", "chroma"])
 def test_transformers_generate_at_other_sizes(name, tmp_path):
     pipeline = small_pipelines.make(name, tmp_path)
     native = (64, 64) if name == "sana" else (16, 16)
@@ -362,7 +362,7 @@ def test_transformers_generate_at_other_sizes(name, tmp_path):
     with enlarged(pipeline, native, wanted):
         stretched = generate_images(pipeline, ["red"], [1]).images[0]
     assert stretched.size == plain.size == (wanted[1], wanted[0])
-    assert (stretched.tobytes() != plain.tobytes()) == (name in ("sd3", "flux"))
+    assert (stretched.tobytes() != plain.tobytes()) == (name in ("sd3", "flux", "chroma"))
     with enlarged(pipeline, native, wanted, factor=1):
         assert generate_images(pipeline, ["red"], [1]).images[0].tobytes() == plain.tobytes()
     assert generate_images(pipeline, ["red"], [1]).images[0].tobytes() == plain.tobytes()
@@ -371,8 +371,9 @@ def test_transformers_generate_at_other_sizes(name, tmp_path):
             pass
 
 
-def test_rotary_positions_stay_in_their_range(tmp_path):
-    network = small_pipelines.make("flux", tmp_path).transformer
+@pytest.mark.parametrize("name", ["flux", "chroma"])
+def test_rotary_positions_stay_in_their_range(name, tmp_path):
+    network = small_pipelines.make(name, tmp_path).transformer
     ids = torch.tensor([[0, 6, 9], [0, 2, 3], [0, 0, 0]])
     with interpolated_positions(network, (4, 4), (8, 12)):
         rotary = network.pos_embed(ids)

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from onestep import FAMILIES, network_calls, students
+from onestep import FAMILIES, FLOWS, network_calls, students
 from PIL import Image
 
 import tiny
@@ -35,7 +35,7 @@ def test_times_are_evenly_spaced_from_the_students_own(student_of, name, steps):
     with network_calls(pipeline) as calls:
         generate_images(pipeline, ["red"], [0], Sampling(call=new.call))
     assert [t for t, _ in calls] == pytest.approx([800 * (1 - i / steps) for i in range(steps)], abs=1.01)
-    assert new.sigma == pytest.approx(0.8 if name in ("sd3", "flux", "sana") else (1 - new.alpha**2) ** 0.5)
+    assert new.sigma == pytest.approx(0.8 if name in FLOWS else (1 - new.alpha**2) ** 0.5)
 
 
 def test_the_input_is_not_mixed_into_the_prediction(student_of):
@@ -55,7 +55,8 @@ def test_one_step_is_the_student(student_of, name):
     assert np.abs(pixels(own) - pixels(again)).max() <= 1
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# flux2-klein's pipeline returns "latent" as the autoencoder's own
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "flux2-klein"])
 def test_the_second_input_is_the_first_prediction_with_new_noise(student_of, name):
     """``alpha x0 + sigma eps`` with the second noise of the picture's own seed."""
     pipeline = student_of(name)

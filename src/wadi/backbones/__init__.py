@@ -1,8 +1,8 @@
 """Model families behind one contract, one file each.
 
-Start with `base.py`: `Backbone` is the contract. `sd.py`, `sdxl.py`, `pixart.py`, `sd3.py`, `flux.py`, `sana.py` and
-`z_image.py` are the families. `loading.py` loads a pipeline from a folder or the Hub. `registry.py` finds the backbone of a
-pipeline, and `family_files.py` runs the file of a family that the user names.
+Start with `base.py`: `Backbone` is the contract. `registry.py` names the file of each family, and finds the backbone of a
+pipeline; `packed.py` is shared by flows whose pipelines pack latents. `loading.py` loads a pipeline from a folder or the
+Hub, and `family_files.py` runs the file of a family that the user names.
 """
 
 from wadi.backbones.base import Backbone

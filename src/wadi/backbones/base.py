@@ -93,7 +93,7 @@ class Backbone(ABC):
 
     @classmethod
     def autoencoder_scale(cls, config: Mapping[str, Any]) -> int:
-        """Return `scale` from the ``config`` of the pipeline's autoencoder. `wadi plan` has no pipeline that says it.
+        """Return the pipeline's ``vae_scale_factor`` from the ``config`` of its autoencoder. `wadi plan` has no pipeline.
 
         Raises:
             WadiError: if the config is of an unknown kind. The family must then override this.
@@ -331,9 +331,11 @@ class Backbone(ABC):
         """
         return {"guidance_scale": guidance_scale}
 
-    def guided_call(self, guidance_scale: float) -> dict[str, Any]:
+    def guided_call(self, guidance_scale: float, prompts: int = 1) -> dict[str, Any]:
         """Return the arguments with which a call of the pipeline generates at this guidance scale; at 1 those of `call`.
 
+        Args:
+            prompts: number of prompts of the call. Not every pipeline repeats a single negative prompt.
         Raises:
             WadiError: if the scale is below 1. No pipeline supports that.
         """
@@ -342,7 +344,12 @@ class Backbone(ABC):
                 f"The guidance scale is {guidance_scale}. A pipeline's call needs at least 1 (1 = no guidance): give such a "
                 "scale."
             )
-        return self.call if guidance_scale == 1 else self.call | self.guidance_arguments(guidance_scale)
+        if guidance_scale == 1:
+            return self.call
+        arguments = self.guidance_arguments(guidance_scale)
+        if "negative_prompt" in arguments and prompts > 1:
+            arguments["negative_prompt"] = [arguments["negative_prompt"]] * prompts
+        return self.call | arguments
 
     @classmethod
     def teacher_guidance(cls, given: float | None, otherwise: float) -> float:

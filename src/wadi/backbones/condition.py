@@ -42,6 +42,20 @@ class Condition:
         return Condition({k: torch.cat([c.tensors[k] for c in conditions]) for k in names})
 
 
+def padded(embeds: Tensor, mask: Tensor | None, tokens: int) -> tuple[Tensor, Tensor]:
+    """Return embeddings ``(B, tokens, width)`` and their mask ``(B, tokens)``, longer by zeros.
+
+    Some pipelines pad only to the longest prompt of a batch. A condition has as many tokens whatever its batch.
+
+    Args:
+        embeds: ``(B, at most tokens, width)``.
+        mask: ``(B, at most tokens)``; None = no padding.
+    """
+    mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
+    missing = tokens - embeds.shape[1]
+    return pad(embeds, (0, 0, 0, missing)), pad(mask, (0, missing))
+
+
 def replace_empty_rows(prompts: Sequence[str], null: Tensor, encoded: Tensor) -> Tensor:
     """Return ``encoded`` ``(B, ...)`` with the rows of empty prompts taken from ``null`` ``(B, ...)``."""
     empty = torch.tensor([prompt == "" for prompt in prompts], device=encoded.device)

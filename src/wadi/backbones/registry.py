@@ -28,6 +28,11 @@ FAMILIES: dict[str, str | type[Backbone]] = {
     "FluxPipeline": "wadi.backbones.flux:Flux",
     "SanaPipeline": "wadi.backbones.sana:Sana",
     "ZImagePipeline": "wadi.backbones.z_image:ZImage",
+    "Lumina2Pipeline": "wadi.backbones.lumina2:Lumina2",
+    "ChromaPipeline": "wadi.backbones.chroma:Chroma",
+    "QwenImagePipeline": "wadi.backbones.qwen_image:QwenImage",
+    "Flux2Pipeline": "wadi.backbones.flux2:Flux2",
+    "Flux2KleinPipeline": "wadi.backbones.flux2:Flux2Klein",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from wadi.backbones.base import Backbone
 from wadi.backbones.registry import from_pipeline
 from wadi.io.files import whole_folder
 from wadi.io.quiet import errors_only
@@ -61,11 +63,20 @@ def load_in_float32(config: Path) -> None:
     config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def call_text(backbone: Backbone, steps: int) -> str:
+    """Return the arguments of a plain call that generates ``prompt`` in ``steps`` steps, as Python code.
+
+    The first argument of some pipelines is not the prompt, so it is named there.
+    """
+    first = next(name for name in inspect.signature(type(backbone.pipeline).__call__).parameters if name != "self")
+    others = "".join(f", {name}={value}" for name, value in backbone.call.items())
+    return f"{'' if first == 'prompt' else 'prompt='}prompt, num_inference_steps={steps}{others}"
+
+
 def loading_line(pipeline: Any, out: Path) -> str:
     """Return Python code that loads the pipeline from ``out`` in its dtype and generates ``prompt`` in the student's steps."""
     backbone = from_pipeline(pipeline)
     dtype = backbone.network.dtype
     dtype_argument = "" if dtype == torch.float32 else f", torch_dtype={dtype}"
-    steps = len(backbone.student_timesteps)
-    call = ", ".join(f"{name}={value}" for name, value in backbone.call.items())
-    return f"DiffusionPipeline.from_pretrained({str(out)!r}{dtype_argument})(prompt, num_inference_steps={steps}, {call})"
+    call = call_text(backbone, len(backbone.student_timesteps))
+    return f"DiffusionPipeline.from_pretrained({str(out)!r}{dtype_argument})({call})"

@@ -44,6 +44,7 @@ def check_tokenizers(pipeline: Any, folder: Path) -> None:
         folder: the folder that the pipeline was loaded from.
     """
     for component, tokenizer in pipeline.components.items():
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # FLUX.2 dev has a processor, of text and images
         if component.startswith("tokenizer") and tokenizer is not None:
             _check_distinct_tokens(tokenizer, folder / component)
             encoder = pipeline.components.get(component.replace("tokenizer", "text_encoder"))

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from wadi import roles
 from wadi.backbones import Backbone
+from wadi.backbones.saving import call_text
 from wadi.errors import WadiError
 from wadi.io.patterns import matching_names
 from wadi.io.weight_checks import first_names
@@ -215,13 +216,12 @@ def loading_lines(backbone: Backbone, scheduler: Any, steps: int, load: str = "p
         load: the line that loads the adapter.
     """
     pipeline, name = type(backbone.pipeline).__name__, type(scheduler).__name__
-    call = "".join(f", {key}={value}" for key, value in backbone.call.items())
     return (
         f"from diffusers import {', '.join(sorted((name, pipeline)))}\n\n"
         f"pipe = {pipeline}.from_pretrained(TEACHER)\n"
         f"{load}\n"
         f'pipe.scheduler = {name}.from_pretrained(FOLDER, subfolder="scheduler")\n'
-        f"image = pipe(prompt, num_inference_steps={steps}{call}).images[0]\n"
+        f"image = pipe({call_text(backbone, steps)}).images[0]\n"
     )
 
 

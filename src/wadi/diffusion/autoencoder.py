@@ -3,7 +3,8 @@
     latents = (z - shift_factor) scaling_factor                        z: output of the autoencoder's own encoder
     latents = (z - latents_mean) / latents_std  scaling_factor         if the config has a mean and deviation per channel
 
-The factor is 1 where the config has none. Autoencoders of videos get an image as one frame, ``(B, 3, 1, height, width)``.
+FLUX.2's autoencoder keeps mean and deviation in a batch norm, per channel of latents packed 2 x 2: four times the channels,
+half the height and width. Autoencoders of videos (with 3-D convolutions) get each image as a video of one frame.
 
 These are the package's only encoder and decoder; each is the inverse of the other. Some autoencoders overflow in float16 (their
 config has ``force_upcast``): they run in float32 and are cast back afterwards. NaN and infinity raise an error: as pixels they
@@ -18,8 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from wadi.errors import WadiError, short_repr
+
+PACKED = 2  # latents in one, in each direction
 
 
 @torch.no_grad()
@@ -33,10 +37,11 @@ def encode(vae: Any, images: Tensor, batch: int = 4) -> Tensor:
     """
     with _safe_precision(vae):
         inputs = ((2 * part - 1).to(vae.device, vae.dtype) for part in images.split(batch))  # one batch on the device at a time
-        parts = [_image(_mode(vae.encode(_frame(vae, part), return_dict=False)[0])) for part in inputs]
-    z = check_finite_rows(torch.cat(parts), "encoder").float()
-    mean, std = _moments(vae.config, z)
-    return (z - mean) / std * _factor(vae.config)
+        parts = [_mode(vae.encode(_for(vae, part), return_dict=False)[0]) for part in inputs]
+    z = _without_frames(check_finite_rows(torch.cat(parts), "encoder").float())
+    z = pixel_unshuffle(z, PACKED) if _packs(vae) else z
+    mean, std = _moments(vae, z)
+    return (z - mean) / std * _scaling(vae.config)
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
@@ -48,11 +53,12 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
         WadiError: if an image contains NaN or infinity.
     """
     latents = latents.float()
-    mean, std = _moments(vae.config, latents)
-    z = latents * std / _factor(vae.config) + mean
+    mean, std = _moments(vae, latents)
+    z = latents * std / _scaling(vae.config) + mean
+    z = pixel_shuffle(z, PACKED) if _packs(vae) else z
     with _safe_precision(vae):
-        images = check_finite_rows(_image(vae.decode(_frame(vae, z.to(vae.dtype)), return_dict=False)[0]), "decoder")
-    return (images.float() / 2 + 0.5).clamp(0, 1)
+        images = check_finite_rows(vae.decode(_for(vae, z.to(vae.dtype)), return_dict=False)[0], "decoder")
+    return (_without_frames(images).float() / 2 + 0.5).clamp(0, 1)
 
 
 def check_finite_rows(values: Tensor, part: str = "decoder") -> Tensor:
@@ -115,22 +121,34 @@ def scale_of(config: Mapping[str, Any]) -> int:
     return int(2 ** (len(levels) - 1))
 
 
-def _frame(vae: Any, images: Tensor) -> Tensor:
-    """Return images, or latents, as the autoencoder takes them: with an axis of frames if it is one of videos."""
+def _for(vae: Any, images: Tensor) -> Tensor:
+    """Return images or latents ``(B, C, H, W)`` as ``vae`` takes them: with one frame, ``(B, C, 1, H, W)``, for videos."""
     return images.unsqueeze(2) if any(isinstance(module, nn.Conv3d) for module in vae.modules()) else images
 
 
-def _image(frames: Tensor) -> Tensor:
-    """Return the only frame of ``(B, C, 1, H, W)``; anything else unchanged."""
-    return frames.squeeze(2) if frames.ndim == 5 else frames
+def _without_frames(images: Tensor) -> Tensor:
+    """Return the first frame of videos ``(B, C, frames, H, W)``. Images are returned unchanged."""
+    return images[:, :, 0] if images.ndim == 5 else images
 
 
-def _factor(config: Any) -> float:
+def _scaling(config: Any) -> float:
+    """Return the factor of the latents: 1 for an autoencoder that has moments alone."""
     return float(config.get("scaling_factor") or 1.0)
 
 
-def _moments(config: Any, like: Tensor) -> tuple[Any, Any]:
+def _packs(vae: Any) -> bool:
+    """Return whether the latents of ``vae`` are packed 2 x 2, with their moments in a batch norm."""
+    return isinstance(getattr(vae, "bn", None), nn.BatchNorm2d)
+
+
+def _moments(vae: Any, like: Tensor) -> tuple[Any, Any]:
     """Return the mean and deviation of an autoencoder's own latents: per channel, or one number for all."""
+    config = vae.config
+    if _packs(vae):
+        mean, variance = (
+            moment.float().view(1, -1, 1, 1).to(like.device) for moment in (vae.bn.running_mean, vae.bn.running_var)
+        )
+        return mean, (variance + config.batch_norm_eps).sqrt()
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
         mean, std = (torch.tensor(config[key], device=like.device).view(1, -1, 1, 1) for key in ("latents_mean", "latents_std"))
         return mean, std

@@ -25,6 +25,8 @@ from wadi.errors import WadiError, short_repr
 TIMESTEP_SCALING = 1e6
 LONGEST = 100_000  # timesteps; models have 1000
 MOST_STEPS = 8  # of a student
+# What moves the steps of a flow's sampler besides its shift. Exponential sigmas are not listed: students have them.
+SPACING = ("shift_terminal", "use_karras_sigmas", "use_beta_sigmas")
 # Schedulers of models that were distilled to a few steps. Such a model has no score at other timesteps.
 DISTILLED = ("LCMScheduler", "TCDScheduler", "SCMScheduler", "FlowMatchLCMScheduler", "CMStochasticIterativeScheduler")
 
@@ -74,7 +76,9 @@ def sampler(scheduler: Any, image_tokens: int) -> Any:
         return FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=False)
     if is_flow(scheduler):
         return FlowMatchEulerDiscreteScheduler(
-            num_train_timesteps=config.num_train_timesteps, shift=flow_shift(config, image_tokens)
+            num_train_timesteps=config.num_train_timesteps,
+            shift=flow_shift(config, image_tokens),
+            **{name: config[name] for name in SPACING if config.get(name)},
         )
     process = Process.from_scheduler(scheduler)
     if process.last_determined < process.last_timestep:
@@ -101,6 +105,11 @@ def resolution_shift(config: Any, image_tokens: int) -> float:
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     first, last = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     return float(first + (last - first) * (image_tokens - low) / (high - low))
+
+
+def even_sigmas(steps: int) -> list[float]:
+    """Return sigmas evenly spaced from 1 to ``1 / steps``, which the calls of many flows pass to their scheduler."""
+    return [1 - i / steps for i in range(steps)]
 
 
 def one_step_scheduler(scheduler: Any, timestep: int) -> Any:
@@ -294,6 +303,8 @@ def check_not_distilled(pipeline: Any, network: Any) -> None:
         reason = "its scheduler's betas end early for one step, as `wadi export` writes them"
     elif scheduler.config.get("sigma_max") is not None and scheduler.config.get("sigma_min") == scheduler.config.sigma_max:
         reason = "its scheduler has a single sigma, as `wadi export` writes it"
+    elif pipeline.config.get("is_distilled"):
+        reason = "its model_index.json has is_distilled: true"
     if reason:
         raise WadiError(
             f"The teacher is itself a distilled model for few steps: {reason}. Give the multi-step model that it was distilled "

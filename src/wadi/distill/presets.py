@@ -109,6 +109,14 @@ OURS = {
     "z-image": replace(
         _OURS, batch=1, guidance_scale=5.0, teacher_guidance_scale=5.0, student=replace(_OURS.student, rank=128)
     ),
+    "lumina2": replace(_OURS, guidance_scale=4.0, teacher_guidance_scale=4.0),
+    # FLUX.2 dev takes its guidance scale as an input; we pass 4 and add no guidance.
+    "flux2": replace(_OURS, batch=1, guidance_scale=1.0, teacher_guidance_scale=1.0, student=replace(_OURS.student, rank=64)),
+    "flux2-klein": replace(_OURS, batch=1, guidance_scale=4.0, teacher_guidance_scale=4.0),
+    "qwen-image": replace(
+        _OURS, batch=1, guidance_scale=4.0, teacher_guidance_scale=4.0, student=replace(_OURS.student, rank=128)
+    ),
+    "chroma": replace(_OURS, batch=1, guidance_scale=3.0, teacher_guidance_scale=3.0, student=replace(_OURS.student, rank=128)),
 }
 
 # A day on one GPU: four steps in place of one, by DMD2, with a student of lower rank. DMD2's SDXL model of four steps has these

@@ -81,12 +81,12 @@ def generate_batches(
     sampling = sampling or Sampling()
     check_request(prompts, seeds, sampling)
     batch = sampling.batch
-    family_arguments = family_call(pipeline, sampling.guidance_scale)
-    arguments = {"num_inference_steps": sampling.steps, **family_arguments, **sampling.call}
     with progress("generating", len(prompts), quiet=len(prompts) <= batch) as bar:
         for first in range(0, len(prompts), batch):
             part = slice(first, first + batch)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+            own = family_call(pipeline, sampling.guidance_scale, len(generators))
+            arguments = {"num_inference_steps": sampling.steps, **own, **sampling.call}
             begin = time.perf_counter()
             latents = {} if sampling.start is None else {"latents": sampling.start(generators)}
             full = explained_when_full(pipeline.device, lambda: f"generating {len(generators)} at once", WHEN_FULL)  # noqa: B023
@@ -112,7 +112,7 @@ def check_seeds(first: int, last: int) -> None:
         raise WadiError(f"Seeds run from {first} to {last}. Expected whole numbers from 0 to 2^63 - 1.")
 
 
-def family_call(pipeline: Any, guidance_scale: float | None = None) -> dict[str, Any]:
+def family_call(pipeline: Any, guidance_scale: float | None = None, prompts: int = 1) -> dict[str, Any]:
     """Return the call arguments with which a pipeline generates at its own size and the given guidance scale.
 
     Raises:
@@ -125,7 +125,7 @@ def family_call(pipeline: Any, guidance_scale: float | None = None) -> dict[str,
             raise
         return {}  # for example one with a ControlNet, whose arguments come in `Sampling.call`
     backbone = from_pipeline(pipeline)
-    return backbone.call if guidance_scale is None else backbone.guided_call(guidance_scale)
+    return backbone.call if guidance_scale is None else backbone.guided_call(guidance_scale, prompts)
 
 
 def median(values: Sequence[float]) -> float:

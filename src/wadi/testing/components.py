@@ -64,12 +64,12 @@ def gemma(width=32):
     return GemmaTokenizer(vocab=vocabulary), Gemma2Model(config)
 
 
-def autoencoder(**config):
+def autoencoder(levels=2, **config):
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4, norm_num_groups=4, sample_size=SIDE, **config,
+        block_out_channels=(8,) * levels, down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels, latent_channels=4, norm_num_groups=4, sample_size=SIDE, **config,
     )  # fmt: skip
 
 
@@ -100,6 +100,38 @@ def qwen3(width=32):
         num_key_value_heads=1, head_dim=8, pad_token_id=0,
     )  # fmt: skip
     return words, Qwen3Model(config)
+
+
+def byte_tokenizer(*special):
+    """Qwen's tokenizer over single bytes, with ``special`` tokens."""
+    from transformers import Qwen2Tokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    vocabulary = {symbol: i for i, symbol in enumerate(["<|endoftext|>", *bytes_to_unicode().values()])}
+    words = Qwen2Tokenizer(vocab=vocabulary, merges=[])
+    words.add_special_tokens({"additional_special_tokens": list(special)})
+    return words
+
+
+def qwen_vl(width=32):
+    """``(tokenizer, model)`` of Qwen2.5-VL."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    words = byte_tokenizer("<|im_start|>", "<|im_end|>")
+    ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(words) + len(ids), "hidden_size": width, "intermediate_size": 37, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+        },
+        vision_config={
+            "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width,
+            "fullatt_block_indexes": [0],
+        },
+        **{name: len(words) + i for i, name in enumerate(ids)},
+    )  # fmt: skip
+    return words, Qwen2_5_VLForConditionalGeneration(config)
 
 
 def readied(pipeline):

@@ -55,6 +55,8 @@ class Family:
         features: whether the network has a middle block that `wadi.backbones.features` knows; a GAN is refused without one.
         idle: names of layers whose output the network throws away, so that no gradient reaches their angles.
         traceable: whether `wadi plan` can count the activations; not if what the network computes depends on numbers.
+        second_pass: whether a call of the pipeline can compute guidance by a second pass.
+        mu: logarithm of the flow's shift by tokens and steps, if the pipeline has a rule of its own.
     """
 
     pipeline: Any
@@ -65,6 +67,8 @@ class Family:
     features: bool = True
     idle: tuple[str, ...] = ()
     traceable: bool = True
+    second_pass: bool = True
+    mu: Callable[[int, int], float] | None = None
 
     def backbone(self, dtype: torch.dtype = torch.float32):
         """Return the backbone of a copy of the pipeline, for images twice as wide as high, so that swapped sides show."""
@@ -144,7 +148,7 @@ def takes_eulers_steps(scheduler):
     return type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler" and not scheduler.config.stochastic_sampling
 
 
-def formula_times(backbone, steps):
+def formula_times(backbone, steps, mu=None):
     """``(now, then)`` of each step, with ``t`` and ``alpha2`` of DDIM at trailing times or ``sigma`` of the shifted flow.
 
     Written from the papers and diffusers' documentation, from configs alone.
@@ -161,8 +165,10 @@ def formula_times(backbone, steps):
         return list(zip(times, [*times[1:], {"alpha2": 1.0}], strict=True))
     height, width = backbone.latent_shape[1] // backbone.patch, backbone.latent_shape[2] // backbone.patch
     shift = config.get("flow_shift") or config.get("shift") or 1.0
-    if config.get("use_dynamic_shifting"):  # exp(mu), with mu on the line through (256, 0.5) and (4096, 1.15) tokens
-        shift = math.exp(0.5 + (height * width - 256) * (1.15 - 0.5) / (4096 - 256))
+    if config.get("use_dynamic_shifting"):  # exp(mu), with mu on a line through two numbers of tokens
+        (few, many), (low, high) = ((config[a], config[b]) for a, b in (
+            ("base_image_seq_len", "max_image_seq_len"), ("base_shift", "max_shift")))  # fmt: skip
+        shift = math.exp(mu(height * width, steps) if mu else low + (height * width - few) * (high - low) / (many - few))
 
     def shifted(sigma):
         return shift * sigma / (1 + (shift - 1) * sigma)
@@ -245,7 +251,7 @@ class Conformance:
         if process.alphas is not None:
             torch.testing.assert_close(process.alphas.double() ** 2, scheduler.alphas_cumprod.double(), rtol=1e-6, atol=0)
         x_t, t, condition = network_inputs(backbone)
-        assert backbone.autoencoder_scale(family.pipeline.vae.config) == backbone.scale
+        assert backbone.autoencoder_scale(family.pipeline.vae.config) == family.pipeline.vae_scale_factor
         prediction = backbone.predict(x_t, t, condition)
         assert prediction.shape == x_t.shape == (2, *backbone.latent_shape)
         assert prediction.dtype == torch.float32
@@ -316,16 +322,20 @@ class Conformance:
         """The call chooses sigmas and their shift by itself, with the scheduler that came with it if that is Euler's."""
         backbone = family.backbone()
         z, condition, null = noise(backbone.latent_shape, SEEDS), backbone.encode(PROMPTS), backbone.encode([""])
-        ours = backbone.decode(many_steps(backbone, condition, null, z, steps, guidance_scale=2.0))
+        scale = 2.0 if family.second_pass else 1.0
+        if not family.second_pass:
+            with pytest.raises(WadiError, match=r"2\.0"):
+                backbone.guided_call(2.0, len(PROMPTS))
+        ours = backbone.decode(many_steps(backbone, condition, null, z, steps, guidance_scale=scale))
         arguments, scheduler = backbone.sampler_arguments(steps), backbone.sampler()
         if not takes_eulers_steps(backbone.pipeline.scheduler):
             backbone.pipeline.scheduler = scheduler
-        theirs = images_of(backbone, num_inference_steps=steps, **backbone.guided_call(2.0))
+        theirs = images_of(backbone, num_inference_steps=steps, **backbone.guided_call(scale, len(PROMPTS)))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
         scheduler.set_timesteps(**arguments)
         torch.testing.assert_close(scheduler.timesteps, backbone.pipeline.scheduler.timesteps, rtol=1e-5, atol=1e-3)
         with passes(backbone) as batches:
-            images_of(backbone, num_inference_steps=steps, **backbone.guided_call(1.0))
+            images_of(backbone, num_inference_steps=steps, **backbone.guided_call(1.0, len(PROMPTS)))
         assert batches == [len(PROMPTS)] * steps  # a scale of 1 is no guidance: one conditional pass
 
     def test_many_steps_follow_an_independent_formula(self, family):
@@ -334,7 +344,7 @@ class Conformance:
         z, condition, null = noise(backbone.latent_shape, SEEDS), backbone.encode(PROMPTS), backbone.encode([""])
         ours = many_steps(backbone, condition, null, z, steps=4, guidance_scale=2.0)
         x = z
-        for now, then in formula_times(backbone, steps=4):
+        for now, then in formula_times(backbone, 4, family.mu):
             t = torch.full((2,), now["t"])
             with torch.no_grad():
                 prediction = backbone.guided(backbone.predict(x, t, condition), backbone.predict(x, t, null.expand(2)), 2.0)
@@ -475,7 +485,7 @@ class Conformance:
         traffic = autoencoder_traffic(backbone.pipeline.vae, monkeypatch)
         images = torch.rand(3, 3, *backbone.resolution)
         latents = backbone.encode_images(images, batch=2)
-        torch.testing.assert_close(torch.cat(traffic["images"]), 2 * images - 1)
+        torch.testing.assert_close(torch.cat(traffic["images"]).reshape(images.shape), 2 * images - 1)
         raw = torch.cat(traffic["latents"])
         assert (latents - raw.reshape(latents.shape)).abs().max() > 0.01  # the config says something
         backbone.decode(latents)

@@ -1,9 +1,9 @@
 """Position interpolation: a transformer finds the positions of its training size in an image of another size.
 
 Transformers have no convolutions to re-dilate. Instead of positions beyond its training range, the network gets positions
-within that range, more finely divided. FLUX: rotary positions are divided by the growth of each axis. Stable Diffusion 3: the
-part of the learned table that belongs to the training size is interpolated. PixArt's own code scales its sine positions; Sana
-has no positions.
+within that range, more finely divided. FLUX and Chroma: rotary positions are divided by the growth of each axis. Stable
+Diffusion 3: the part of the learned table that belongs to the training size is interpolated. PixArt's own code scales its sine
+positions; Sana has no positions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from wadi.errors import WadiError
 from wadi.extras.high_resolution.replace import replaced_method
 
-ROTARY = ("FluxTransformer", "FluxControlNet")
+ROTARY = ("FluxTransformer", "FluxControlNet", "ChromaTransformer")
 TABLE = ("SD3Transformer", "SD3ControlNet")
 UNCHANGED = ("PixArt", "Sana")
 
@@ -36,8 +36,8 @@ def interpolated_positions(network: Any, native: tuple[int, int], target: tuple[
     kind = type(network).__name__
     if not kind.startswith((*UNCHANGED, *ROTARY, *TABLE)):
         raise WadiError(
-            f"The kind of positions in a {kind} is unknown here. Give a U-Net, or the transformer of FLUX, Stable Diffusion 3, "
-            "PixArt or Sana. With a factor of 1 it generates at another size without a change."
+            f"The kind of positions in a {kind} is unknown here. Give a U-Net, or the transformer of FLUX, Chroma, Stable "
+            "Diffusion 3, PixArt or Sana. With a factor of 1 it generates at another size without a change."
         )
     grown, embed = (target[0] / native[0], target[1] / native[1]), getattr(network, "pos_embed", None)
     if embed is None or max(grown) <= 1 or kind.startswith(UNCHANGED):
