@@ -30,4 +30,4 @@ class AuraFlow(Backbone):
         return {"prompt_embeds": (256, self.network.config.joint_attention_dim)}
 
 
-register_family("AuraFlowPipeline", f"{__name__}:AuraFlow")
+register_family("AuraFlowPipeline", AuraFlow)

@@ -5,7 +5,7 @@ import shutil
 
 import aura_flow
 import pytest
-import test_new_family
+import test_aura_flow
 from diffusers import AuraFlowPipeline, FluxTransformer2DModel
 
 import tiny
@@ -62,8 +62,8 @@ register_family("OffsetPipeline", f"{__name__}:Offset")
 
 
 @pytest.fixture(scope="module")
-def family(tmp_path_factory):
-    pipeline = test_new_family.make(tmp_path_factory.mktemp("offset"))
+def family():
+    pipeline = test_aura_flow.small_pipeline()
     return Family(OffsetPipeline(**pipeline.components), adapted=None, fake=None)
 
 

@@ -1,69 +1,81 @@
-"""A family added by a user: registered from outside, checked by the same class as ours, distilled and exported like them."""
+"""The guide to adding a family: its files are those that are tested, and its commands do what it says."""
 
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import aura_flow
 import pytest
-import small_pipelines
+import test_aura_flow
 import torch
-from torch import nn
+from diffusers import DiffusionPipeline
+from PIL import Image
 
-from wadi.backbones import from_pipeline, load_pipeline
+import wadi
+from wadi.backbones import Backbone, from_pipeline, load_pipeline
+from wadi.cli.main import main
 from wadi.distill.config import DistillConfig, FakeConfig, StudentConfig
 from wadi.distill.loop import distill
 from wadi.distill.plan.architecture import read_architecture
 from wadi.distill.plan.plan import plan_run
 from wadi.pipelines import generate, load
-from wadi.testing import Conformance, Family
+
+PAGE = (Path(__file__).parents[2] / "docs" / "add-a-family.md").read_text()
 
 
-def make(folder):
-    from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    torch.manual_seed(0)
-    words, _ = small_pipelines.t5()
-    text = UMT5EncoderModel(UMT5Config(vocab_size=len(words), d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4))
-    network = AuraFlowTransformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_mmdit_layers=1, num_single_dit_layers=1,
-        attention_head_dim=8, num_attention_heads=4, joint_attention_dim=32, caption_projection_dim=32, pos_embed_max_size=64,
-    )  # fmt: skip
-    pipeline = AuraFlowPipeline(
-        tokenizer=words, text_encoder=text, vae=small_pipelines.autoencoder(), transformer=network,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
-    )  # fmt: skip
-    return small_pipelines.readied(pipeline)
+def blocks(language, text=PAGE):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-def adapted(name, module):
-    return isinstance(module, nn.Linear) and not re.search(r"time_step|norm|pos_embed", name)
+def test_the_page_shows_the_files_that_are_tested():
+    family, test = blocks("python")[:2]
+    assert family.strip() == Path(aura_flow.__file__).read_text().split('"""', 2)[2].strip()
+    assert test.strip() == Path(test_aura_flow.__file__).read_text().strip()
 
 
-@pytest.fixture(scope="session")
-def family(tmp_path_factory):
-    return Family(
-        make(tmp_path_factory.mktemp("aura")),
-        adapted=adapted,
-        last=1000,
-        features=False,  # its blocks have other names
-        fake=lambda name, module: adapted(name, module) and "_transformer_blocks." in name,
-    )
+def test_the_second_example_is_the_familys_own_code():
+    code = (Path(wadi.__file__).parent / "backbones" / "z_image.py").read_text()
+    shown = blocks("python", PAGE.partition("## A second example")[2])
+    assert len(shown) > 2
+    for block in shown:
+        assert block in re.sub(r'\n +"""See [^"]*"""', "", code), block
 
 
-class TestAuraFlow(Conformance):
-    """See `Conformance`."""
+def test_every_attribute_of_the_page_exists():
+    table = PAGE.partition("| attribute | default |")[2].partition("\n\n")[0]
+    names = {name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert len(names) > 15
+    assert {name for name in names if not hasattr(Backbone, name)} == set()
 
 
-def test_the_page_shows_this_file():
-    page = (Path(__file__).parents[2] / "docs" / "add-a-family.md").read_text()
-    code = Path(aura_flow.__file__).read_text().split('"""', 2)[2].strip()
-    assert f"```python\n{code}\n```" in page
+def test_the_commands_end_in_a_plain_call_that_equals_wadi(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WADI_CACHE", str(tmp_path / "cache"))
+    shutil.copy(aura_flow.__file__, tmp_path)
+    section = PAGE.partition("## From the file to a plain call")[2]
+    (commands,), (plain,) = blocks("bash", section), blocks("python", section.partition("\n## ")[0])
+    lines = commands.splitlines()
+    assert [shlex.split(line)[:2] for line in lines] == [
+        ["python", "test_aura_flow.py"],
+        *(["wadi", name] for name in ("plan", "distill", "generate", "export")),
+    ]
+    test_aura_flow.small_pipeline().save_pretrained("small")
+    for line in lines[1:]:
+        assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
+    assert "guidance_scale=0.0, height=16, width=16" in capsys.readouterr().out  # the call that the page repeats
+    exec(plain, {})
+    other = DiffusionPipeline.from_pretrained("small")
+    image = other("red apple", num_inference_steps=1, guidance_scale=0.0, height=16, width=16, generator=torch.manual_seed(5))
+    image.images[0].save("wadi.png")
+    with pytest.raises(AssertionError):  # the teacher's image is another one
+        exec(plain, {})
+    assert Image.open("wadi.png").size == (16, 16)
 
 
-def test_it_is_planned_distilled_and_drawn_like_ours(family, tmp_path):
+def test_it_is_planned_distilled_and_drawn_like_ours(tmp_path):
     teacher = tmp_path / "teacher"
-    family.pipeline.save_pretrained(teacher)
+    test_aura_flow.small_pipeline().save_pretrained(teacher)
     (tmp_path / "prompts.txt").write_text("red apple\nblue car\n")
     config = DistillConfig(
         teacher=str(teacher), prompts=str(tmp_path / "prompts.txt"), out=str(tmp_path / "run"), steps=2, batch=2, device="cpu",

@@ -16,7 +16,7 @@ from wadi.diffusion.schedulers import check_not_distilled, flow_shift, one_step_
 from wadi.extras.high_resolution.resize import set_resolution
 from wadi.pipelines.generate import Sampling, generate_images
 from wadi.prompts.cache import used_tokens
-from wadi.sampling import many_steps, noise
+from wadi.sampling import many_steps, noise, one_step
 
 
 @pytest.mark.parametrize(
@@ -274,3 +274,18 @@ def test_prompts_that_are_too_long_are_reported_once(folder_of, name, monkeypatc
     assert text.count("truncated") == 1
     assert len(text) < 800
     assert "another remark" in text
+
+
+def test_z_images_call_computes_from_latents_in_float32(folder_of):
+    """In half precision too: the image of a step is that of a plain call, with latents drawn by the call or given to it."""
+    backbone = from_pipeline(load_pipeline(folder_of("z-image"), torch.bfloat16), (16, 16))
+    last = backbone.process.last_timestep
+    z = noise(backbone.latent_shape, [3])
+    with torch.no_grad():
+        ours = one_step(backbone, backbone.encode(["red apple"]), z, last)
+        backbone.pipeline.scheduler = one_step_scheduler(backbone.pipeline.scheduler, last)
+        call = {**backbone.call, "num_inference_steps": 1, "output_type": "latent"}
+        drawn = backbone.pipeline("red apple", generator=torch.Generator().manual_seed(3), **call).images
+        given = backbone.pipeline("red apple", latents=backbone.call_latents(z), **call).images
+    torch.testing.assert_close(ours, drawn, rtol=0, atol=1e-6)
+    torch.testing.assert_close(given, drawn, rtol=0, atol=0)

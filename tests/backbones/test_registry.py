@@ -8,7 +8,7 @@ from pathlib import Path
 
 import aura_flow
 import pytest
-import test_new_family
+import test_aura_flow
 
 from raising import raises_naming
 from wadi.backbones import Backbone, family, family_files, load_pipeline, register_family, registry
@@ -38,7 +38,7 @@ def new_process(monkeypatch):
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("aura_teacher")
-    test_new_family.make(folder / "parts").save_pretrained(folder / "pipeline")
+    test_aura_flow.small_pipeline().save_pretrained(folder / "pipeline")
     return folder / "pipeline"
 
 
