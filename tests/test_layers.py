@@ -11,7 +11,7 @@ ROOT = Path(wadi.__file__).parent
 
 # Lowest first. A name is a module or a folder of the package. If several names fit a file, the longest counts.
 RANKS = (
-    {"errors", "_peft_hook"},
+    {"errors", "_peft_hook", "runtime"},
     {"io", "zoo.paths", "zoo.concepts"},
     {"parallel", "zoo.prompts"},
     {"lorad", "prompts", "diffusion"},

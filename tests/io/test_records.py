@@ -17,6 +17,7 @@ from wadi.roles import read_about
 
 ROOT = Path(wadi.__file__).parent
 READER = ROOT / "io" / "records.py"
+ALONE = ROOT / "runtime" / "run.py"  # copied into exports, where this package is missing
 
 
 class Inner(Record):
@@ -220,7 +221,7 @@ PARSERS = {("json", "loads"), ("json", "load"), ("yaml", "safe_load"), ("yaml", 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_json_and_yaml_are_parsed_by_the_reader_alone(path):
-    if path == READER:
+    if path in (READER, ALONE):
         return
     tree = ast.parse(path.read_text(encoding="utf-8"))
     used = [

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from wadi.cli.parser import Arguments
 
+FORMATS = ("diffusers", "adapter", "lora", "single-file", "onnx", "openvino")
+
 
 def add_options(parser: ArgumentParser) -> None:
     """Add the options of ``wadi export``."""
@@ -25,8 +27,9 @@ def add_options(parser: ArgumentParser) -> None:
     teacher = "pipeline folder or Hub id that the student was made from; default: as trained"
     add("--teacher", type=str, default=None, help=teacher)
     add("--out", type=str, required=True, help="folder to write; it must not exist")
-    add("--to", type=str, default="diffusers", help="format: diffusers, adapter, lora or single-file (docs/export.md)")
-    add("--dtype", type=str, default="float32", help="type of the weights: float32, bfloat16 or float16")
+    add("--to", type=str, default="diffusers", help=f"format: {', '.join(FORMATS[:-1])} or {FORMATS[-1]} (docs/export.md)")
+    dtype = "type of the weights: float32, bfloat16 or float16; with --to onnx or openvino: float32, float16 or int8"
+    add("--dtype", type=str, default="float32", help=dtype)
     add("--device", type=str, default="cpu", help="where to compute: cpu, cuda, cuda:1, ...")
     rank = "with --to lora: rank of the LoRA; default: as trained, for students of other adapters 64"
     add("--rank", type=RANK, default=None, help=rank)
@@ -41,6 +44,9 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(arguments: Arguments) -> int:
     """Write the export, and print how to load it and how it differs from the student."""
+    import torch
+
+    from wadi.exports.runtime_folder import precision_of
     from wadi.exports.source import Source
     from wadi.exports.write import Settings, export
     from wadi.parallel.device import dtype_of, find_device
@@ -50,18 +56,20 @@ def run(arguments: Arguments) -> int:
         raise WadiError(f"{options.source!r} and --run {options.run!r} were given. Give one of them.")
     if options.rank is not None and options.to != "lora":
         raise WadiError(f"--rank {options.rank} was given with --to {options.to}. It needs --to lora.")
+    to_runtime = options.to in ("onnx", "openvino")
+    settings = Settings(options.rank, precision_of(options.dtype) if to_runtime else "float32")
     source = Source(
         options.source if options.run is None else options.run,
         options.adapter,
         options.teacher,
-        dtype_of(options.dtype),
+        torch.float32 if to_runtime else dtype_of(options.dtype),
         find_device(options.device),
         options.prompts,
         options.images,
         options.base_name,
         options.licence,
     )
-    exported = export(source, options.to, Path(options.out), Settings(options.rank))
+    exported = export(source, options.to, Path(options.out), settings)
     print(f"{options.out}: {exported.summary}")
     print(f"Read back: {exported.check}.")
     return 0

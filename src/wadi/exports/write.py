@@ -10,6 +10,7 @@ from typing import Any
 
 from wadi.errors import WadiError
 from wadi.exports.card import CARD, IMAGES, card
+from wadi.exports.runtime_folder import Precision
 from wadi.exports.source import Source
 from wadi.exports.written import Difference, Written, difference
 from wadi.io.files import whole_folder
@@ -24,6 +25,8 @@ FORMATS = {
     "adapter": "wadi.exports.adapter_folder:write",
     "lora": "wadi.exports.lora:write",
     "single-file": "wadi.exports.single_file:write",
+    "onnx": "wadi.exports.onnx_folder:write",
+    "openvino": "wadi.exports.openvino_folder:write",
 }
 
 
@@ -33,9 +36,11 @@ class Settings:
 
     Attributes:
         rank: of a LoRA; None = as the student was trained, or `wadi.exports.lora.RANK`.
+        precision: of the weights of ONNX and OpenVINO files. The other formats have `Source.dtype`.
     """
 
     rank: int | None = None
+    precision: Precision = "float32"
 
 
 @dataclass(frozen=True)

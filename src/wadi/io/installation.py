@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, metadata
+from importlib.util import find_spec
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from wadi.errors import WadiError
 from wadi.io.versions import installed_versions
 
 PACKAGE = "wadi-onestep"
@@ -54,6 +56,18 @@ def read_installation() -> Installation | None:
     requirements = [Requirement(text) for text in declared.get_all("Requires-Dist") or []]
     extras = {name: _of(requirements, name) for name in declared.get_all("Provides-Extra") or []}
     return Installation(_of(requirements, ""), extras)
+
+
+def require(extra: str, purpose: str, *modules: str) -> None:
+    """Check that the ``modules`` of an optional part can be imported, without importing them.
+
+    Args:
+        purpose: starts the message, such as ``"Poses"``.
+    Raises:
+        WadiError: if one is missing. The message says how to install the ``extra``.
+    """
+    if missing := [module for module in modules if find_spec(module) is None]:
+        raise WadiError(f"{purpose} needs {', '.join(missing)}, not installed here: pip install '{PACKAGE}[{extra}]'.")
 
 
 def _of(requirements: list[Requirement], extra: str) -> list[Installed]:
