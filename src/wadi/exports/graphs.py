@@ -111,13 +111,16 @@ def _traced(
             f"torch cannot trace the {type(module).__name__[1:].lower()} of this {type(backbone.pipeline).__name__}: "
             f"{type(error).__name__}: {first_line(error)[:200]}. ONNX and OpenVINO need that. {HOLDS_ALL}"
         ) from error
-    _remove_idle_squeezes(program)
+    _say_what_torch_implies(program)
     shapes = [[None if batched and i == 0 else side for i, side in enumerate(example.shape)] for example in examples]
     return Graph(program, inputs, outputs, shapes)
 
 
-def _remove_idle_squeezes(program: Any) -> None:
-    """Remove each squeeze of a dimension that is not 1. torch leaves the tensor as it is, ONNX has no such operator."""
+def _say_what_torch_implies(program: Any) -> None:
+    """Write out two things that torch does by itself and ONNX does not.
+
+    A squeeze of a dimension that is not 1 changes nothing, and a concatenation casts its inputs to one dtype.
+    """
     graph = program.graph_module.graph
     for node in list(graph.nodes):
         if node.target is torch.ops.aten.squeeze.dim:
@@ -126,4 +129,11 @@ def _remove_idle_squeezes(program: Any) -> None:
             if isinstance(side, int) and side != 1:
                 node.replace_all_uses_with(tensor)
                 graph.erase_node(node)
+        elif node.target in (torch.ops.aten.cat.default, torch.ops.aten.concat.default):
+            dtype = node.meta["val"].dtype
+            for tensor in [tensor for tensor in node.args[0] if tensor.meta["val"].dtype != dtype]:
+                with graph.inserting_before(node):
+                    cast = graph.call_function(torch.ops.aten._to_copy.default, (tensor,), {"dtype": dtype})
+                cast.meta["val"] = tensor.meta["val"].to(dtype)
+                node.replace_input_with(tensor, cast)
     program.graph_module.recompile()

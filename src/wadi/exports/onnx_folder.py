@@ -32,8 +32,9 @@ def write(source: Source, folder: Path, settings: Any) -> Written:
 def write_graph(graph: Graph, path: Path, precision: Precision) -> None:
     """Write a graph as an ONNX file, and its weights into another one next to it."""
     with _quiet("torch.onnx"):
+        # The optimiser drops the 1e-15 of Sana's linear attention, which then divides by zero. ONNX Runtime optimises too.
         program = torch.onnx.export(
-            graph.program, input_names=graph.inputs, output_names=graph.outputs, dynamo=True, optimize=True, verbose=False
+            graph.program, input_names=graph.inputs, output_names=graph.outputs, dynamo=True, optimize=False, verbose=False
         )
     assert program is not None
     model = program.model
@@ -41,13 +42,17 @@ def write_graph(graph: Graph, path: Path, precision: Precision) -> None:
     if precision != "int8":
         program.save(str(path), external_data=True)
         return
+    import onnxruntime
     from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, _quiet(""):
-        program.save(f"{folder}/float32.onnx", external_data=True)
-        quantize_dynamic(
-            f"{folder}/float32.onnx", path, per_channel=True, weight_type=QuantType.QInt8, use_external_data_format=True
-        )
+        exact, prepared = f"{folder}/exact.onnx", f"{folder}/prepared.onnx"
+        program.save(exact, external_data=True)
+        onnxruntime.set_default_logger_severity(3)  # errors
+        quant_pre_process(exact, prepared, skip_symbolic_shape=True, save_as_external_data=True)  # transposed weights too
+        quantize_dynamic(prepared, path, per_channel=True, weight_type=QuantType.QInt8, use_external_data_format=True)
+        onnxruntime.set_default_logger_severity(2)  # warnings, the default
 
 
 def _remove_traces(model: Any) -> None:

@@ -193,5 +193,7 @@ def read(folder: Path, prompts: list[str], noise: list[np.ndarray], runtime: Run
         done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            raise WadiError(f"{runtime.title} cannot run the exported student: {last[:300]}. Nothing was written. {HOLDS_ALL}")
+            raise WadiError(
+                f"{runtime.title} cannot run the exported student: {last[:300].rstrip('.')}. Nothing was written. {HOLDS_ALL}"
+            )
         return [read_image(Path(work) / f"{i}.png") for i in range(len(prompts))]
