@@ -31,6 +31,7 @@ def small_backbone(name, folder):
 # --- tokens -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:The prompt")
 @pytest.mark.parametrize("name", small_pipelines.MAKERS)
 def test_the_runners_tokens_give_the_condition_of_the_pipeline(name, tmp_path):
     backbone = small_backbone(name, tmp_path / "parts")

@@ -119,8 +119,14 @@ def test_an_existing_folder(to, finished_run, tmp_path):
     assert list((tmp_path / "there").iterdir()) == []
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no such operator"), OSError(28, "No space left on device")])
-def test_a_converter_that_fails_leaves_nothing(error, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (RuntimeError("no such operator"), ("text", "--to diffusers")),
+        (OSError(28, "No space left on device"), ("Free some space",)),
+    ],
+)
+def test_a_converter_that_fails_leaves_nothing(error, named, tmp_path, monkeypatch):
     tiny.stable_diffusion(tmp_path / "parts", **ONE_BLOCK).save_pretrained(tmp_path / "student")
     before = set(tmp_path.iterdir())
 
@@ -132,7 +138,7 @@ def test_a_converter_that_fails_leaves_nothing(error, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "wadi.exports.write._writer", lambda to: lambda *args: runtime_folder.write(*args[:2], "float32", runtime)
     )
-    with raises_naming(error.args[-1]):
+    with raises_naming(error.args[-1], *named):
         export(Source(str(tmp_path / "student"), images=1), "onnx", tmp_path / "out")
     assert set(tmp_path.iterdir()) == before
 
