@@ -29,6 +29,7 @@ from wadi.exports.source import Source, plain_call
 from wadi.exports.written import Written
 from wadi.io.images import read_image
 from wadi.io.quiet import errors_only
+from wadi.io.wording import counted
 from wadi.runtime import RUNNER, SETTINGS
 
 Precision = Literal["float32", "float16", "int8"]
@@ -119,7 +120,7 @@ def write(source: Source, folder: Path, precision: Precision, runtime: Runtime) 
     shutil.copyfile(RUNNER, folder / RUNNER.name)
     height, width = backbone.resolution
     return Written(
-        title=f"{runtime.title} files of a student that generates in {steps} step{'s' if steps > 1 else ''}",
+        title=f"{runtime.title} files of a student that generates in {counted(steps, 'step')}",
         reference=reference,
         read=lambda: read(folder, prompts, noise, runtime),
         reader=f"`{RUNNER.name}`, with {runtime.title} and without torch,",
