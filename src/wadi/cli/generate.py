@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from wadi.cli.generate_checks import check_conflicts, check_memory, check_output
 from wadi.cli.generate_options import add_options, composition_from, size_from
+from wadi.cli.scaled import split_scales
 from wadi.errors import WadiError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ __all__ = ["add_options", "run"]
 def run(arguments: Arguments) -> int:
     """Generate the images; with ``--prompts`` the same command continues an interrupted one."""
     options = arguments.options
+    split_scales(options)
     check_conflicts(options)
     prompts, size = _read_prompts(options), size_from(options.size)
     composition = composition_from(options, size)

@@ -33,7 +33,8 @@ def add_options(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     run = "folder of a run or of an exported pipeline; default: the embedded student"
     add("--run", type=str, default=None, help=run)
-    add("--adapter", type=str, default=None, help="folder of a student's adapter, in place of --run")
+    adapter = "folder of a student's adapter, in place of --run, or FOLDER:SCALE; repeat it to combine several"
+    add("--adapter", type=str, action="append", default=None, help=adapter)
     teacher = "pipeline folder or Hub id that the adapter is merged into; default: the one of the training"
     add("--teacher", type=str, default=None, help=teacher)
     add("--dtype", type=str, default="float32", help="type of the weights: float32, bfloat16 or float16")
@@ -70,8 +71,8 @@ def _add_size(parser: ArgumentParser) -> None:
 def _add_files(parser: ArgumentParser) -> None:
     many: dict[str, Any] = {"action": "append", "default": None}
     add = parser.add_argument_group("LoRA and token; repeat an option for several").add_argument
-    add("--lora", type=str, **many, help="LoRA, or adapter of a customised teacher, to put into the weights")
-    add("--lora-scale", type=str, **many, help="scale of each --lora; default: 1")
+    add("--lora", type=str, **many, help="LoRA, or adapter of a customised teacher, to put into the weights, or FILE:SCALE")
+    add("--lora-scale", type=str, **many, help="scale of each --lora, if they have none of their own; default: 1")
     add("--token", type=str, **many, help="file of a learned token (textual inversion) to use in prompts")
     add("--token-name", type=str, **many, help="name of each --token in prompts, such as '<R>'; default: the file's")
     add = parser.add_argument_group("control; repeat an option for several").add_argument

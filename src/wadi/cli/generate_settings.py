@@ -50,9 +50,19 @@ def _student_settings(options: Any) -> dict[str, Any]:
         return {"pipeline": teacher_digest(options.run)}
     folder, base = locate_adapter(options.run, options.adapter, options.teacher)
     about = read_student(folder)
+    if isinstance(options.adapter, dict):  # in any order: the images are the same
+        parts = [{**_adapter_digests(Path(part)), "scale": scale} for part, scale in options.adapter.items()]
+        weights: dict[str, Any] = {"adapters": sorted(parts, key=str)}
+    else:
+        weights = _adapter_digests(folder)
     return {
-        "adapter": sha256(folder / "adapter_model.safetensors"), "adapter_config": sha256(folder / "adapter_config.json"),
-        "teacher": teacher_digest(base), "timestep": one_or_list(about.timesteps), "resolution": about.resolution,
+        **weights, "teacher": teacher_digest(base), "timestep": one_or_list(about.timesteps), "resolution": about.resolution,
+    }  # fmt: skip
+
+
+def _adapter_digests(folder: Path) -> dict[str, Any]:
+    return {
+        "adapter": sha256(folder / "adapter_model.safetensors"), "adapter_config": sha256(folder / "adapter_config.json")
     }  # fmt: skip
 
 

@@ -55,6 +55,14 @@ class Number:
             raise ArgumentTypeError(f"{_short(value)} is not a {self!r}")
         return number
 
+    def accepts(self, value: object) -> bool:
+        """Return whether ``value`` is a number within the bounds."""
+        try:
+            self(value)
+        except ArgumentTypeError:
+            return False
+        return True
+
     def check(self, name: str, value: object) -> None:
         """Raise `WadiError` if ``value`` is out of bounds."""
         _check(self, name, value)
@@ -89,4 +97,5 @@ TIMESTEP = Whole(0, 1_000_000)
 GUIDANCE = Number(-1000, 1000)
 RATE = Number(0, 1e30, above=True)  # learning rate
 SCALE = Number(-1000, 1000)
+ADAPTER_SCALE = Number(-4, 4)  # of a LoRA or LoRaD; larger than any in common use
 SHARE = Number(0, 1)

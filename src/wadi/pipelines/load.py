@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ from wadi.backbones.digest import loaded_digest
 from wadi.backbones.family_files import use_family
 from wadi.distill import config_files
 from wadi.errors import WadiError
+from wadi.pipelines.combine import Adapters, check_same_teacher, read_parts
 from wadi.zoo.paths import embedded_path, resolve_teacher
 
 
 def load(
     run: str | Path | None = None,
     *,
-    adapter: str | Path | None = None,
+    adapter: Adapters | None = None,
     teacher: str | Path | None = None,
+    lora: Adapters | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Any:
@@ -34,18 +37,50 @@ def load(
 
     Args:
         run: folder of a run or of an exported pipeline. Without ``run`` and ``adapter``, the embedded student is loaded.
-        adapter: folder of a student's adapter.
+        adapter: folder of a student's adapter, or several with scales: ``{"a": 0.7, "b": 0.3}`` (`wadi.pipelines.combine`).
         teacher: pipeline folder or Hub id that the adapter is merged into; default: the one that the run or adapter names.
+        lora: LoRA file or folder to add to the weights of the student, or several with their scales
+            (`wadi.extras.lora.apply.apply_lora`).
         dtype: of all weights.
         device: where to put the pipeline.
     Raises:
-        WadiError: if a folder does not hold what its argument needs, adapter and teacher do not fit, or the named teacher's
+        WadiError: if a folder does not hold what its argument needs, adapters and teacher do not fit, or the named teacher's
             files changed after the training. An explicit ``teacher`` may be another one.
     """
     if adapter is None and is_export(run):
-        return load_pipeline(str(run), dtype, device)
-    backbone, _ = open_student(run, adapter=adapter, teacher=teacher, dtype=dtype, device=device)
-    roles.fuse(backbone.network, "student")
+        pipeline = load_pipeline(str(run), dtype, device)
+    elif isinstance(adapter, Mapping):
+        pipeline = _load_combined(run, adapter, teacher, dtype, device)
+    else:
+        backbone, _ = open_student(run, adapter=adapter, teacher=teacher, dtype=dtype, device=device)
+        roles.fuse(backbone.network, "student")
+        pipeline = backbone.pipeline
+    if lora is not None:
+        from wadi.extras.lora.apply import apply_lora
+
+        for file, scale in lora.items() if isinstance(lora, Mapping) else ((lora, 1.0),):
+            apply_lora(pipeline, file, scale)
+    return pipeline
+
+
+def _load_combined(
+    run: str | Path | None,
+    adapters: Mapping[Any, float],
+    teacher: str | Path | None,
+    dtype: torch.dtype,
+    device: str | torch.device,
+) -> Any:
+    """Return the pipeline of several adapters, merged at their scales. The first one names teacher and timesteps."""
+    parts = read_parts({Path(folder): scale for folder, scale in adapters.items()})
+    if teacher is None:
+        check_same_teacher(parts)
+    folder, base = locate_adapter(run, parts[0].folder, teacher)
+    about, backbone = _open_base(folder, base, dtype, device)
+    if teacher is None:
+        _check_unchanged(folder, base, about, backbone.pipeline)
+    roles.refuse_adapted(backbone.network)
+    roles.fuse_folders(backbone.network, {part.folder: part.scale for part in parts})
+    backbone.remember_timesteps(about.timesteps)
     return backbone.pipeline
 
 
@@ -74,7 +109,7 @@ def open_student(
 def load_teacher_pipeline(
     run: str | Path | None = None,
     *,
-    adapter: str | Path | None = None,
+    adapter: Adapters | None = None,
     teacher: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
@@ -109,13 +144,15 @@ def is_export(run: str | Path | None) -> bool:
     return run is not None and (Path(run) / "model_index.json").is_file()
 
 
-def locate_adapter(run: str | Path | None, adapter: str | Path | None, teacher: str | Path | None) -> tuple[Path, str]:
-    """Return ``(adapter folder, teacher's path or Hub id)`` for the arguments of `load`.
+def locate_adapter(run: str | Path | None, adapter: Adapters | None, teacher: str | Path | None) -> tuple[Path, str]:
+    """Return ``(adapter folder, teacher's path or Hub id)`` for the arguments of `load`; of several adapters the first.
 
     Raises:
         WadiError: if both run and adapter are given, the run has no config or no student, no teacher is named, or
             the file of the run's family cannot be used.
     """
+    if isinstance(adapter, Mapping):
+        adapter = next(iter(adapter), None)
     if run is not None and adapter is not None:
         raise WadiError(f"Received both run {str(run)!r} and adapter {str(adapter)!r}. Give one of them.")
     if run is None:

@@ -2,10 +2,11 @@
 
 The teacher is the network without adapters; the student and the fake model are one adapter each. `layers.py` attaches adapters
 and switches between them: start there. `files.py` saves and loads adapter folders, and `checkpointing.py` recomputes
-activations in the role that computed them.
+activations in the role that computed them. `combined.py` merges several adapters.
 """
 
 from wadi.roles.checkpointing import enable_checkpointing
+from wadi.roles.combined import fuse_folders
 from wadi.roles.files import (
     CONFIG,
     FILES,
@@ -48,6 +49,7 @@ __all__ = [
     "check_lorad",
     "enable_checkpointing",
     "fuse",
+    "fuse_folders",
     "layer_of",
     "load",
     "merged_weights",

@@ -91,7 +91,7 @@ def attach(model: nn.Module, name: str, config: PeftConfig, frozen: Collection[s
     for parameter in trained_before:  # injecting an adapter froze those that were there before
         parameter.requires_grad_(True)
     for _, layer in adapter_layers(model):
-        for key, parameter in _parameters_of(layer, name):
+        for key, parameter in parameters_of(layer, name):
             parameter.requires_grad_(key.split(".")[0] not in frozen)
     return adapted_layers(model, name)
 
@@ -147,7 +147,7 @@ def _with_exact_names(config: PeftConfig, model: nn.Module) -> Any:
     return exact
 
 
-def _parameters_of(layer: Any, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+def parameters_of(layer: Any, name: str) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the parameters that one layer has for adapter ``name``, under the names that PEFT's files use."""
     for attribute in layer.adapter_layer_names:
         by_adapter = getattr(layer, attribute, {})
@@ -169,7 +169,7 @@ def parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     return {
         f"{plain_name(layer_name)}.{key}": parameter
         for layer_name, layer in adapter_layers(model)
-        for key, parameter in _parameters_of(layer, name)
+        for key, parameter in parameters_of(layer, name)
     }
 
 
@@ -190,7 +190,7 @@ def attached(model: nn.Module) -> list[str]:
 
 def adapted_layers(model: nn.Module, name: str) -> list[str]:
     """Return the names of the layers that adapter ``name`` adapts, in the model's order."""
-    return [plain_name(layer_name) for layer_name, layer in adapter_layers(model) if any(_parameters_of(layer, name))]
+    return [plain_name(layer_name) for layer_name, layer in adapter_layers(model) if any(parameters_of(layer, name))]
 
 
 def plain_name(name: str) -> str:
@@ -222,7 +222,7 @@ def active(model: nn.Module, role: str | None) -> Iterator[None]:
         WadiError: if no layer carries the adapter ``role``; the model would silently compute as the teacher.
     """
     layers = [layer for _, layer in adapter_layers(model)]
-    if role is not None and not any(True for layer in layers for _ in _parameters_of(layer, role)):
+    if role is not None and not any(True for layer in layers for _ in parameters_of(layer, role)):
         raise WadiError(f"There is no adapter {role!r}. This model has {_names(model)}: attach it first.")
     with activated(layers, [[role] if role else []] * len(layers)):
         yield
@@ -261,7 +261,7 @@ def fuse(model: nn.Module, name: str) -> nn.Module:
         raise WadiError(f"There is no adapter {name!r} to fuse. This model has {_names(model)}.")
     layers = list(adapter_layers(model))
     for _, layer in layers:
-        if any(_parameters_of(layer, name)):
+        if any(parameters_of(layer, name)):
             layer.merge(adapter_names=[name])
     for layer_name, layer in layers:
         if layer_name == plain_name(layer_name):  # the outer layer, where there are two

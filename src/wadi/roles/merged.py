@@ -25,11 +25,16 @@ def merged_weights(model: nn.Module, name: str) -> Iterator[tuple[str, Tensor, T
             base = layer.get_base_layer()
             if isinstance(base, nn.Linear | nn.Conv2d) and base.weight.is_floating_point():
                 W = _whole(base.weight)
-                yield plain_name(layer_name), W, _merged(layer, base, W, name)
+                yield plain_name(layer_name), W, merged_weight(layer, base, W, [name])
 
 
-def _merged(layer: Any, base: Any, W: Tensor, name: str) -> Tensor:
-    """Return the weight after PEFT's own merge into a copy of the layer that shares only the adapter's parameters."""
+def merged_weight(layer: Any, base: Any, W: Tensor, names: list[str]) -> Tensor:
+    """Return the weight after PEFT's own merge of ``names`` into a copy of the layer that shares only their parameters.
+
+    Args:
+        layer: with the adapters.
+        base: layer that ``layer`` is around; ``W`` is used in place of its weight.
+    """
     plain, twin = copy.copy(base), copy.copy(layer)
     plain._parameters = {"weight": nn.Parameter(W.clone(), requires_grad=False), "bias": None}
     # PEFT's merge keeps lists and caches on the layer: the twin has its own
@@ -37,7 +42,7 @@ def _merged(layer: Any, base: Any, W: Tensor, name: str) -> Tensor:
         if isinstance(value, dict | list | set):
             twin.__dict__[key] = copy.copy(value)
     twin._modules["base_layer"] = plain
-    twin.merge(adapter_names=[name])
+    twin.merge(adapter_names=names)
     merged: Tensor = plain.weight.detach()
     return merged
 

@@ -13,7 +13,6 @@ docs/dreambooth.md compares their results.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,7 @@ from wadi.extras.lora.changes import add_change, find_changes
 from wadi.extras.lora.file import read_lora
 from wadi.extras.lora.locate import locate_lora
 from wadi.extras.lora.lorad import rotate_by_adapter, student_angles
-
-LARGEST_SCALE = 4.0  # larger than any scale in common use
+from wadi.io.bounds import ADAPTER_SCALE
 
 
 def apply_lora(pipeline: Any, file: str | Path, scale: float = 1.0, student: str | Path | None = None) -> int:
@@ -62,10 +60,10 @@ def apply_lora(pipeline: Any, file: str | Path, scale: float = 1.0, student: str
     return len(changes)
 
 
-def check_scale(scale: float) -> None:
-    """Raise `WadiError` if ``scale`` is not a number from -4 to 4."""
-    if not math.isfinite(scale) or abs(scale) > LARGEST_SCALE:
+def check_scale(scale: float, what: str = "the LoRA") -> None:
+    """Raise `WadiError` if the ``scale`` of ``what`` is not a number from -4 to 4."""
+    if not ADAPTER_SCALE.accepts(scale):
         raise WadiError(
-            f"The scale of the LoRA is {scale}. Give a number from {-LARGEST_SCALE:g} to {LARGEST_SCALE:g}: 1 applies the LoRA "
-            "as it was trained, 0 leaves the weights unchanged."
+            f"The scale of {what} is {scale}. Give a {ADAPTER_SCALE!r}: 1 applies it as it was trained, 0 leaves the weights "
+            "unchanged."
         )

@@ -24,7 +24,7 @@ def rotate_by_adapter(network: nn.Module, folder: Path, scale: float) -> int:
             unchanged.
     """
     about = folder / "wadi.json"
-    if about.is_file() and "timestep" in read_settings(about):
+    if about.is_file() and read_settings(about).keys() & {"timesteps", "timestep"}:
         raise WadiError(
             f"{str(folder)!r} is a student's own adapter. --lora takes a customisation (`wadi dreambooth`): to generate with "
             "this student give it as --adapter."
