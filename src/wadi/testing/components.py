@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import string
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -119,6 +120,7 @@ def qwen_vl(width=32):
 
     words = byte_tokenizer("<|im_start|>", "<|im_end|>")
     ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    extra: dict[str, Any] = {name: len(words) + i for i, name in enumerate(ids)}
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(words) + len(ids), "hidden_size": width, "intermediate_size": 37, "num_hidden_layers": 2,
@@ -129,7 +131,7 @@ def qwen_vl(width=32):
             "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width,
             "fullatt_block_indexes": [0],
         },
-        **{name: len(words) + i for i, name in enumerate(ids)},
+        **extra,
     )  # fmt: skip
     return words, Qwen2_5_VLForConditionalGeneration(config)
 
