@@ -18,15 +18,7 @@ from wadi.lorad import LoRaDConfig
 DTYPES = ("float32", "bfloat16", "float16")
 NETWORKS = ("unet", "transformer")
 # Their pipelines draw the later noise from torch's global generator.
-GLOBAL_NOISE = (
-    "sd3",
-    "flux",
-    "lumina2",
-    "chroma",
-    "qwen-image",
-    "flux2",
-    "flux2-klein",
-)
+GLOBAL_NOISE = ("sd3", "flux", "z-image", "lumina2", "chroma", "qwen-image", "flux2", "flux2-klein")
 FLOWS = (*GLOBAL_NOISE, "sana")
 
 

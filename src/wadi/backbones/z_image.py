@@ -16,6 +16,7 @@ from torch import Tensor
 from wadi.backbones.base import Backbone
 from wadi.backbones.condition import Condition, Shape, as_list, from_list
 from wadi.backbones.outline import default_argument
+from wadi.diffusion.schedulers import even_sigmas
 
 SIDE = 1024  # pixels of the image that the pipeline generates by default
 BLOCKS = r"(layers|noise_refiner|context_refiner)\.\d+\.(attention\.(to_q|to_k|to_v|to_out\.0)|feed_forward\.w[123])"
@@ -68,7 +69,7 @@ class ZImage(Backbone):
 
     def sampler_sigmas(self, steps: int) -> list[float] | None:
         """See `Backbone.sampler_sigmas`. Evenly spaced from 1 to ``1 / steps``, before the scheduler's shift."""
-        return [1 - i / steps for i in range(steps)]
+        return even_sigmas(steps)
 
     @classmethod
     def guidance_arguments(cls, guidance_scale: float) -> dict[str, Any]:
