@@ -56,14 +56,27 @@ class Estimate:
         """
         batch = max(2, config.batch)
         plans = [plan.plan_run(replace(config, batch=size), architecture, processes) for size in (1, batch)]
-        if unknown := plans[0].unknown:
-            raise WadiError(f"No step can be estimated: {unknown}. Choose a smaller --batch by trial.")
-        return cls(batch, *({on: p.memory["checkpointed" if on else "plain"].known for on in (False, True)} for p in plans))
+        return cls(batch, *(_totals(planned) for planned in plans))
 
     def bytes_at(self, batch: int, checkpointing: bool) -> int:
         """Return the bytes of a step, including text encoders and autoencoder."""
         smallest, largest = self.smallest[checkpointing], self.largest[checkpointing]
         return smallest + (batch - 1) * (largest - smallest) // (self.batch - 1)
+
+
+def _totals(planned: plan.Plan) -> dict[bool, int]:
+    """Return the bytes of a step with gradient checkpointing (True) and without (False).
+
+    Raises:
+        WadiError: if the plan does not know them.
+    """
+    totals = {}
+    for checkpointing in (False, True):
+        total = planned.memory["checkpointed" if checkpointing else "plain"].total
+        if total is None:
+            raise WadiError(f"The memory of a step is unknown: {planned.unknown}. Find a --batch that fits by trial.")
+        totals[checkpointing] = total
+    return totals
 
 
 def fitting_options(config: DistillConfig, architecture: Architecture, available: int, processes: int = 1) -> Iterator[str]:
