@@ -8,7 +8,6 @@ conditional prediction.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,9 +29,9 @@ class Lumina2(Backbone):
     student_targets = rf"{BLOCKS}|x_embedder|time_caption_embed\.caption_embedder\.1|norm_out\.linear_2"
     fake_targets = BLOCKS
 
-    def sampler(self) -> Any:
-        """See `Backbone.sampler`. For a shift by resolution the pipeline counts the channels of a latent, not its tokens."""
-        return schedulers.sampler(self.pipeline.scheduler, self.latent_shape[0])
+    def sampler_shift(self, steps: int) -> float:
+        """See `Backbone.sampler_shift`. The pipeline counts the channels of a latent, not its tokens."""
+        return schedulers.resolution_shift(self.pipeline.scheduler.config, self.latent_shape[0])
 
     def sampler_sigmas(self, steps: int) -> list[float] | None:
         """See `Backbone.sampler_sigmas`. Evenly spaced from 1 to ``1 / steps``, before the scheduler's shift."""

@@ -125,7 +125,13 @@ def read_prompt_inputs(backbone: Backbone) -> list[PromptInputs]:
         if "backend_tokenizer" in str(error):
             raise _unknown(backbone, "a tokenizer that has no tokenizer.json") from error
         raise
-    return [_inputs(backbone, name, stand_in) for name, stand_in in stand_ins.items() if stand_in.was_read]
+    parts = [_inputs(backbone, name, stand_in) for name, stand_in in stand_ins.items() if stand_in.was_read]
+    with given_inputs(backbone, parts, [example for part in parts for example in part.examples]):
+        given = backbone.encode(["another"]).tensors
+    own = backbone.encode([PROBE]).tensors
+    if own.keys() != given.keys() or not all(torch.equal(own[name], given[name]) for name in own):
+        raise _unknown(backbone, "a chat template, or with as many tokens as the prompt has")
+    return parts
 
 
 def _inputs(backbone: Backbone, component: str, stand_in: _StandIn) -> PromptInputs:
