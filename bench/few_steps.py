@@ -5,7 +5,9 @@
 The objective is `dmd2`, with and without the GAN head. The budget of a run is a number of passes of a batch through the
 network; a backward pass counts as two. On one machine it is the same training time, and unlike a measured time it is the
 same on each. 1430 is what the preset ``demo`` uses. All runs share the warm-start pairs of ``OUT/pairs``: making them is not
-part of the budget. An interrupted command continues where it was. The times are measured at the end, all in one loop.
+part of the budget. An interrupted command continues where it was. The results in ``--json`` are kept, and those of other
+seeds are added, so the seeds may be trained one after another, and on several machines. The times are measured at the end, in one
+loop, of the last seed if all of its students are in ``--out``.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -126,10 +127,22 @@ def result_of(source: str, out: Path, count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Return mean and standard deviation over training runs of each metric."""
-    values = {name: [row["metrics"][name]["value"] for row in rows] for name in METRICS}
+def summary(runs: dict[str, dict[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Return mean and standard deviation of each metric over training runs, given as their rows by seed."""
+    values = {name: [run["metrics"][name]["value"] for run in runs.values()] for name in METRICS}
     return {name: (statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else 0.0) for name, v in values.items()}
+
+
+def read_results(path: Path | None, passes: float) -> dict[str, Any]:
+    """Return what an earlier command wrote to ``path``; empty results if there is none."""
+    if path is None or not path.exists():
+        return {"passes": passes, "machines": [], "rows": {}, "ms": {}, "ms_machine": ""}
+    found: dict[str, Any] = json.loads(path.read_text())
+    if found["passes"] != passes:
+        raise SystemExit(
+            f"{path} has the results of runs of {found['passes']:g} passes, not of {passes:g}: choose another file."
+        )
+    return found
 
 
 def milliseconds(generators: dict[str, Generator]) -> dict[str, tuple[float, float]]:
@@ -149,66 +162,71 @@ def milliseconds(generators: dict[str, Generator]) -> dict[str, tuple[float, flo
     return {name: (middle, (high - low) / 2) for name, (low, middle, high) in quartiles.items()}
 
 
-def table(measured: dict[str, dict[str, tuple[float, float]]], updates: dict[str, str]) -> str:
-    """Return the Markdown table, a row for each name in ``measured``."""
-    header = ["", "training steps (warm start)", *METRICS.values(), "ms per image"]
+def table(results: dict[str, Any], updates: dict[str, str]) -> str:
+    """Return the Markdown table of the results."""
+    header = ["", "training steps (warm start)", "seeds", *METRICS.values(), "ms per image"]
     digits = {"top1": 3, "ms": 0}
-    rows = [
-        [name, updates.get(name, ""),
-         *(f"{mean:.{digits.get(m, 2)}f} ± {std:.{digits.get(m, 2)}f}" if std else f"{mean:.{digits.get(m, 2)}f}"
-           for m, (mean, std) in values.items())]
-        for name, values in measured.items()
-    ]  # fmt: skip
+    rows = []
+    for name, runs in results["rows"].items():
+        values = summary(runs) | ({"ms": results["ms"][name]} if name in results["ms"] else {})
+        cells = [
+            f"{mean:.{digits.get(m, 2)}f} ± {std:.{digits.get(m, 2)}f}" if std else f"{mean:.{digits.get(m, 2)}f}"
+            for m, (mean, std) in values.items()
+        ]
+        rows.append([name, updates.get(name, ""), len(runs) if name in updates else "", *cells])
     return markdown.table(header, rows)
 
 
-def seeds_text(seeds: Sequence[int]) -> str:
-    """Return what ± means."""
-    spread = "One training seed." if len(seeds) == 1 else f"± is the standard deviation over {len(seeds)} training seeds."
-    return f"{spread} (Of ms: half the distance of the quartiles over {ROUNDS} images, first seed.)"
-
-
-def generators(out: Path, variants: Sequence[Variant], seed: int) -> dict[str, Generator]:
-    """Return what makes the images of each row of the table."""
+def generators(runs: dict[str, Path]) -> dict[str, Generator]:
+    """Return what makes the images of each row of the table, given the folders of the runs by name."""
     embedded = Source("zoo")
     return {
         "teacher, 25 steps": embedded.many_steps(**TEACHER),
         "shipped student, one step": embedded.plain(),
-        **{one.name: Source(one.name, run=str(out / f"{one.name}-seed-{seed}")).plain() for one in variants},
+        **{name: Source(name, run=str(folder)).plain() for name, folder in runs.items()},
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--passes", type=float, default=1430, help="budget of each run")
-    parser.add_argument("--steps", type=int, nargs="*", default=[1, 2, 4], choices=list(TIMESTEPS))
+    variants = {variant.name: variant for variant in (Variant(steps, gan) for gan in (False, True) for steps in TIMESTEPS)}
+    parser.add_argument("--rows", nargs="*", default=list(variants), choices=list(variants), help="students to train")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--count", type=int, default=512, help="images of each student")
     parser.add_argument("--out", type=Path, default=Path("runs/few-steps"))
     parser.add_argument("--table", type=Path, default=None, help=f"page in which to replace what is between {BEGIN} and {END}")
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
-    variants = [Variant(steps, gan) for gan in (False, True) for steps in args.steps]
-    rows: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
-    updates = {}
-    for seed in args.seeds:  # all variants of a seed first, so that an early stop leaves complete comparisons
-        for variant in variants:
-            folder = args.out / f"{variant.name}-seed-{seed}"
-            config = variant.config(folder, seed, args.passes)
-            start_from_pairs(args.out, config)
-            updates[variant.name] = f"{config.steps} ({config.warm_start.steps})"
-            distill(config)
-            rows[variant.name] += result_of(str(folder), args.out, args.count)
+    results = read_results(args.json, args.passes)
+    rows: dict[str, dict[str, Any]] = results["rows"]
     shipped = result_of("zoo", args.out, args.count)
-    named = {"teacher, 25 steps": shipped[:1], "shipped student, one step": shipped[-1:], **rows}
-    ms = milliseconds(generators(args.out, variants, args.seeds[0]))
-    text = table({name: summary(found) | {"ms": ms[name]} for name, found in named.items()}, updates)
-    where = f"Training of {args.passes:g} passes each. {seeds_text(args.seeds)} {args.count} images of each row. {machine()}."
+    rows["teacher, 25 steps"], rows["shipped student, one step"] = {"": shipped[0]}, {"": shipped[-1]}
+    for seed in args.seeds:  # all rows of a seed first, so that an early stop leaves complete comparisons
+        for name in args.rows:
+            if str(seed) in rows.setdefault(name, {}):
+                continue
+            folder = args.out / f"{name}-seed-{seed}"
+            config = variants[name].config(folder, seed, args.passes)
+            start_from_pairs(args.out, config)
+            distill(config)
+            rows[name][str(seed)] = result_of(str(folder), args.out, args.count)[0]
+    results["machines"] = sorted({*results["machines"], machine()})
+    here = {name: args.out / f"{name}-seed-{args.seeds[-1]}" for name in variants}
+    if all(folder.exists() for folder in here.values()):
+        results |= {"ms": milliseconds(generators(here)), "ms_machine": machine()}
+    steps = {name: variant.config(Path(), 0, args.passes) for name, variant in variants.items()}
+    text = table(results, {name: f"{config.steps} ({config.warm_start.steps})" for name, config in steps.items()})
+    where = (
+        f"Training of {args.passes:g} passes each, {args.count} images of each row. ± is the standard deviation over the training "
+        f"seeds; of ms it is half the distance of the quartiles over {ROUNDS} images (one seed, {results['ms_machine']}). Trained "
+        f"on: {'. '.join(results['machines'])}."
+    )
     print(text, where, sep="\n\n")
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1))
     if args.table:
         markdown.write_between_markers(args.table, BEGIN, END, f"{text}\n\n{where}")
-    if args.json:
-        args.json.write_text(json.dumps({"passes": args.passes, "machine": machine(), "rows": named, "ms": ms}, indent=1))
 
 
 if __name__ == "__main__":
