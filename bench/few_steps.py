@@ -6,8 +6,8 @@ The objective is `dmd2`, with and without the GAN head. The budget of a run is a
 network; a backward pass counts as two. On one machine it is the same training time, and unlike a measured time it is the
 same on each. 1430 is what the preset ``demo`` uses. All runs share the warm-start pairs of ``OUT/pairs``: making them is not
 part of the budget. An interrupted command continues where it was. The results in ``--json`` are kept, and those of other
-seeds are added, so the seeds may be trained one after another, and on several machines. The times are measured at the end, in one
-loop, of the last seed if all of its students are in ``--out``.
+seeds are added, so the seeds may be trained one after another, and on several machines. The times are measured at the end, in
+one loop, of the last seed if all of its students are in ``--out``.
 """
 
 from __future__ import annotations
@@ -218,9 +218,9 @@ def main() -> None:
     steps = {name: variant.config(Path(), 0, args.passes) for name, variant in variants.items()}
     text = table(results, {name: f"{config.steps} ({config.warm_start.steps})" for name, config in steps.items()})
     where = (
-        f"Training of {args.passes:g} passes each, {args.count} images of each row. ± is the standard deviation over the training "
-        f"seeds; of ms it is half the distance of the quartiles over {ROUNDS} images (one seed, {results['ms_machine']}). Trained "
-        f"on: {'. '.join(results['machines'])}."
+        f"Training of {args.passes:g} passes each, {args.count} images of each row. ± is the standard deviation over the "
+        f"training seeds; of ms it is half the distance of the quartiles over {ROUNDS} images (one seed, "
+        f"{results['ms_machine']}). Trained on: {'. '.join(results['machines'])}."
     )
     print(text, where, sep="\n\n")
     if args.json:
