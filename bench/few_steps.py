@@ -200,8 +200,9 @@ def main() -> None:
     args = parser.parse_args()
     results = read_results(args.json, args.passes)
     rows: dict[str, dict[str, Any]] = results["rows"]
-    shipped = result_of("zoo", args.out, args.count)
-    rows["teacher, 25 steps"], rows["shipped student, one step"] = {"": shipped[0]}, {"": shipped[-1]}
+    if "teacher, 25 steps" not in rows:
+        teacher, *_, student = result_of("zoo", args.out, args.count)
+        rows["teacher, 25 steps"], rows["shipped student, one step"] = {"": teacher}, {"": student}
     for seed in args.seeds:  # all rows of a seed first, so that an early stop leaves complete comparisons
         for name in args.rows:
             if str(seed) in rows.setdefault(name, {}):
@@ -212,8 +213,8 @@ def main() -> None:
             distill(config)
             rows[name][str(seed)] = result_of(str(folder), args.out, args.count)[0]
     results["machines"] = sorted({*results["machines"], machine()})
-    here = {name: args.out / f"{name}-seed-{args.seeds[-1]}" for name in variants}
-    if all(folder.exists() for folder in here.values()):
+    here = {name: args.out / f"{name}-seed-{seed}" for name in variants for seed in args.seeds[-1:]}
+    if here and all(folder.exists() for folder in here.values()):
         results |= {"ms": milliseconds(generators(here)), "ms_machine": machine()}
     steps = {name: variant.config(Path(), 0, args.passes) for name, variant in variants.items()}
     text = table(results, {name: f"{config.steps} ({config.warm_start.steps})" for name, config in steps.items()})
