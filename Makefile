@@ -3,6 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/demo
+# Processes of the tests. Each needs 2 to 4 GB, and uses one thread.
+WORKERS ?= 2
+PARALLEL = -n $(WORKERS) --dist loadscope
 
 .PHONY: install install-test demo test slow lint docs clean
 
@@ -28,10 +31,10 @@ demo: install
 	$(VENV)/bin/wadi distill --preset demo --out $(RUN)
 
 test: install-test
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(PARALLEL)
 
 slow: install-test
-	$(VENV)/bin/python -m pytest -m slow
+	$(VENV)/bin/python -m pytest $(PARALLEL) -m slow
 
 lint: install-test
 	$(VENV)/bin/ruff check
