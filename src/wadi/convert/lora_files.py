@@ -28,7 +28,6 @@ from wadi.backbones.saving import call_text
 from wadi.errors import WadiError
 from wadi.io.patterns import matching_names
 from wadi.io.weight_checks import first_names
-from wadi.io.wording import counted
 from wadi.lorad.stored import PEFT_PREFIX
 
 COMFYUI = "comfyui/lora.safetensors"
@@ -222,15 +221,4 @@ def loading_lines(backbone: Backbone, scheduler: Any, steps: int, load: str = "p
         f"{load}\n"
         f'pipe.scheduler = {name}.from_pretrained(FOLDER, subfolder="scheduler")\n'
         f"image = pipe({call_text(backbone, steps)}).images[0]\n"
-    )
-
-
-def comfyui_text(steps: int, is_dora: bool) -> str:
-    """Return the paragraph of the card about ComfyUI."""
-    if is_dora:
-        return "There is no file for ComfyUI: it computes DoRA in another way than PEFT, which trained this one."
-    return (
-        f"`{COMFYUI}` is the same LoRA under the names that ComfyUI reads. Load the teacher's checkpoint and this file at "
-        f"strength 1, with {counted(steps, 'step')} and CFG 1. ComfyUI's own schedule must start at the "
-        "student's timestep, which `scheduler/scheduler_config.json` determines."
     )

@@ -19,15 +19,16 @@ from wadi.backbones.configs import read_config
 from wadi.backbones.lazy_tensors import check_same_tensors, network_weights
 from wadi.convert.changes_as_lora import Approximation, approximate
 from wadi.convert.lora_files import (
+    COMFYUI,
     Lora,
     check_has_loader,
-    comfyui_text,
     loading_lines,
     read_loras,
     write_lora_tensors,
 )
 from wadi.diffusion.schedulers import make_scheduler
 from wadi.errors import WadiError
+from wadi.exports.comfyui import write_workflow
 from wadi.exports.source import Source, plain_call
 from wadi.exports.written import Written, difference
 from wadi.io import markdown
@@ -69,9 +70,13 @@ def write(source: Source, folder: Path, settings: Any) -> Written:
         sections.append(f"Without the LoRA, the difference is {without}.")
         return after
 
-    sections = [
-        f"`TEACHER` is the pipeline that the student was trained on, `FOLDER` is this folder. {comfyui_text(steps, is_dora)}"
-    ]
+    sections = ["`TEACHER` is the pipeline that the student was trained on, `FOLDER` is this folder."]
+    if is_dora:
+        sections.append("There is no file for ComfyUI: it computes DoRA in another way than PEFT, which trained this one.")
+    else:
+        teacher = f"{source.base_name.rpartition('/')[2]}.safetensors"
+        prompt = source.requests()[0][0]
+        sections += [*write_workflow(backbone, folder, prompt, teacher, Path(COMFYUI).name), _comfyui_file()]
     data: dict[str, Any] = {"steps": steps, "call": call, "layers": len(loras)}
     if found is not None:
         sections += _report(found, settings.rank or RANK)
@@ -105,6 +110,13 @@ def _loras(
     others = source.other_requests(CALIBRATION)
     found = approximate(backbone.network, weights, rank or RANK, lambda: source.draw(backbone.pipeline, call, steps, others))
     return found.loras, found
+
+
+def _comfyui_file() -> str:
+    return (
+        f"`{COMFYUI}` is the same LoRA under the names that ComfyUI and kohya's tools read. It belongs on the teacher's "
+        "checkpoint, at strength 1."
+    )
 
 
 def _in_dtype(lora: Lora, dtype: torch.dtype) -> Lora:

@@ -9,9 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from wadi.backbones import from_pipeline
 from wadi.backbones.saving import remove_paths
 from wadi.convert import checkpoint_names as names
 from wadi.errors import WadiError
+from wadi.exports.comfyui import write_workflow
 from wadi.exports.source import Source, plain_call
 from wadi.exports.written import Written
 from wadi.io.quiet import errors_only
@@ -48,7 +50,7 @@ def write(source: Source, folder: Path, settings: Any) -> Written:
             f'pipe = {kind}.from_single_file(FOLDER + "/{FILE}", config=FOLDER + "/{CONFIG}"{argument})\n'
             f"image = pipe(prompt, num_inference_steps={steps}{arguments}).images[0]\n"
         ),
-        sections=[_elsewhere(pipeline, steps)],
+        sections=[*write_workflow(from_pipeline(pipeline), folder, source.requests()[0][0], FILE), _elsewhere(pipeline, steps)],
         summary=f"checkpoint of {len(tensors)} tensors; README.md has the lines that load it",
         data={"steps": steps, "call": call, "tensors": len(tensors)},
     )
@@ -112,7 +114,7 @@ def _write_configs(pipeline: Any, folder: Path) -> None:
 def _elsewhere(pipeline: Any, steps: int) -> str:
     kind = "v prediction" if pipeline.scheduler.config.get("prediction_type") == "v_prediction" else "epsilon prediction"
     return (
-        f"Other programs read `{FILE}` alone. It has no scheduler: set {counted(steps, 'step')}, CFG 1, {kind}, "
+        f"A1111, Forge and others read `{FILE}` alone. It has no scheduler: set {counted(steps, 'step')}, CFG 1, {kind}, "
         f"and a schedule that starts at the student's timestep, which `{CONFIG}/scheduler/scheduler_config.json` determines."
     )
 
