@@ -5,8 +5,8 @@
 
 ComfyUI is a clone with its requirements installed. The weights are random, the images 64 x 64 pixels. It needs 12 GB of memory,
 20 GB in ``--work``, and minutes on a CPU. ComfyUI checks each workflow (``execution.validate_prompt``), then the nodes run one
-after the other. The command prints the difference to the latents and images of ``wadi.load`` from the same seed. For a student of
-several steps ComfyUI's later noise is replaced by that of diffusers: each draws its own.
+after the other. The command prints the difference to the latents and images of ``wadi.load`` from the same seed. For a student
+of several steps ComfyUI's later noise is replaced by that of diffusers: each draws its own.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,35 @@ from wadi.backbones.weight_files import (
     weight_copies,
     weight_map,
 )
+from wadi.errors import WadiError, first_line
 from wadi.io.regular import exists
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether ``name`` has the form ``owner/name`` of a repository on the Hub."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", name, re.ASCII) is not None
+
+
+def adapter_folder(name: str | Path, files: Collection[str]) -> Path:
+    """Return the folder of an adapter. If there is none, and ``name`` is a Hub id, ``files`` are downloaded and no others.
+
+    Raises:
+        WadiError: if it cannot be downloaded.
+    """
+    if exists(name) or not is_hub_id(str(name)):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    from wadi.io.quiet import errors_only
+
+    try:
+        with errors_only():
+            return Path(snapshot_download(str(name), allow_patterns=list(files)))
+    except Exception as error:
+        raise WadiError(
+            f"Adapter {str(name)!r} is no folder, and could not be downloaded from the Hub: {first_line(error)}. Check the "
+            "name, the network and, for a private repository, `hf auth login`."
+        ) from error
 
 
 def pipeline_folder(path: str | Path, variant: str | None = None) -> Path:

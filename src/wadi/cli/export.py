@@ -23,7 +23,7 @@ def add_options(parser: ArgumentParser) -> None:
     run = "folder of the run, or of an exported pipeline; default: the embedded student"
     add("source", nargs="?", default=None, help=run)
     add("--run", type=str, default=None, help="the same as the word without an option")
-    add("--adapter", type=str, default=None, help="folder of a student's adapter, in place of a run")
+    add("--adapter", type=str, default=None, help="folder or Hub id of a student's adapter, in place of a run")
     teacher = "pipeline folder or Hub id that the student was made from; default: as trained"
     add("--teacher", type=str, default=None, help=teacher)
     add("--out", type=str, required=True, help="folder to write; it must not exist")
@@ -38,6 +38,9 @@ def add_options(parser: ArgumentParser) -> None:
     add("--prompts", type=str, default=None, help=prompts)
     base = "name of the teacher in the exported files, such as its Hub id; default: its Hub id, or the name of its folder"
     add("--base-name", type=str, default=None, help=base)
+    hub = "also upload the export to this repository of the Hugging Face Hub, OWNER/NAME; creates it if there is none"
+    add("--push-to-hub", type=str, default=None, help=hub)
+    add("--private", action="store_true", help="with --push-to-hub: create the repository as a private one")
     add("--licence", type=str, default=None, help="licence of the teacher for the card; default: what the teacher's card says")
     add_family(parser)
 
@@ -46,6 +49,7 @@ def run(arguments: Arguments) -> int:
     """Write the export, and print how to load it and how it differs from the student."""
     import torch
 
+    from wadi.exports.hub import check_can_push, push
     from wadi.exports.runtime_folder import precision_of
     from wadi.exports.source import Source
     from wadi.exports.write import Settings, export
@@ -58,6 +62,10 @@ def run(arguments: Arguments) -> int:
         raise WadiError(f"--rank {options.rank} was given with --to {options.to}. It needs --to lora.")
     to_runtime = options.to in ("onnx", "openvino")
     settings = Settings(options.rank, precision_of(options.dtype) if to_runtime else "float32")
+    if options.private and options.push_to_hub is None:
+        raise WadiError("--private was given without --push-to-hub. Give both or neither.")
+    if options.push_to_hub is not None:
+        check_can_push(options.push_to_hub)
     source = Source(
         options.source if options.run is None else options.run,
         options.adapter,
@@ -72,4 +80,6 @@ def run(arguments: Arguments) -> int:
     exported = export(source, options.to, Path(options.out), settings)
     print(f"{options.out}: {exported.summary}")
     print(f"Read back: {exported.check}.")
+    if options.push_to_hub is not None:
+        print(f"Uploaded: {push(Path(options.out), options.push_to_hub, options.private)}")
     return 0

@@ -33,7 +33,7 @@ def add_options(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     run = "folder of a run or of an exported pipeline; default: the embedded student"
     add("--run", type=str, default=None, help=run)
-    adapter = "folder of a student's adapter, in place of --run, or FOLDER:SCALE; repeat it to combine several"
+    adapter = "folder or Hub id of a student's adapter, in place of --run, or FOLDER:SCALE; repeat it to combine several"
     add("--adapter", type=str, action="append", default=None, help=adapter)
     teacher = "pipeline folder or Hub id that the adapter is merged into; default: the one of the training"
     add("--teacher", type=str, default=None, help=teacher)

@@ -44,14 +44,14 @@ def _student_settings(options: Any) -> dict[str, Any]:
     """Return digests of the student's weights, its timestep and its resolution."""
     from wadi.backbones.digest import teacher_digest
     from wadi.evaluate.generators import one_or_list
-    from wadi.pipelines.load import is_export, locate_adapter, read_student
+    from wadi.pipelines.load import is_export, local_adapter, locate_adapter, read_student
 
     if is_export(options.run):
         return {"pipeline": teacher_digest(options.run)}
     folder, base = locate_adapter(options.run, options.adapter, options.teacher)
     about = read_student(folder)
     if isinstance(options.adapter, dict):  # in any order: the images are the same
-        parts = [{**_adapter_digests(Path(part)), "scale": scale} for part, scale in options.adapter.items()]
+        parts = [{**_adapter_digests(local_adapter(part)), "scale": scale} for part, scale in options.adapter.items()]
         weights: dict[str, Any] = {"adapters": sorted(parts, key=str)}
     else:
         weights = _adapter_digests(folder)

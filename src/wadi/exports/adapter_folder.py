@@ -52,6 +52,7 @@ def write(source: Source, folder: Path, settings: Any) -> Written:
         summary=f"{method} adapter for {source.base_name}; README.md has the lines that load it",
         data={"steps": steps, "call": call, "adapter": method},
         library="peft",
+        tags=(method.lower(),),
     )
 
 

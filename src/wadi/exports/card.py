@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wadi import __version__
+from wadi.backbones.hub import is_hub_id
 from wadi.distill.report.results import Result
 from wadi.errors import WadiError
 from wadi.exports.source import Source, licence_of
@@ -28,14 +29,10 @@ def card(source: Source, written: Written, check: Difference) -> str:
     """Return the text of ``README.md``."""
     licence = source.licence or licence_of(source.teacher_source)
     base = markdown.code_span(source.base_name)
-    front = ["---", "pipeline_tag: text-to-image", f"library_name: {written.library}", "tags: [wadi, one-step]"]
-    if "/" in source.base_name:  # a Hub id
-        front.append(f"base_model: {source.base_name}")
-    front += [f"license: {licence}", "---"] if licence else ["license: other", "---"]
     prompts, seeds = source.requests()
     rows = [(markdown.escape(prompt), seed) for prompt, seed in zip(prompts, seeds, strict=True)]
     parts = [
-        "\n".join(front),
+        f"---\n{_metadata(source, written, licence)}\n---",
         f"# {written.title}",
         f"```python\n{written.code}```",
         *written.sections,
@@ -52,6 +49,21 @@ def card(source: Source, written: Written, check: Difference) -> str:
         + f" Written by wadi {__version__}.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _metadata(source: Source, written: Written, licence: str | None) -> str:
+    """Return what the Hub reads, as YAML."""
+    from huggingface_hub import ModelCardData
+
+    steps = written.data.get("steps", 1)
+    card_data = ModelCardData(
+        base_model=source.base_name if is_hub_id(source.base_name) else None,
+        library_name=written.library,
+        license=(licence or "other").lower(),
+        pipeline_tag="text-to-image",
+        tags=["wadi", "one-step" if steps == 1 else "few-step", *written.tags],
+    )
+    return str(card_data.to_yaml())
 
 
 def _settings(source: Source) -> list[str]:

@@ -92,6 +92,7 @@ def write(source: Source, folder: Path, settings: Any) -> Written:
         sections=sections,
         summary=f"LoRA of {len(loras)} layers{lost}; README.md has the lines that load it",
         data=data,
+        tags=("lora",),
     )
 
 

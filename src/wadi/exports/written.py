@@ -24,6 +24,7 @@ class Written:
         data: what the format stores in ``export.json``.
         summary: what the command prints after the name of the folder.
         library: of the model card.
+        tags: further ones of the model card.
     """
 
     title: str
@@ -35,6 +36,7 @@ class Written:
     sections: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
     library: str = "diffusers"
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

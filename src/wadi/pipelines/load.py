@@ -12,6 +12,7 @@ from wadi import roles
 from wadi.backbones import Backbone, from_pipeline, load_pipeline
 from wadi.backbones.digest import loaded_digest
 from wadi.backbones.family_files import use_family
+from wadi.backbones.hub import adapter_folder
 from wadi.distill import config_files
 from wadi.errors import WadiError
 from wadi.pipelines.combine import Adapters, check_same_teacher, read_parts
@@ -37,7 +38,8 @@ def load(
 
     Args:
         run: folder of a run or of an exported pipeline. Without ``run`` and ``adapter``, the embedded student is loaded.
-        adapter: folder of a student's adapter, or several with scales: ``{"a": 0.7, "b": 0.3}`` (`wadi.pipelines.combine`).
+        adapter: folder or Hub id of a student's adapter, or several with scales: ``{"a": 0.7, "b": 0.3}``
+            (`wadi.pipelines.combine`).
         teacher: pipeline folder or Hub id that the adapter is merged into; default: the one that the run or adapter names.
         lora: LoRA file or folder to add to the weights of the student, or several with their scales
             (`wadi.extras.lora.apply.apply_lora`).
@@ -71,7 +73,7 @@ def _load_combined(
     device: str | torch.device,
 ) -> Any:
     """Return the pipeline of several adapters, merged at their scales. The first one names teacher and timesteps."""
-    parts = read_parts({Path(folder): scale for folder, scale in adapters.items()})
+    parts = read_parts({local_adapter(adapter): scale for adapter, scale in adapters.items()})
     if teacher is None:
         check_same_teacher(parts)
     folder, base = locate_adapter(run, parts[0].folder, teacher)
@@ -156,7 +158,7 @@ def locate_adapter(run: str | Path | None, adapter: Adapters | None, teacher: st
     if run is not None and adapter is not None:
         raise WadiError(f"Received both run {str(run)!r} and adapter {str(adapter)!r}. Give one of them.")
     if run is None:
-        folder = Path(adapter) if adapter is not None else embedded_path("student")
+        folder = local_adapter(adapter) if adapter is not None else embedded_path("student")
         return folder, resolve_teacher(str(teacher or _read_about(folder).teacher))
     settings = Path(run) / "config.yaml"
     if not settings.is_file():
@@ -173,6 +175,15 @@ def locate_adapter(run: str | Path | None, adapter: Adapters | None, teacher: st
         raise WadiError(f"Run {str(run)!r} has no student yet: it stopped before its first checkpoint. Continue it first.")
     use_family(stored.get("family"), f"Run {str(run)!r}")
     return folder, resolve_teacher(str(teacher or named))
+
+
+def local_adapter(adapter: str | Path) -> Path:
+    """Return the folder of an adapter, or of the download of the one with this Hub id.
+
+    Raises:
+        WadiError: if it cannot be downloaded.
+    """
+    return adapter_folder(adapter, roles.FILES)
 
 
 def read_student(folder: Path) -> roles.About:
