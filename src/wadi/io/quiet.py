@@ -10,7 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 # The libraries read these when they are imported. A value that the user has set stays.
-SETTINGS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
+SETTINGS = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "ORT_DISABLE_TELEMETRY": "1",  # diffusers imports ONNX Runtime if it is installed, which warns if there is no home folder
+}
 
 
 def quiet_libraries() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -185,6 +186,7 @@ def _image_of(prediction: np.ndarray, x_t: np.ndarray, alpha: np.float32, sigma:
 
 
 def _open_onnx(path: Path, device: str, threads: int | None, fast: bool) -> Any:
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # no usage data
     import onnxruntime
 
     provider = f"{device}ExecutionProvider"
