@@ -20,7 +20,7 @@ COMMANDS = {
     "plan": "show what a run would train and how much memory it needs, without loading weights",
     "embed": "encode prompts once, into a cache that distill trains from",
     "generate": "generate images with a student",
-    "export": "write a student in a form that other programs read: pipeline, adapter, LoRA, checkpoint",
+    "export": "write a student in a form that other programs read: pipeline, adapter, LoRA, checkpoint, ONNX, OpenVINO",
     "extract": "make an adapter from two checkpoints, and report what changed between them",
     "import-authors": "turn the weights that the authors released into a one-step pipeline",
     "analyze": "report what distillation changed in the weights: norms, directions, ranks, angles",
