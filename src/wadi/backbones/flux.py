@@ -55,7 +55,8 @@ class Flux(PackedFlow):
         embeds = inputs["prompt_embeds"].to(dtype)
         guidance = None
         if self.network.config.guidance_embeds:
-            guidance = torch.full((len(x_t),), self.no_guidance, device=x_t.device)
+            rows = x_t.shape[0]  # not len(x_t), which a tracer takes for a constant
+            guidance = torch.full((rows,), self.no_guidance, device=x_t.device)
         predicted: Tensor = self.network(
             hidden_states=pack(x_t.to(dtype)),
             timestep=t.to(dtype) / 1000,
