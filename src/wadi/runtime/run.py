@@ -194,6 +194,7 @@ def _open_onnx(path: Path, device: str, threads: int | None, fast: bool) -> Any:
         names = [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
         raise ValueError(f"This ONNX Runtime has no device {device!r}. It has {', '.join(names)}.")
     options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; warnings are about what its optimiser could not simplify
     options.intra_op_num_threads = threads or 0
     session = onnxruntime.InferenceSession(
         str(path), options, providers=list(dict.fromkeys([provider, "CPUExecutionProvider"]))
