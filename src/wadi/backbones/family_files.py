@@ -33,8 +33,7 @@ def name_family(path: str | Path) -> Path:
         WadiError: if the file cannot be read, fails, or registers no complete family.
     """
     place = Path(path).expanduser().resolve()
-    source = read_bytes(place, LARGEST, WHAT)
-    digest = hashlib.sha256(source).hexdigest()
+    source, digest = _read(place)
     _run(place, source, digest)
     _named.add(digest)
     with suppress(WadiError):  # without a writable cache, later commands need the option again
@@ -59,8 +58,7 @@ def use_family(path: str | Path | None, whose: str) -> None:
         raise WadiError(
             f"{whose} needs the family file {quoted(place)}, which does not exist. Name the file with --family FILE.py."
         )
-    source = read_bytes(place, LARGEST, WHAT)
-    digest = hashlib.sha256(source).hexdigest()
+    source, digest = _read(place)
     if digest in _loaded:
         return
     if not _is_noted(digest):
@@ -69,6 +67,12 @@ def use_family(path: str | Path | None, whose: str) -> None:
             "since. It can run any code: read it, and then name it with --family FILE.py."
         )
     _run(place, source, digest)
+
+
+def _read(path: Path) -> tuple[bytes, str]:
+    """Return the contents of a family file, and their digest."""
+    source = read_bytes(path, LARGEST, WHAT)
+    return source, hashlib.sha256(source).hexdigest()
 
 
 def _note(digest: str) -> Path:

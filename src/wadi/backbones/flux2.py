@@ -19,10 +19,11 @@ from wadi.backbones.base import Backbone
 from wadi.backbones.condition import Condition, Shape
 from wadi.backbones.flux import ATTENTION
 from wadi.backbones.outline import default_argument
+from wadi.backbones.packed import from_tokens, to_tokens
 from wadi.diffusion import schedulers
+from wadi.diffusion.autoencoder import PACKED
 from wadi.errors import WadiError
 
-PACKED = 2  # latents of the autoencoder in one, in each direction
 SIDE = 64  # latents of the image that the pipelines generate by default
 DOUBLE = rf"transformer_blocks\.\d+\.({ATTENTION}|(ff|ff_context)\.linear_(in|out))"
 SINGLE = r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
@@ -60,7 +61,7 @@ class Flux2Klein(Backbone):
         """See `Backbone.step_noise`. The scheduler draws it for tokens."""
         channels, height, width = self.latent_shape
         tokens = torch.randn((1, height * width, channels), generator=generator)
-        return tokens.transpose(1, 2).unflatten(2, (height, width))
+        return from_tokens(tokens, height, width)
 
     def encode_with_gradient(self, prompts: Sequence[str]) -> Condition:
         """Return ``prompt_embeds`` ``(B, tokens, width)``: hidden states of three layers. Padding is not masked."""
@@ -80,7 +81,7 @@ class Flux2Klein(Backbone):
         if self.guidance_input is not None:
             guidance = torch.full((batch,), self.guidance_input, device=x_t.device)
         predicted: Tensor = self.network(
-            hidden_states=x_t.to(dtype).flatten(2).transpose(1, 2),
+            hidden_states=to_tokens(x_t.to(dtype)),
             timestep=t.to(dtype) / 1000,
             guidance=guidance,
             encoder_hidden_states=embeds,
@@ -88,7 +89,7 @@ class Flux2Klein(Backbone):
             img_ids=_ids(height, width, 1, x_t),
             return_dict=False,
         )[0]
-        return predicted.transpose(1, 2).unflatten(2, (height, width)).float()
+        return from_tokens(predicted, height, width).float()
 
 
 class Flux2(Flux2Klein):

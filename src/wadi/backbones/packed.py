@@ -19,14 +19,24 @@ PATCH = 2  # latents per token, in each direction
 SIDE = 128  # latents of the image that these pipelines generate by default
 
 
+def to_tokens(latents: Tensor) -> Tensor:
+    """Return latents ``(B, C, H, W)`` as tokens ``(B, H W, C)``."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+def from_tokens(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Return tokens ``(B, H W, C)`` as latents ``(B, C, H, W)``; the inverse of `to_tokens`."""
+    return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+
 def pack(latents: Tensor) -> Tensor:
     """Return latents ``(B, C, H, W)`` as tokens ``(B, H W / 4, 4 C)``."""
-    return pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2).contiguous()
+    return to_tokens(pixel_unshuffle(latents, PATCH)).contiguous()
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     """Return tokens ``(B, H W / 4, 4 C)`` as latents ``(B, C, H, W)``; the inverse of `pack`."""
-    return pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // PATCH, width // PATCH)), PATCH)
+    return pixel_shuffle(from_tokens(tokens, height // PATCH, width // PATCH), PATCH)
 
 
 class PackedFlow(Backbone):

@@ -113,7 +113,7 @@ def family(pipeline_class: str) -> type[Backbone]:
             )
         entry = installed[pipeline_class]
         source = f"the package {entry.dist.name}" if entry.dist else "an installed package"
-        register_family(pipeline_class, checked(entry.value, f"The family of {pipeline_class} from {source}"))
+        FAMILIES[pipeline_class] = checked(entry.value, f"The family of {pipeline_class} from {source}")
     elif isinstance(found, str):
         FAMILIES[pipeline_class] = checked(found, f"The family of {pipeline_class}")
     backbone = FAMILIES[pipeline_class]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from wadi.backbones.base import Backbone
-from wadi.backbones.condition import Condition, Shape, replace_empty_rows
+from wadi.backbones.condition import Condition, Shape
+from wadi.backbones.instructed import encode_instructed
 from wadi.backbones.outline import default_argument
 
 ATTENTION = r"transformer_blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"
@@ -34,15 +35,7 @@ class Sana(Backbone):
 
     def encode_with_gradient(self, prompts: Sequence[str]) -> Condition:
         """Return ``prompt_embeds`` ``(B, tokens, width)`` and their ``mask`` ``(B, tokens)``."""
-        embeds, mask, null, null_mask = self.pipeline.encode_prompt(
-            list(prompts),
-            do_classifier_free_guidance="" in prompts,
-            device=self.pipeline.text_encoder.device,
-            **self.encode_defaults(),
-        )
-        if "" in prompts:
-            embeds, mask = replace_empty_rows(prompts, null, embeds), replace_empty_rows(prompts, null_mask, mask)
-        return Condition({"prompt_embeds": embeds, "mask": mask})
+        return encode_instructed(self, prompts)
 
     def condition_shapes(self) -> Mapping[str, Shape]:
         """See `Backbone.condition_shapes`."""

@@ -23,7 +23,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from wadi.errors import WadiError, short_repr
 
-PACKED = 2  # latents in one, in each direction
+PACKED = 2  # latents of FLUX.2's autoencoder in one, in each direction
 
 
 @torch.no_grad()
