@@ -11,9 +11,9 @@ import wadi
 from processes import run_without_wadi
 from raising import raises_naming
 from wadi.cli.main import main
+from wadi.exports import FORMATS as ALL
 from wadi.exports.card import public_settings
 from wadi.exports.source import Source, public_name
-from wadi.exports.write import FORMATS as ALL
 from wadi.exports.write import export
 from wadi.exports.written import difference
 

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 
 from wadi.cli.family import add_family
 from wadi.errors import WadiError
+from wadi.exports import FORMATS
 from wadi.io.bounds import RANK, Whole
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
     from wadi.cli.parser import Arguments
-
-FORMATS = ("diffusers", "adapter", "lora", "single-file", "onnx", "openvino")
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -27,7 +26,8 @@ def add_options(parser: ArgumentParser) -> None:
     teacher = "pipeline folder or Hub id that the student was made from; default: as trained"
     add("--teacher", type=str, default=None, help=teacher)
     add("--out", type=str, required=True, help="folder to write; it must not exist")
-    add("--to", type=str, default="diffusers", help=f"format: {', '.join(FORMATS[:-1])} or {FORMATS[-1]} (docs/export.md)")
+    *others, last = FORMATS
+    add("--to", type=str, default="diffusers", help=f"format: {', '.join(others)} or {last} (docs/export.md)")
     dtype = "type of the weights: float32, bfloat16 or float16; with --to onnx or openvino: float32, float16 or int8"
     add("--dtype", type=str, default="float32", help=dtype)
     add("--device", type=str, default="cpu", help="where to compute: cpu, cuda, cuda:1, ...")

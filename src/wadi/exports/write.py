@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wadi.errors import WadiError
+from wadi.exports import FORMATS
 from wadi.exports.card import CARD, IMAGES, card
 from wadi.exports.runtime_folder import Precision
 from wadi.exports.source import Source
@@ -19,15 +20,6 @@ from wadi.io.imports import imported
 from wadi.io.outputs import check_out
 
 RECORD = "export.json"
-# Format -> "module:function" that writes it. Imported on use.
-FORMATS = {
-    "diffusers": "wadi.exports.diffusers_folder:write",
-    "adapter": "wadi.exports.adapter_folder:write",
-    "lora": "wadi.exports.lora:write",
-    "single-file": "wadi.exports.single_file:write",
-    "onnx": "wadi.exports.onnx_folder:write",
-    "openvino": "wadi.exports.openvino_folder:write",
-}
 
 
 @dataclass(frozen=True)
