@@ -229,8 +229,6 @@ def test_a_skeleton_has_its_limbs_and_a_neck():
 
 
 def test_poses_name_the_extra_they_need(drawing, monkeypatch):
-    import importlib.util
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("wadi.io.installation.find_spec", lambda name: None)
     with raises_naming("wadi-onestep[control]"):
         pose(drawing, "some/model")

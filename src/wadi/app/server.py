@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from wadi.errors import WadiError
+from wadi.io.installation import require
 from wadi.parallel.signals import stop_on_signals
 
 if TYPE_CHECKING:
@@ -78,10 +79,7 @@ async def _refuse(send: Any, limit: int) -> None:
 
 def check_gradio() -> None:
     """Raise `WadiError` if Gradio is not installed."""
-    import importlib.util
-
-    if importlib.util.find_spec("gradio") is None:
-        raise WadiError("The page needs Gradio, which is not installed. Run: pip install 'wadi-onestep[app]'")
+    require("app", "The page", "gradio")
 
 
 def serve(studio: Studio, address: Address, ready: Callable[[str], Any] = print) -> NoReturn:

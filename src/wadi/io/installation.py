@@ -62,7 +62,7 @@ def require(extra: str, purpose: str, *modules: str) -> None:
     """Check that the ``modules`` of an optional part can be imported, without importing them.
 
     Args:
-        purpose: starts the message, such as ``"Poses"``.
+        purpose: starts the message, such as ``"The page"``.
     Raises:
         WadiError: if one is missing. The message says how to install the ``extra``.
     """
@@ -80,7 +80,6 @@ def _of(requirements: list[Requirement], extra: str) -> list[Installed]:
         if canonicalize_name(requirement.name) == PACKAGE:
             found += [package for part in sorted(requirement.extras) for package in _of(requirements, part)]
         else:
-            found.append(
-                Installed(requirement.name, str(requirement.specifier), *installed_versions([requirement.name]).values())
-            )
+            version = installed_versions([requirement.name])[requirement.name]
+            found.append(Installed(requirement.name, str(requirement.specifier), version))
     return found

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from wadi.errors import WadiError, first_line
 from wadi.extras.control.condition_images import as_rgb, to_image
+from wadi.io.installation import require
 from wadi.io.weight_checks import load_complete
 
 DEPTH_MODEL = "depth-anything/Depth-Anything-V2-Small-hf"
@@ -51,7 +52,7 @@ def pose(image: Image.Image, model: str = POSE_MODEL) -> Image.Image:
     Raises:
         WadiError: if scipy is missing (extra ``control``) or ``model`` cannot be loaded.
     """
-    _check_scipy()
+    require("control", "Estimating poses", "scipy")
     from transformers import VitPoseForPoseEstimation
 
     image = as_rgb(image)
@@ -92,13 +93,6 @@ def skeleton(points: dict[int, tuple[float, float]], size: tuple[int, int]) -> I
     for i, (x, y) in named.items():
         pen.ellipse([x - thick, y - thick, x + thick, y + thick], colours[i])
     return sheet
-
-
-def _check_scipy() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("scipy") is None:
-        raise WadiError("Poses need scipy, which is not installed. Run: pip install 'wadi-onestep[control]'")
 
 
 def _load_network(network_class: Any, model: str) -> tuple[Any, Any]:
