@@ -15,7 +15,6 @@ from typing import Any
 from wadi import roles
 from wadi.errors import WadiError
 from wadi.extras.lora.apply import check_scale
-from wadi.io.records import read_json
 from wadi.lorad.pairing import stored_pairing
 from wadi.zoo.paths import resolve_teacher
 
@@ -55,22 +54,14 @@ def read_parts(adapters: Mapping[Path, float]) -> list[Part]:
     for folder, scale in adapters.items():
         check_scale(scale, f"adapter {str(folder)!r}")
         config = roles.read_config(folder)
-        parts.append(Part(folder, float(scale), roles.read_about(folder) if not parts else _about(folder), config))
+        about = roles.read_about(folder) if not parts or roles.is_students(folder) else None
+        parts.append(Part(folder, float(scale), about, config))
     if not parts:
         raise WadiError("Received an empty collection of adapters. Give at least one, with its scale.")
     for part in parts[1:]:
         _check_alike(parts[0], part)
     _check_pairings(parts)
     return parts
-
-
-def _about(folder: Path) -> roles.About | None:
-    """Return what ``wadi.json`` says, or None if it is not a student's."""
-    file = folder / "wadi.json"
-    if not file.is_file():
-        return None
-    record: dict[str, Any] = read_json(file, dict[str, Any], "The record of the adapter")
-    return roles.read_about(folder) if record.keys() & {"timesteps", "timestep"} else None
 
 
 def _check_alike(first: Part, other: Part) -> None:

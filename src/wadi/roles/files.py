@@ -133,6 +133,19 @@ def read_about(folder: Path) -> About:
     return about
 
 
+def is_students(folder: Path) -> bool:
+    """Return whether the adapter in ``folder`` is a student's: its ``wadi.json`` has timesteps.
+
+    Raises:
+        WadiError: if ``wadi.json`` is damaged.
+    """
+    file = folder / "wadi.json"
+    if not file.is_file():
+        return False
+    record: dict[str, Any] = read_json(file, dict[str, Any], "The record of the adapter")
+    return bool(record.keys() & {"timesteps", "timestep"})
+
+
 def restore(model: nn.Module, name: str, tensors: dict[str, Tensor], source: object = "the checkpoint") -> None:
     """Copy ``tensors`` into the attached adapter ``name``.
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from wadi import roles
 from wadi.errors import WadiError
 from wadi.extras.lora import ADAPTER_NAME
-from wadi.extras.lora.file import read_settings
 from wadi.lorad.pairing import NEIGHBOURS, stored_pairing
 from wadi.lorad.stored import layer_factors, set_scale
 
@@ -23,8 +22,7 @@ def rotate_by_adapter(network: nn.Module, folder: Path, scale: float) -> int:
         WadiError: if the adapter is damaged, belongs to another architecture, or is a student's own. The weights are then
             unchanged.
     """
-    about = folder / "wadi.json"
-    if about.is_file() and read_settings(about).keys() & {"timesteps", "timestep"}:
+    if roles.is_students(folder):
         raise WadiError(
             f"{str(folder)!r} is a student's own adapter. --lora takes a customisation (`wadi dreambooth`): to generate with "
             "this student give it as --adapter."
